@@ -1,0 +1,25 @@
+"""The root of the configuration."""
+
+from __future__ import annotations
+
+from megatron.config.data import DataConfig
+from megatron.config.generation import GenerationConfig
+from megatron.config.launch import LaunchConfig
+from megatron.config.model import ModelConfig
+from megatron.config.output import CheckpointConfig, MonitorConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.section import Section
+from megatron.config.training import TrainingConfig
+
+
+class RunConfig(Section):
+    """Everything that decides what a run computes and where it leaves its results."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    training: TrainingConfig
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    launch: LaunchConfig = LaunchConfig()
+    generation: GenerationConfig = GenerationConfig()
