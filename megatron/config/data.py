@@ -18,7 +18,8 @@ class TokenizerConfig(Section):
     """Kind of tokenizer."""
 
     vocab_file: str | None = None
-    """tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer) or .model (SPMTokenizer); CharLevelTokenizer needs none."""
+    """tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer) or .model (SPMTokenizer); CharLevelTokenizer
+    needs none."""
 
     merge_file: str | None = None
     """merges.txt (GPT2BPETokenizer only)."""
@@ -53,6 +54,9 @@ class DataConfig(Section):
 
     impl: Literal["mmap", "infer"] = "mmap"
     """Dataset format; both names mean NeoX's memory-mapped .bin/.idx files."""
+
+    eod_mask_loss: bool = False
+    """Leave end-of-document tokens out of the loss."""
 
     num_workers: NonNegativeInt = 2
     """Loader processes per rank."""

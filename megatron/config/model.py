@@ -22,7 +22,7 @@ InitMethod = Literal[
     "orthogonal",
     "scaled_orthogonal",
 ]
-PositionEmbedding = Literal["rotary", "learned", "none"]
+PositionEmbedding = Literal["rotary", "none"]
 
 
 class ParamTokenConfig(Section):

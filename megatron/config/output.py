@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron.config.section import Section
 
@@ -18,8 +18,9 @@ class CheckpointConfig(Section):
     load: str | None = None
     """Folder to load from; it must hold a checkpoint."""
 
-    checkpoint_factor: PositiveInt | None = None
-    """Steps between checkpoints (linear) or ratio between them (log)."""
+    checkpoint_factor: PositiveInt | PositiveFloat | None = None
+    """Steps between checkpoints (linear, a whole number) or ratio between them (log, above 1); None saves only at
+    extra_save_iters and at the end."""
 
     checkpoint_scale: Literal["linear", "log"] = "linear"
     """Whether checkpoints are evenly or exponentially spaced."""
@@ -29,6 +30,40 @@ class CheckpointConfig(Section):
 
     keep_last_n_checkpoints: PositiveInt | None = None
     """Checkpoints kept; None keeps all."""
+
+    iteration: NonNegativeInt | None = None
+    """Step of the checkpoint to load; None means the newest complete one."""
+
+    finetune: bool = False
+    """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""
+
+    no_load_optim: bool = False
+    """Load everything but the optimizer state."""
+
+    no_load_rng: bool = False
+    """Load everything but the random states."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases. The API key comes from the environment or netrc, never from a configuration."""
+
+    enabled: bool = False
+    """Record to W&B."""
+
+    project: str = "neox"
+    """Project that the run belongs to."""
+
+    group: str | None = None
+    """Group of runs."""
+
+    team: str | None = None
+    """Team (entity) that owns the project."""
+
+    host: str | None = None
+    """Base URL of the server; None means W&B's own or what the environment says."""
+
+    run_name: str | None = None
+    """Name of the run; None lets W&B choose one."""
 
 
 class MonitorConfig(Section):
@@ -40,3 +75,9 @@ class MonitorConfig(Section):
     log_dir: str | None = None
     """The run's folder, where metrics.jsonl is written; None means the checkpoint folder `save`, or runs/<name of the
     first YAML>."""
+
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard event files; None writes none."""
+
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""

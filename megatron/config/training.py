@@ -74,7 +74,7 @@ class OptimizerConfig(Section):
 class LRScheduleConfig(Section):
     """Learning rate over steps."""
 
-    style: LRDecayStyle = "cosine"
+    style: LRDecayStyle = "linear"
     """Shape of the decay after the warmup."""
 
     warmup: float = Field(default=0.01, ge=0.0, le=1.0)
@@ -85,6 +85,12 @@ class LRScheduleConfig(Section):
 
     min_lr: NonNegativeFloat = 0.0
     """Smallest learning rate; held after the end of the decay."""
+
+    override_lr_scheduler: bool = False
+    """On resume, follow this schedule instead of the checkpoint's, whatever that was."""
+
+    use_checkpoint_lr_scheduler: bool = False
+    """On resume, follow the checkpoint's schedule instead of this one."""
 
 
 class CheckpointedActivations(Section):
