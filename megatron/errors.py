@@ -1,5 +1,9 @@
 """Errors that a user can act on. Each message says what is wrong, where, why, and what to do."""
 
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
 
 class UserError(Exception):
     """Base of the errors that entry points print without a traceback before they exit with `exit_code`."""
@@ -23,3 +27,13 @@ class CheckpointError(UserError):
 
 class EnvironmentSetupError(UserError):
     """This machine cannot run what is configured: a missing package, device, compiler or rank."""
+
+
+def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
+    """Run an entry point and exit with what it returns; a UserError is printed without a traceback."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)

@@ -1,0 +1,46 @@
+# make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
+# make test     run the tests (make test-full: the whole of every big matrix)
+# make checks   lint, types, floors
+SHELL := /bin/sh
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# The first Python on the PATH that the pinned packages support; `make PYTHON=...` decides otherwise.
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
+
+.PHONY: demo test test-full checks format docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/base.installed
+	$(PY) tools/demo.py $(if $(TEXT),--text "$(TEXT)")
+
+test: $(VENV)/dev.installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not full" $(ARGS)
+
+test-full: $(VENV)/dev.installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+
+checks: $(VENV)/dev.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/dev.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/base.installed
+	$(PY) tools/generate_config_docs.py
+
+clean:
+	rm -rf demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.installed: requirements/%.txt requirements/base.txt requirements/constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@

@@ -1,0 +1,23 @@
+"""At which steps a run saves."""
+
+from __future__ import annotations
+
+from megatron.config.output import CheckpointConfig
+
+
+def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int]:
+    """Steps after which a checkpoint is written, as GPT-NeoX spaces them; 0 stands for the initial weights.
+
+    Pythia's 154 checkpoints are `checkpoint_factor: 1000` with `extra_save_iters: [0, 1, 2, 4, ..., 512]` over 143,000
+    steps. The last step is always among them.
+    """
+    iterations = {iteration for iteration in config.extra_save_iters if iteration <= train_iters}
+    factor = config.checkpoint_factor
+    if factor is not None and config.checkpoint_scale == "linear":
+        iterations.update(range(factor, train_iters, factor))
+    elif factor is not None:
+        iteration = 1
+        while iteration < train_iters:
+            iterations.add(iteration)
+            iteration *= factor
+    return frozenset(iterations | {train_iters})

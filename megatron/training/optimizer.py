@@ -1,0 +1,30 @@
+"""Parameter groups and AdamW."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron.config.training import OptimizerConfig
+from megatron.model.init_methods import decays
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split the trainable parameters of `module` into those with weight decay and those without (norms and biases).
+
+    A group without parameters is left out: a middle pipeline stage of a model without biases has only one.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if decays(p)], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay and bias correction (Loshchilov & Hutter 2019), as in the published runs."""
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        parameter_groups(module, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps
+    )

@@ -1,0 +1,52 @@
+"""What changes from step to step outside the engine, and what a callback gets to see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class Progress:
+    """Where the run stands."""
+
+    iteration: int = 0
+    """Optimizer steps done [steps]."""
+
+    consumed_train_samples: int = 0
+    """Training samples read by all ranks together [samples]."""
+
+    consumed_valid_samples: int = 0
+    """Validation samples read by all ranks together [samples]."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step that has just been taken."""
+
+    iteration: int
+    """Number of the step, counted from 1."""
+
+    loss: Tensor
+    """Mean loss over the global batch, a scalar on this rank's device [nats per token]."""
+
+    learning_rate: float
+    """Learning rate that the step used."""
+
+    is_last: bool
+    """Whether the run ends with this step."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What callbacks measured at this step; those that come later in the list see it."""
+
+
+class Callback(Protocol):
+    """Something that happens around the training steps, on every rank."""
+
+    def before_training(self) -> None:
+        """Called once, before the first step."""
+
+    def after_step(self, step: Step) -> None:
+        """Called after every step."""

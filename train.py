@@ -1,0 +1,25 @@
+"""Trains one rank: `python deepy.py train.py config.yml` starts it, as do torchrun, srun and mpirun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron.config.cli import load_command_line
+from megatron.errors import exit_on_user_error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load the configuration and train."""
+    command, loaded = load_command_line(argv)
+    if command.answered:
+        return 0
+    from megatron.training.distributed import world_size_from_environment
+    from megatron.training.setup import pretrain
+
+    return pretrain(loaded.run, loaded.batch(world_size_from_environment(os.environ)))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
