@@ -1,0 +1,108 @@
+"""The order in which fixed-length samples are cut from documents: NeoX's three arrays, index for index.
+
+All epochs of the documents are concatenated and shuffled once; sample i is tokens i*s to i*s+s of that stream (one
+more than s, so that neighbours share a token); the samples are shuffled once more with the same generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.errors import DataError
+
+_INT32_MAX = np.iinfo(np.int32).max
+_UINT32_MAX = np.iinfo(np.uint32).max
+_CHUNK = 1 << 22  # documents or samples handled at a time; bounds what is held beside the result
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Where each sample lies.
+
+    doc_idx      [epochs * documents]  document ids in the order of the shuffled stream
+    sample_idx   [n + 1, 2]            for sample i in stream order: position in doc_idx, token offset in that document;
+                                       row i + 1 is the sample's last token
+    shuffle_idx  [n]                   stream-order sample that is served as the i-th
+    """
+
+    doc_idx: npt.NDArray[np.integer]
+    sample_idx: npt.NDArray[np.integer]
+    shuffle_idx: npt.NDArray[np.integer]
+
+
+def num_tokens_in(sizes: npt.NDArray[np.integer], documents: range) -> int:
+    """Tokens of a contiguous range of documents."""
+    return int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
+
+
+def num_epochs_for(num_tokens: int, num_samples: int, seq_length: int) -> int:
+    """Fewest passes over `num_tokens` tokens that hold `num_samples` samples; at least 1."""
+    needed = num_samples * seq_length + 1
+    return max(1, -(-needed // num_tokens))
+
+
+def build_sample_index(
+    sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int
+) -> SampleIndex:
+    """Index for at least `num_samples` samples of `seq_length` + 1 tokens from a contiguous range of documents.
+
+    `sizes` are the token counts of all documents of the dataset. Raises DataError when the documents hold no token or
+    less than one sample in the epochs that `num_samples` needs. Holds little more memory than the result.
+    """
+    tokens_per_epoch = num_tokens_in(sizes, documents)
+    if tokens_per_epoch == 0:
+        raise DataError(f"documents {documents.start:,} to {documents.stop:,} hold no token.")
+    num_epochs = num_epochs_for(tokens_per_epoch, num_samples, seq_length)
+    num_built = (num_epochs * tokens_per_epoch - 1) // seq_length
+    if num_built == 0:
+        raise DataError(
+            f"documents {documents.start:,} to {documents.stop:,} hold {tokens_per_epoch:,} tokens; one sample needs "
+            f"{seq_length + 1:,}."
+        )
+    generator = np.random.RandomState(seed)
+    doc_idx = _shuffled_documents(documents, num_epochs, generator)
+    sample_idx = _cut_samples(sizes, doc_idx, num_built, seq_length)
+    dtype: type[np.integer] = np.uint32 if num_built < _UINT32_MAX - 1 else np.int64
+    shuffle_idx = np.arange(num_built, dtype=dtype)
+    generator.shuffle(shuffle_idx)
+    return SampleIndex(doc_idx, sample_idx, shuffle_idx)
+
+
+def _shuffled_documents(documents: range, num_epochs: int, generator: np.random.RandomState) -> npt.NDArray[np.integer]:
+    dtype: type[np.integer] = np.int32 if documents.stop <= _INT32_MAX else np.int64
+    doc_idx = np.tile(np.arange(documents.start, documents.stop, dtype=dtype), num_epochs)
+    generator.shuffle(doc_idx)
+    return doc_idx
+
+
+def _cut_samples(
+    sizes: npt.NDArray[np.integer], doc_idx: npt.NDArray[np.integer], num_samples: int, seq_length: int
+) -> npt.NDArray[np.integer]:
+    """Position of every seq_length-th token of the stream: the first document that ends beyond it, and the offset."""
+    # NeoX picks its type by the number of entries alone and would overflow on more documents than an int32 counts.
+    small = 2 * (num_samples + 1) < _INT32_MAX and len(doc_idx) <= _INT32_MAX
+    sample_idx = np.empty((num_samples + 1, 2), dtype=np.int32 if small else np.int64)
+    aligned_sizes = np.require(sizes, requirements="A")
+    filled, stream_start = 0, 0
+    for first in range(0, len(doc_idx), _CHUNK):
+        ends = np.cumsum(aligned_sizes[doc_idx[first : first + _CHUNK]], dtype=np.int64)
+        stream_end = stream_start + int(ends[-1])
+        last = min(num_samples, (stream_end - 1) // seq_length)
+        for start, stop in _pieces(filled, last + 1):
+            tokens = np.arange(start, stop, dtype=np.int64) * seq_length - stream_start
+            found = np.searchsorted(ends, tokens, side="right")
+            sample_idx[start:stop, 0] = first + found
+            sample_idx[start:stop, 1] = tokens - np.where(found > 0, ends[found - 1], 0)
+        filled, stream_start = max(filled, last + 1), stream_end
+    # NeoX starts at the first document even when that one is empty.
+    sample_idx[0] = 0
+    return sample_idx
+
+
+def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, _CHUNK):
+        yield first, min(first + _CHUNK, stop)
