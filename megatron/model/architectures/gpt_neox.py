@@ -1,0 +1,20 @@
+"""GPT-NeoX (Black et al. 2022, arXiv:2204.06745), which Pythia is an instance of."""
+
+from __future__ import annotations
+
+from megatron.config.model import ModelConfig
+from megatron.model.attention import LinearSelfAttention
+from megatron.model.mlp import MLP
+from megatron.model.norms import NORMS
+from megatron.model.spec import ARCHITECTURES, TransformerLayerSpec
+
+
+@ARCHITECTURES.register("gpt_neox")
+def gpt_neox_layer(model: ModelConfig) -> TransformerLayerSpec:
+    """Linear projections and a two-matrix MLP."""
+    return TransformerLayerSpec(
+        norm=NORMS[model.norm],
+        attention=LinearSelfAttention,
+        mlp=MLP,
+        layer_matmul_parameters=lambda model: 12 * model.hidden_size**2,
+    )

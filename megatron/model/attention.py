@@ -1,0 +1,74 @@
+"""Causal self-attention over heads that are split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.errors import ConfigError
+from megatron.kernels.attention.op import causal_attention
+from megatron.model.init_methods import input_initializer, output_initializer
+from megatron.model.positions import RotaryEmbedding
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.mpu.parameters import shard_size
+from megatron.mpu.random import split_activations
+
+
+class SelfAttention(nn.Module):
+    """Projection to heads, rotary positions, causal attention, output projection; subclasses own the projections.
+
+    B batch, S sequence, D hidden size, H heads on this rank, E features of a head, N = H E.
+    Residual stream [B, S or S/tp, D] in and out.
+    """
+
+    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+        super().__init__()
+        if model.hidden_size % model.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={model.num_attention_heads}."
+            )
+        shard_size(model.num_attention_heads, context, "num_attention_heads")
+        self.context = context
+        self.head_size = model.hidden_size // model.num_attention_heads
+        self.dropout = model.attention_dropout
+        self.rotary = RotaryEmbedding(model)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        q_BSHE, k_BSHE, v_BSHE = self.project_heads(x_BSD)
+        q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE)
+        return self.project_output(self.attend(q_BSHE, k_BSHE, v_BSHE).flatten(2))
+
+    def attend(self, q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
+        """Causal attention over this rank's heads."""
+        if not (self.training and self.dropout):
+            return causal_attention(q_BSHE, k_BSHE, v_BSHE)
+        with split_activations(self.context):
+            return causal_attention(q_BSHE, k_BSHE, v_BSHE, self.dropout)
+
+    def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, each [B, S, H, E]."""
+        raise NotImplementedError
+
+    def project_output(self, o_BSN: Tensor) -> Tensor:
+        """Concatenated outputs of this rank's heads to the residual stream."""
+        raise NotImplementedError
+
+
+class LinearSelfAttention(SelfAttention):
+    """Self-attention with linear projections. The fused weight keeps GPT-NeoX's row order: by head, then q, k, v."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+        super().__init__(model, context)
+        width, bias = model.hidden_size, model.use_bias_in_attn_linear
+        self.query_key_value = ColumnParallelLinear(width, 3 * width, bias, input_initializer(model), context)
+        self.dense = RowParallelLinear(width, width, bias, output_initializer(model), context)
+
+    def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fused: Tensor = self.query_key_value(x_BSD)
+        q_BSHE, k_BSHE, v_BSHE = fused.view(*fused.shape[:2], -1, 3 * self.head_size).chunk(3, dim=-1)
+        return q_BSHE, k_BSHE, v_BSHE
+
+    def project_output(self, o_BSN: Tensor) -> Tensor:
+        x_BSD: Tensor = self.dense(o_BSN)
+        return x_BSD

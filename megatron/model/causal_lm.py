@@ -1,0 +1,128 @@
+"""The language model as a flat list of layers, the names of its parameters, and a plain module for one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.model.architectures import gpt_neox, tokenformer  # noqa: F401 - they register themselves
+from megatron.model.embedding import Head, TiedHead, TokenEmbedding, tied_logits
+from megatron.model.layer import TransformerLayer
+from megatron.model.norms import NORMS
+from megatron.mpu.collectives import gather_output
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import initialize_parameters
+
+
+@dataclass(frozen=True)
+class VocabSize:
+    """The vocabulary; its padding never depends on the layout."""
+
+    actual: int
+    """Ids that the tokenizer can produce [tokens]."""
+    padded: int
+    """Rows of the embedding and of the head [tokens]."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer of the flat list: the global name of its parameters' prefix, and how to build it."""
+
+    name: str
+    module: type[nn.Module]
+    arguments: tuple[Any, ...]
+
+    def build(self) -> nn.Module:
+        """The layer, its parameters unset, on the default device."""
+        return self.module(*self.arguments)
+
+
+def layer_entries(model: ModelConfig, vocab: VocabSize, context: ParallelContext) -> list[LayerEntry]:
+    """Embedding, num_layers transformer layers, final norm, head: one entry per pipeline layer, in order.
+
+    A tied head is an entry of type TiedHead under the embedding's name.
+    """
+    modules: list[tuple[type[nn.Module], tuple[Any, ...]]] = [
+        (TokenEmbedding, (model, vocab.padded, context)),
+        *[(TransformerLayer, (model, context))] * model.num_layers,
+        (NORMS[model.final_norm or model.norm], (model, context)),
+        (TiedHead if model.tie_embeddings else Head, (model, vocab.padded, context)),
+    ]
+    return [LayerEntry(name, *module) for name, module in zip(layer_names(model), modules, strict=True)]
+
+
+def layer_names(model: ModelConfig) -> list[str]:
+    """Global name prefix of each pipeline layer, by its index; a tied head shares the embedding's."""
+    layers = [f"layers.{i}" for i in range(model.num_layers)]
+    return ["embedding", *layers, "final_norm", "embedding" if model.tie_embeddings else "head"]
+
+
+def global_name(layer_index: int, local_name: str, model: ModelConfig) -> str:
+    """Global name of a parameter of a pipeline layer: (3, "mlp.key_tokens") is layers.2.mlp.key_tokens."""
+    return f"{layer_names(model)[layer_index]}.{local_name}"
+
+
+def pipeline_location(name: str, model: ModelConfig) -> tuple[int, str]:
+    """Pipeline layer index and local name of a global parameter name; of the embedding for tied weights.
+
+    Raises KeyError for a name that no layer of this model owns.
+    """
+    for index, prefix in enumerate(layer_names(model)):
+        if name.startswith(f"{prefix}."):
+            return index, name.removeprefix(f"{prefix}.")
+    raise KeyError(name)
+
+
+class LocalCausalLM(nn.Module):
+    """The whole model in one module, without a pipeline; parameters carry their global names."""
+
+    def __init__(self, model: ModelConfig, vocab: VocabSize, context: ParallelContext) -> None:
+        super().__init__()
+        self.context = context
+        embedding, *layers, final_norm, head = layer_entries(model, vocab, context)
+        self.embedding = cast(TokenEmbedding, embedding.build())
+        self.layers = nn.ModuleList(entry.build() for entry in layers)
+        self.final_norm = final_norm.build()
+        self.head = None if model.tie_embeddings else head.build()
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Token ids [B, S] to logits [B, S, V] over the padded vocabulary, whole on every tensor-parallel rank."""
+        x_BSD = self.embedding(tokens_BS)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD)
+        x_BSD = self.final_norm(x_BSD)
+        logits_BSV = tied_logits(self.embedding, x_BSD) if self.head is None else self.head(x_BSD)
+        return gather_output(logits_BSV, -1, self.context)
+
+
+def build_local(
+    model: ModelConfig, vocab: VocabSize, seed: int | None, context: ParallelContext | None = None
+) -> LocalCausalLM:
+    """The model for inference, conversion, analysis and growth, on the default device (meta works without a seed).
+
+    `seed` sets the weights exactly as training with that seed starts; None leaves them unset, to be loaded.
+    """
+    context = context or ParallelContext.single()
+    module = LocalCausalLM(model, vocab, context)
+    if seed is not None:
+        initialize_parameters(module.named_parameters(), seed, context)
+    return module
+
+
+def global_parameters(
+    named_parameters: Iterator[tuple[str, nn.Parameter]], model: ModelConfig
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Rename a DeepSpeed PipelineModule's parameters to their global names.
+
+    Its own names are `{layer index}.{local name}`, and `tied_modules.embedding.{local name}` for tied layers.
+    """
+    for name, parameter in named_parameters:
+        index, _, local = name.partition(".")
+        yield (
+            local if index == "tied_modules" else global_name(int(index), local, model),
+            parameter,
+        )

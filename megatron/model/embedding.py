@@ -1,0 +1,62 @@
+"""From token ids to the residual stream, and from there to logits."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.model.init_methods import input_initializer
+from megatron.model.layer import HiddenDropout
+from megatron.mpu.collectives import from_residual
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.layers import VocabParallelEmbedding
+from megatron.mpu.parameters import new_parameter, shard_size
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids [B, S] to the residual stream [B, S or S/tp, D]: word embeddings, dropout."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
+        super().__init__()
+        if context.sequence_parallel:
+            shard_size(model.seq_length, context, "seq_length under sequence_parallel")
+        initializer = input_initializer(model)
+        self.word_embeddings = VocabParallelEmbedding(padded_vocab_size, model.hidden_size, initializer, context)
+        self.dropout = HiddenDropout(model.hidden_dropout, context)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        x_BSD: Tensor = self.dropout(self.word_embeddings(tokens_BS))
+        return x_BSD
+
+
+class Head(nn.Module):
+    """Residual stream to logits [B, S, V/tp] through a matrix of its own."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
+        super().__init__()
+        self.context = context
+        shape = (padded_vocab_size, model.hidden_size)
+        self.weight = new_parameter(shape, input_initializer(model), context, what="padded vocabulary", shard_dim=0)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return logits(x_BSD, self.weight, self.context)
+
+
+class TiedHead(nn.Module):
+    """Another pipeline stage's copy of the word embeddings, as the head that is tied to them."""
+
+    def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
+        super().__init__()
+        initializer = input_initializer(model)
+        self.word_embeddings = VocabParallelEmbedding(padded_vocab_size, model.hidden_size, initializer, context)
+
+
+def tied_logits(embedding: TokenEmbedding | TiedHead, x_BSD: Tensor) -> Tensor:
+    """Residual stream to logits [B, S, V/tp] through the embedding matrix."""
+    return logits(x_BSD, embedding.word_embeddings.weight, embedding.word_embeddings.context)
+
+
+def logits(x_BSD: Tensor, weight_VD: Tensor, context: ParallelContext) -> Tensor:
+    """x E^T over this rank's rows of the vocabulary, for the whole sequence."""
+    return F.linear(from_residual(x_BSD, context), weight_VD)

@@ -1,0 +1,28 @@
+"""The training objective."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+
+
+class CausalLMLoss:
+    """Mean cross entropy over the positions that count, in float32 (float64 for float64 logits).
+
+    `num_valid` vocabulary rows are part of the softmax; None means all, padding included, as published.
+    """
+
+    def __init__(self, num_valid: int | None, context: ParallelContext) -> None:
+        self.num_valid = num_valid
+        self.context = context
+
+    def __call__(self, logits_BSV: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        """logits [B, S, V/tp]; targets: labels [B, S] and loss mask [B, S], 1 where a position counts and 0 elsewhere.
+
+        A micro batch in which nothing counts has loss 0.
+        """
+        labels_BS, mask_BS = targets
+        losses_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, self.num_valid, self.context)
+        return (losses_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1)

@@ -1,0 +1,89 @@
+"""Pattention, split by parameter tokens over tensor-parallel ranks, and the TokenFormer sublayers made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.kernels.pattention.op import pattention
+from megatron.kernels.pattention.theta import RowReduction
+from megatron.model.attention import SelfAttention
+from megatron.model.init_methods import input_initializer, output_initializer
+from megatron.mpu import collectives
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import new_parameter
+
+
+class Pattention(nn.Module):
+    """Attention from tokens of the sequence to learnable parameter tokens; stands in for a linear layer.
+
+        A = X K^T,   Y = Theta(A) V     (Wang et al. 2024, arXiv:2410.23168, equation 4)
+
+    Each tensor-parallel rank holds p = num_tokens / tp tokens: K [p, D] and V [p, D]. `scale_base` is the token count
+    that sets the scale of Theta; it is configuration, so that appending tokens does not change it.
+    """
+
+    def __init__(self, model: ModelConfig, num_tokens: int, scale_base: int, context: ParallelContext) -> None:
+        super().__init__()
+        tokens = param_tokens(model)
+        self.theta = tokens.theta
+        self.scale_base = scale_base
+        self.context = context
+        shape, what = (num_tokens, model.hidden_size), "parameter tokens"
+        self.key_tokens = new_parameter(shape, input_initializer(model), context, what=what, shard_dim=0)
+        self.value_tokens = new_parameter(shape, output_initializer(model), context, what=what, shard_dim=0)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""
+        return collectives.to_residual(partial_outputs(x_BSD, [self])[0], self.context)
+
+
+class PattentionMLP(Pattention):
+    """The feed-forward sublayer: one Pattention from the residual stream to the residual stream."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return super().forward(collectives.from_residual(x_BSD, self.context))
+
+
+class PattentionSelfAttention(SelfAttention):
+    """Self-attention whose query, key, value and output projections are Pattentions."""
+
+    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+        super().__init__(model, context)
+        tokens = param_tokens(model)
+        self.query, self.key, self.value = (
+            Pattention(model, tokens.qkv, tokens.qkv_scale_base, context) for _ in range(3)
+        )
+        self.proj = Pattention(model, tokens.proj, tokens.proj_scale_base, context)
+
+    def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_BSD = collectives.from_residual(x_BSD, self.context)
+        summands_JBSD = partial_outputs(x_BSD, [self.query, self.key, self.value])
+        qkv_JBSN = collectives.reduce_scatter(summands_JBSD, -1, self.context)
+        q_BSHE, k_BSHE, v_BSHE = qkv_JBSN.view(*qkv_JBSN.shape[:3], -1, self.head_size).unbind()
+        return q_BSHE, k_BSHE, v_BSHE
+
+    def project_output(self, o_BSN: Tensor) -> Tensor:
+        x_BSD: Tensor = self.proj(collectives.gather(o_BSN, -1, self.context))
+        return x_BSD
+
+
+def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
+    """This rank's summands [J, B, S, D] of several Pattentions of one input; they share theta, scale and context."""
+    first = projections[0]
+    rows = RowReduction(
+        sum=partial(collectives.sum_over_ranks, context=first.context),
+        max=partial(collectives.max_over_ranks, context=first.context),
+    )
+    keys, values = [p.key_tokens for p in projections], [p.value_tokens for p in projections]
+    return pattention(x_BSD, keys, values, theta=first.theta, scale_base=first.scale_base, rows=rows)
+
+
+def param_tokens(model: ModelConfig) -> ParamTokenConfig:
+    """The parameter-token section, which validation requires of a TokenFormer."""
+    if model.param_tokens is None:
+        raise ValueError(f"architecture {model.architecture} needs model.param_tokens")
+    return model.param_tokens

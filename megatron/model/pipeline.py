@@ -1,0 +1,123 @@
+"""The layer list as a DeepSpeed PipelineModule, the one form in which models are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.model import ModelConfig
+from megatron.config.parallel import ParallelConfig
+from megatron.config.training import CheckpointedActivations
+from megatron.errors import ConfigError
+from megatron.model.causal_lm import LayerEntry, VocabSize, global_parameters, layer_entries
+from megatron.model.embedding import TiedHead, tied_logits
+from megatron.model.layer import TransformerLayer
+from megatron.model.loss import CausalLMLoss
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import initialize_parameters
+
+
+class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
+    """This rank's pipeline stage. Between stages goes one tensor, the residual stream [B, S or S/tp, D].
+
+    Token ids [B, S] in, logits [B, S, V/tp] out; the loss takes (labels [B, S], loss mask [B, S]) as targets.
+
+    Recomputation is done here, by torch.utils.checkpoint without reentrance, and DeepSpeed's own stays off
+    (activation_checkpoint_interval 0): that one counts layers from the stage's first, so at intervals above 1 it
+    misses transformer layers which share a block with the embedding or the head.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        vocab: VocabSize,
+        parallel: ParallelConfig,
+        context: ParallelContext,
+        *,
+        checkpointed: CheckpointedActivations,
+    ) -> None:
+        if context.pipe_size > model.num_layers:
+            raise ConfigError(
+                f"pipe_parallel_size={context.pipe_size} is more than num_layers={model.num_layers}: "
+                f"a stage would be left without a layer. Use at most {model.num_layers}."
+            )
+        entries = layer_entries(model, vocab, context)
+        super().__init__(
+            layers=[_layer_spec(entry, model.tie_embeddings) for entry in entries],
+            topology=PipeModelDataParallelTopology(
+                num_pp=context.pipe_size, num_mp=context.tensor_size, num_dp=context.data_size
+            ),
+            loss_fn=CausalLMLoss(vocab.actual if model.mask_padded_vocab else None, context),
+            partition_method=parallel.pipe_partition_method,
+        )
+        self.model_config = model
+        local_entries = entries[self._local_start : self._local_stop]
+        self._segments = list(_segments(local_entries, checkpointed))
+
+    def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
+        x = forward_input
+        for start, stop, recompute in self._segments:
+            if recompute and torch.is_grad_enabled():
+                x = checkpoint(self._run, start, stop, x, use_reentrant=False)
+            else:
+                x = self._run(start, stop, x)
+        return x
+
+    def _run(self, start: int, stop: int, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.forward_funcs[start:stop]:
+            x = layer(x)
+        return x
+
+    def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under their global names."""
+        return global_parameters(self.named_parameters(), self.model_config)
+
+
+def build_pipeline(
+    model: ModelConfig,
+    vocab: VocabSize,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    *,
+    seed: int,
+    checkpointed: CheckpointedActivations,
+) -> CausalLMPipeline:
+    """This rank's stage with its initial weights, on DeepSpeed's device; `deepspeed.init_distributed` comes first.
+
+    Collective over all ranks. Raises ConfigError for sizes that do not divide, or more stages than layers.
+    """
+    module = CausalLMPipeline(model, vocab, parallel, context, checkpointed=checkpointed)
+    initialize_parameters(module.global_parameters(), seed, context)
+    return module
+
+
+def _layer_spec(entry: LayerEntry, tie_embeddings: bool) -> LayerSpec:
+    if not (tie_embeddings and entry.name == "embedding"):
+        return LayerSpec(entry.module, *entry.arguments)
+    forward: Callable[..., Any] | None = tied_logits if entry.module is TiedHead else None
+    return TiedLayerSpec(
+        "embedding",
+        entry.module,
+        *entry.arguments,
+        forward_fn=forward,
+        tied_weight_attr=["word_embeddings.weight"],
+    )
+
+
+def _segments(entries: list[LayerEntry], checkpointed: CheckpointedActivations) -> Iterator[tuple[int, int, bool]]:
+    """Ranges [start, stop) of a stage's layers that run together, and whether each is recomputed."""
+    start = 0
+    for is_transformer, run in groupby(entries, key=lambda entry: entry.module is TransformerLayer):
+        end = start + len(list(run))
+        recompute = is_transformer and checkpointed.enabled
+        step = checkpointed.num_layers if recompute else end - start
+        for first in range(start, end, step):
+            yield first, min(first + step, end), recompute
+        start = end

@@ -1,0 +1,46 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), on a part of each head as GPT-NeoX applies it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates pairs (i, i + r/2) of the first r = int(E * rotary_pct) features of each head by position * base^(-2i/r).
+
+    Angles, sines and cosines are float32 whatever the model's format; the published code keeps them in fp16, which
+    this differs from on purpose. r is 0, and nothing is rotated, for other kinds of position embedding.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        head_size = model.hidden_size // model.num_attention_heads
+        self.num_rotated = int(head_size * model.rotary_pct) if model.pos_emb == "rotary" else 0
+        self.base = model.rotary_emb_base
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, q_BSHE: Tensor, k_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+        if self.num_rotated == 0:
+            return q_BSHE, k_BSHE
+        cos_SHE, sin_SHE = self._cos_sin(q_BSHE.shape[1], q_BSHE.device)
+        return self._rotate(q_BSHE, cos_SHE, sin_SHE), self._rotate(k_BSHE, cos_SHE, sin_SHE)
+
+    def _rotate(self, x_BSHE: Tensor, cos_SHE: Tensor, sin_SHE: Tensor) -> Tensor:
+        rotated, kept = x_BSHE.tensor_split([self.num_rotated], dim=-1)
+        first, second = rotated.chunk(2, dim=-1)
+        turned = rotated * cos_SHE + torch.cat((-second, first), dim=-1) * sin_SHE
+        return torch.cat((turned.to(x_BSHE.dtype), kept), dim=-1)
+
+    def _cos_sin(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Each [length, 1, r]. Kept between calls as plain tensors: buffers would be cast with the module."""
+        if self._table is None or self._table[0].shape[0] != length or self._table[0].device != device:
+            # Tables made under inference mode could not be saved for a later backward pass.
+            with torch.inference_mode(False):
+                exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=device) / self.num_rotated
+                positions = torch.arange(length, dtype=torch.float32, device=device)
+                angles = torch.outer(positions, 1.0 / self.base**exponents).repeat(1, 2).unsqueeze(1)
+                self._table = (angles.cos(), angles.sin())
+        return self._table

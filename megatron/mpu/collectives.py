@@ -1,0 +1,126 @@
+"""Differentiable communication between tensor-parallel ranks.
+
+A replicated tensor holds the same numbers on every rank, a split one a contiguous share of a dimension, a partial one
+a summand of the true value. Each function below names what it takes and returns; its backward takes the gradient from
+the kind it returned to the kind that it took. All are the identity when there is one tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.mpu.context import ParallelContext
+
+
+def sum_over_ranks(x: Tensor, context: ParallelContext) -> Tensor:
+    """Partial to replicated, outside autograd."""
+    return _all_reduce(x, context, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(x: Tensor, context: ParallelContext) -> Tensor:
+    """Elementwise maximum over the ranks, outside autograd."""
+    return _all_reduce(x, context, dist.ReduceOp.MAX)
+
+
+def copy(x: Tensor, context: ParallelContext) -> Tensor:
+    """Replicated to replicated, for consumers that differ by rank: the gradient is partial and is summed."""
+    return _exchange(x, context, _same, partial(sum_over_ranks, context=context))
+
+
+def reduce(x: Tensor, context: ParallelContext) -> Tensor:
+    """Partial to replicated; the gradient is replicated and passes through."""
+    return _exchange(x, context, partial(sum_over_ranks, context=context), _same)
+
+
+def gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    """Split along `dim` to replicated, for consumers that differ by rank: the gradient is summed and scattered."""
+    on_dim = {"dim": dim % x.dim(), "context": context}
+    return _exchange(x, context, partial(_all_gather, **on_dim), partial(_sum_and_scatter, **on_dim))
+
+
+def gather_output(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    """Split along `dim` to replicated, for consumers that are the same on every rank: each rank keeps its share of
+    the gradient."""
+    on_dim = {"dim": dim % x.dim(), "context": context}
+    return _exchange(x, context, partial(_all_gather, **on_dim), partial(_own_share, **on_dim))
+
+
+def reduce_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    """Partial to split along `dim`; the gradient is gathered."""
+    on_dim = {"dim": dim % x.dim(), "context": context}
+    return _exchange(x, context, partial(_sum_and_scatter, **on_dim), partial(_all_gather, **on_dim))
+
+
+def from_residual(x_BSD: Tensor, context: ParallelContext) -> Tensor:
+    """Residual stream [B, S or S/tp, D] to the whole sequence [B, S, D] that sharded weights read."""
+    return gather(x_BSD, 1, context) if context.sequence_parallel else copy(x_BSD, context)
+
+
+def to_residual(x_BSD: Tensor, context: ParallelContext) -> Tensor:
+    """Partial outputs [B, S, D] of sharded weights to the residual stream [B, S or S/tp, D]."""
+    return reduce_scatter(x_BSD, 1, context) if context.sequence_parallel else reduce(x_BSD, context)
+
+
+def residual_weight(weight: Tensor, context: ParallelContext) -> Tensor:
+    """A replicated weight as it acts on the residual stream: under sequence parallelism each rank sees its gradient
+    from its own positions only, so the gradients are summed."""
+    return copy(weight, context) if context.sequence_parallel else weight
+
+
+def _all_reduce(x: Tensor, context: ParallelContext, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if context.tensor_size == 1:
+        return x
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, op=op, group=context.tensor_group)
+    return total
+
+
+def _all_gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    parts = x.new_empty((context.tensor_size, *x.shape))
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=context.tensor_group)
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _sum_and_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    split = (*x.shape[:dim], context.tensor_size, -1, *x.shape[dim + 1 :])
+    parts = x.reshape(split).movedim(dim, 0).contiguous()
+    share = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(share, parts, group=context.tensor_group)
+    return share
+
+
+def _own_share(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    return x.tensor_split(context.tensor_size, dim=dim)[context.tensor_rank]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+Communication = Callable[[Tensor], Tensor]
+
+
+def _exchange(x: Tensor, context: ParallelContext, forward: Communication, backward: Communication) -> Tensor:
+    if context.tensor_size == 1:
+        return x
+    y: Tensor = _Exchange.apply(x, forward, backward)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Exchange(torch.autograd.Function):
+    """One communication forward, its conjugate backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Communication, backward: Communication) -> Tensor:
+        ctx.conjugate = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.conjugate(grad), None, None

@@ -1,0 +1,64 @@
+"""Where this rank stands in the grid of tensor-, data- and pipeline-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Sizes of the three parallel dimensions, this rank's place in each, and its tensor-parallel group.
+
+    Passed down to whoever splits or communicates; nothing reads process-wide globals.
+    """
+
+    tensor_size: int = 1
+    pipe_size: int = 1
+    data_size: int = 1
+    tensor_rank: int = 0
+    pipe_rank: int = 0
+    data_rank: int = 0
+    tensor_group: dist.ProcessGroup | None = None
+    """Ranks that share this rank's pipe and data coordinates; None when tensor_size is 1."""
+    sequence_parallel: bool = False
+    """Whether the residual stream is split over the tensor-parallel ranks by sequence."""
+
+    @staticmethod
+    def single() -> ParallelContext:
+        """One rank alone; needs no process group."""
+        return ParallelContext()
+
+    @staticmethod
+    def create(tensor: int, pipe: int, sequence_parallel: bool = False) -> ParallelContext:
+        """Lay the ranks of the initialized default group out over pipe, data and tensor axes, tensor innermost.
+
+        The same order as DeepSpeed's PipeModelDataParallelTopology, so that groups agree with its grid. Collective:
+        every rank of the default group must call it. Raises ConfigError when the ranks do not fill the grid.
+        """
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if world_size % (tensor * pipe):
+            raise ConfigError(
+                f"model_parallel_size={tensor} times pipe_parallel_size={pipe} is {tensor * pipe}, which does not "
+                f"divide the {world_size} ranks of this run. Start a multiple of {tensor * pipe} ranks."
+            )
+        data = world_size // (tensor * pipe)
+        group = None
+        if tensor > 1:
+            for first in range(0, world_size, tensor):
+                candidate = dist.new_group(list(range(first, first + tensor)))
+                if first <= rank < first + tensor:
+                    group = candidate
+        return ParallelContext(
+            tensor_size=tensor,
+            pipe_size=pipe,
+            data_size=data,
+            tensor_rank=rank % tensor,
+            data_rank=rank // tensor % data,
+            pipe_rank=rank // (tensor * data),
+            tensor_group=group,
+            sequence_parallel=sequence_parallel and tensor > 1,
+        )

@@ -1,0 +1,113 @@
+"""Parameters that know their full shape, their split, and how they start, apart from the memory that holds them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron.errors import ConfigError
+from megatron.mpu.context import ParallelContext
+
+Initializer = Callable[[Tensor, torch.Generator], object]
+"""Fills a whole float32 tensor in place from a generator."""
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What a parameter is, independent of the layout that holds it."""
+
+    full_shape: tuple[int, ...]
+    """Shape over all tensor-parallel ranks."""
+    shard_dim: int | None
+    """Dimension that is split evenly over the tensor-parallel ranks; None for a replicated parameter."""
+    initializer: Initializer
+    decays: bool
+    """Whether weight decay applies: yes for every matrix, no for norms and biases."""
+
+
+def shard_size(total: int, context: ParallelContext, what: str) -> int:
+    """`total` divided by the tensor-parallel size. Raises ConfigError naming the nearest valid values of `what`."""
+    size = context.tensor_size
+    if total % size:
+        below = total // size * size
+        nearest = f"{below} or {below + size}" if below else f"{size}"
+        raise ConfigError(
+            f"{what}: {total} does not split over model_parallel_size={size}: each tensor-parallel rank holds an "
+            f"equal share. Nearest valid: {nearest}."
+        )
+    return total // size
+
+
+def new_parameter(
+    full_shape: tuple[int, ...],
+    initializer: Initializer,
+    context: ParallelContext,
+    *,
+    what: str,
+    shard_dim: int | None = None,
+    decays: bool = True,
+) -> nn.Parameter:
+    """This rank's share of a parameter, unset, on the default device. `what` names it in errors.
+
+    Raises ConfigError when `shard_dim` does not split evenly.
+    """
+    shape = list(full_shape)
+    if shard_dim is not None:
+        shape[shard_dim] = shard_size(full_shape[shard_dim], context, what)
+    parameter = nn.Parameter(torch.empty(shape))
+    sharded = shard_dim is not None and context.tensor_size > 1
+    parameter.__dict__.update(
+        spec=ParameterSpec(full_shape, shard_dim, initializer, decays),
+        # DeepSpeed counts an unmarked parameter's gradient norm on tensor rank 0 only; it reads both names.
+        model_parallel=sharded,
+        tensor_model_parallel=sharded,
+    )
+    return parameter
+
+
+def parameter_spec(parameter: nn.Parameter) -> ParameterSpec:
+    """The specification that `new_parameter` attached; it survives changes of dtype and device in place."""
+    return cast(ParameterSpec, parameter.__dict__["spec"])
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter: not to norms and biases."""
+    return parameter_spec(parameter).decays
+
+
+def initialize_parameters(named: Iterator[tuple[str, nn.Parameter]], seed: int, context: ParallelContext) -> None:
+    """Set parameters from their global names, so that every layout starts from the same full weights.
+
+    Each is drawn whole in float32 on the CPU from a generator of its own, seeded by (seed, global name); then this
+    rank's share is copied.
+    """
+    for name, parameter in named:
+        spec = parameter_spec(parameter)
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.empty(spec.full_shape, dtype=torch.float32, device="cpu")
+        with torch.no_grad():
+            spec.initializer(full, generator)
+            parameter.copy_(local_shard(full, spec.shard_dim, context))
+
+
+def local_shard(full: Tensor, shard_dim: int | None, context: ParallelContext) -> Tensor:
+    """This tensor-parallel rank's share of a whole tensor, as a view."""
+    if shard_dim is None:
+        return full
+    return full.tensor_split(context.tensor_size, dim=shard_dim)[context.tensor_rank]
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """Initializer of biases."""
+    tensor.zero_()
+
+
+def ones(tensor: Tensor, generator: torch.Generator) -> None:
+    """Initializer of norm scales."""
+    tensor.fill_(1.0)

@@ -1,0 +1,50 @@
+"""Small model configurations for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.model.causal_lm import VocabSize
+
+VOCAB = VocabSize(actual=61, padded=64)
+
+
+def tiny_tokenformer(*, tokens: ParamTokenConfig | None = None, **changes: Any) -> ModelConfig:
+    """Two layers of width 32 with unequal token counts, everything else as in the published configurations."""
+    published = {
+        "architecture": "tokenformer",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "seq_length": 16,
+        "max_position_embeddings": 16,
+        "param_tokens": tokens or ParamTokenConfig(qkv=24, proj=16, ffn=40),
+        "norm": "layernorm_nonparam",
+        "final_norm": "layernorm",
+        "pos_emb": "rotary",
+        "rotary_pct": 0.25,
+        "init_method": "normal",
+        "output_layer_init_method": "wang_init",
+    }
+    return ModelConfig(**{**published, **changes})
+
+
+def tiny_pythia(**changes: Any) -> ModelConfig:
+    """Two layers of width 32, everything else as in Pythia's configurations."""
+    published = {
+        "architecture": "gpt_neox",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "seq_length": 16,
+        "max_position_embeddings": 16,
+        "pos_emb": "rotary",
+        "rotary_pct": 0.25,
+        "activation": "gelu_tanh",
+        "parallel_residual": True,
+        "tie_embeddings": False,
+        "init_method": "small_init",
+        "output_layer_init_method": "wang_init",
+    }
+    return ModelConfig(**{**published, **changes})

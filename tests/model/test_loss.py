@@ -1,0 +1,61 @@
+"""The objective against torch's cross entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron.model.loss import CausalLMLoss
+from megatron.mpu.context import ParallelContext
+
+SINGLE = ParallelContext.single()
+
+
+def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(2, 5, 24, generator=generator, dtype=torch.float64)
+    labels = torch.randint(20, (2, 5), generator=generator)
+    mask = (torch.rand(2, 5, generator=generator) < 0.6).float()
+    return logits.to(dtype).requires_grad_(), labels, mask
+
+
+@pytest.mark.parametrize("num_valid", [None, 20])
+def test_masked_mean_cross_entropy_and_its_gradient(num_valid: int | None) -> None:
+    logits, labels, mask = batch()
+    loss = CausalLMLoss(num_valid, SINGLE)(logits, (labels, mask))
+    loss.backward()
+    reference = logits.detach().clone().requires_grad_()
+    counted = mask.bool()
+    want = F.cross_entropy(reference[counted][:, :num_valid], labels[counted])
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-13, atol=1e-13)
+
+
+def test_half_precision_logits_lose_nothing_further() -> None:
+    logits, labels, _ = batch(torch.bfloat16)
+    ones = torch.ones(labels.shape)
+    loss = CausalLMLoss(None, SINGLE)(logits, (labels, ones))
+    want = F.cross_entropy(logits.detach().float().flatten(0, 1), labels.flatten())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits, labels, mask = batch(torch.float32)
+    large = (logits * 1e6).detach().requires_grad_()
+    loss = CausalLMLoss(None, SINGLE)(large, (labels, mask))
+    loss.backward()
+    assert loss.isfinite()
+    assert large.grad.isfinite().all()
+
+
+def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient() -> None:
+    logits, labels, mask = batch()
+    loss = CausalLMLoss(None, SINGLE)(logits, (labels, torch.zeros_like(mask)))
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
