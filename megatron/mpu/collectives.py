@@ -40,21 +40,18 @@ def reduce(x: Tensor, context: ParallelContext) -> Tensor:
 
 def gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     """Split along `dim` to replicated, for consumers that differ by rank: the gradient is summed and scattered."""
-    on_dim = {"dim": dim % x.dim(), "context": context}
-    return _exchange(x, context, partial(_all_gather, **on_dim), partial(_sum_and_scatter, **on_dim))
+    return _exchange(x, context, _along(_all_gather, x, dim, context), _along(_sum_and_scatter, x, dim, context))
 
 
 def gather_output(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     """Split along `dim` to replicated, for consumers that are the same on every rank: each rank keeps its share of
     the gradient."""
-    on_dim = {"dim": dim % x.dim(), "context": context}
-    return _exchange(x, context, partial(_all_gather, **on_dim), partial(_own_share, **on_dim))
+    return _exchange(x, context, _along(_all_gather, x, dim, context), _along(_own_share, x, dim, context))
 
 
 def reduce_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     """Partial to split along `dim`; the gradient is gathered."""
-    on_dim = {"dim": dim % x.dim(), "context": context}
-    return _exchange(x, context, partial(_sum_and_scatter, **on_dim), partial(_all_gather, **on_dim))
+    return _exchange(x, context, _along(_sum_and_scatter, x, dim, context), _along(_all_gather, x, dim, context))
 
 
 def from_residual(x_BSD: Tensor, context: ParallelContext) -> Tensor:
@@ -104,6 +101,13 @@ def _same(x: Tensor) -> Tensor:
 
 
 Communication = Callable[[Tensor], Tensor]
+
+
+def _along(
+    function: Callable[[Tensor, int, ParallelContext], Tensor], x: Tensor, dim: int, context: ParallelContext
+) -> Communication:
+    axis = dim % x.dim()
+    return lambda y: function(y, axis, context)
 
 
 def _exchange(x: Tensor, context: ParallelContext, forward: Communication, backward: Communication) -> Tensor:

@@ -1,0 +1,142 @@
+"""Runs test functions on several gloo ranks, in pools of worker processes that live as long as the test session.
+
+A worker costs seconds to start and milliseconds to use. A pool whose function fails, dies or hangs is killed, since
+its ranks may be waiting for each other; the next call starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch.distributed as dist
+
+HOST = "127.0.0.1"
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died or did not answer in time; the message holds its traceback."""
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """Call `fn(*args)` on `world_size` ranks with an initialized gloo default group; the results, by rank.
+
+    `fn` is a module-level function of a test module; it, its arguments and its results are pickled. Workers run on
+    the CPU with one thread each and DeepSpeed's environment set (RANK, LOCAL_RANK, ...); they keep DeepSpeed from
+    compiling its shared-memory collectives. `timeout` is in seconds. Raises RankFailedError for the first rank that
+    fails.
+    """
+    if world_size not in _pools:
+        _pools[world_size] = _Pool(world_size)
+    try:
+        return _pools[world_size].call(fn, args, timeout)
+    except BaseException:
+        _pools.pop(world_size).kill()
+        raise
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        # The parent owns the rendezvous, on a port that the system picks, so no two pools can collide.
+        self.store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        spawn = multiprocessing.get_context("spawn")
+        self.connections: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        for rank in range(world_size):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_work, args=(theirs, rank, world_size, self.store.port), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        # Workers find the function by its module's name, on the path on which pytest found it.
+        task = pickle.dumps((fn, args))
+        for connection in self.connections:
+            connection.send((sys.path, task))
+        deadline = time.monotonic() + timeout
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        results: list[Any] = [None] * len(self.connections)
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RankFailedError(f"ranks {sorted(waiting.values())} did not finish in {timeout} s")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    failure, payload = connection.recv()
+                except EOFError:
+                    self.processes[rank].join(5)
+                    raise RankFailedError(f"rank {rank} died, exit code {self.processes[rank].exitcode}") from None
+                if failure:
+                    raise RankFailedError(f"rank {rank} failed:\n{failure}")
+                results[rank] = pickle.loads(payload)  # noqa: S301 - from our own worker
+        return results
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(10)
+        for connection in self.connections:
+            connection.close()
+
+    def close(self) -> None:
+        """Let the workers leave their group in order; kill those that do not."""
+        for connection in self.connections:
+            with contextlib.suppress(BrokenPipeError):
+                connection.send(None)
+        for process in self.processes:
+            process.join(10)
+        self.kill()
+
+
+def _work(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR=HOST,
+        MASTER_PORT=str(port),
+    )
+    import deepspeed.comm.torch
+    import torch
+
+    torch.set_num_threads(1)
+    # Its shared-memory collectives need a compiler and half a minute; gloo does without them.
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    store = dist.TCPStore(HOST, port, is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    while (message := connection.recv()) is not None:
+        try:
+            sys.path[:], task = message
+            fn, args = pickle.loads(task)  # noqa: S301 - from our own parent
+            reply = ("", pickle.dumps(fn(*args)))
+        except BaseException:  # noqa: BLE001 - whatever fails on a rank is told to the parent
+            reply = (traceback.format_exc(), b"")
+        connection.send(reply)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+_pools: dict[int, _Pool] = {}
+
+
+@atexit.register
+def _close_pools() -> None:
+    for pool in _pools.values():
+        pool.close()
