@@ -10,6 +10,13 @@ from rich.text import Text
 from megatron.monitor.backend import lost_on
 
 
+class _TrainingConsole(Console):
+    """rich's console, which would exit the process when the reader of its output goes away (`| head`)."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError("the reader of standard output is gone")
+
+
 class ConsoleWriter:
     """Prints a line for the training metrics of a record and one for each evaluation in it."""
 
@@ -17,7 +24,7 @@ class ConsoleWriter:
         """`total_iterations` is the length of the run [steps]; `console` defaults to standard output."""
         self._total = total_iterations
         # Lines stay whole (soft_wrap below): a log folded at 80 columns can be neither searched nor read.
-        self._console = console or Console(highlight=False)
+        self._console = console or _TrainingConsole(highlight=False)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         total = f"{self._total:,}"
@@ -31,11 +38,11 @@ class ConsoleWriter:
             parts = [part for part in parts if part[1]]
             if not parts:
                 continue
-            line = Text(step, style="dim")
+            line = Text().append(step, style="dim")
             if title:
                 line.append(f" | {title}", style="bold cyan")
             else:
-                line.append(f" | {iteration / self._total:4.0%}")
+                line.append(f" | {iteration / self._total:4.0%}", style="dim")
             for style, text in parts:
                 line.append(" | ", style="dim").append(text, style=style)
             with lost_on("standard output", (OSError,)):
@@ -45,13 +52,13 @@ class ConsoleWriter:
         """Nothing is held open."""
 
 
-def format_count(value: float) -> str:
-    """1,234,567 as 1.23M: three digits and a suffix."""
+def format_count(value: float, digits: int = 3) -> str:
+    """1,234,567 as 1.23M: `digits` digits and a suffix."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # 999,600 would round to 1000k.
-        if abs(value) >= limit * 0.9995:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
+        # Just below a limit, rounding would give 1000k, or 1e+03k.
+        if abs(value) >= limit * (1.0 - 0.5 * 10.0**-digits):
+            return f"{value / limit:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}"
 
 
 def format_duration(seconds: float) -> str:

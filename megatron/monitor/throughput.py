@@ -60,7 +60,7 @@ class Throughput:
         `tokens_per_step` counts the global batch [tokens], `flops_per_token` is what the model needs, forward and
         backward, without recomputation [FLOP], `peak_flops` is the sum over all devices [FLOP/s], None where unknown.
         """
-        self._tokens_per_step = tokens_per_step
+        self.tokens_per_step = tokens_per_step
         self._total_iterations = total_iterations
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
@@ -99,7 +99,7 @@ class Throughput:
         self._iteration, self._since = iteration, now
         self._paused_seconds, self._waited_seconds = 0.0, data_wait_seconds
 
-        tokens_per_second = steps * self._tokens_per_step / training
+        tokens_per_second = steps * self.tokens_per_step / training
         steps_left = max(self._total_iterations - iteration, 0)
         metrics = {
             "train/tokens_per_second": tokens_per_second,
