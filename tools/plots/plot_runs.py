@@ -1,0 +1,296 @@
+"""Draw the curves of one or many runs: loss, learning rate, gradient norm, throughput.
+
+    python tools/plots/plot_runs.py runs/demo --x tokens --output curves.png
+
+RUN is a run's folder or its metrics.jsonl. Several runs share the axes, a colour each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.errors import DataError, UserError
+from megatron.monitor.console import format_count
+from tools.plots.run_records import Run, load_runs, series
+
+OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
+# Okabe and Ito's palette, told apart by colour-blind readers; without its yellow, too pale for lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SPLITS = {"train": "training", "valid": "validation", "test": "test"}
+SPLIT_STYLES: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 1.2},
+    "valid": {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 6, "markeredgecolor": "white"},
+    "test": {"linestyle": "none", "marker": "*", "markersize": 14, "markeredgecolor": "white"},
+}
+REFERENCE_STYLE: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": (0, (1.5, 1.5))}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes."""
+
+    label: str
+    """Quantity and unit."""
+
+    metrics: tuple[str, ...]
+    """Keys of metrics.jsonl that share the axes."""
+
+    scale: float = 1.0
+    """Factor from the recorded to the drawn unit."""
+
+    format: Callable[[float], str] = "{:g}".format
+    """Tick labels."""
+
+    from_zero: bool = True
+    """Whether the axis starts at 0, so that heights compare."""
+
+    smoothed: bool = False
+    """Whether the moving average applies."""
+
+
+def format_power(value: float) -> str:
+    """0.0006 as 6e-4."""
+    if value == 0.0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def format_tick(value: float) -> str:
+    """417,500 as 417.5k: ticks need a digit more than numbers in text."""
+    return format_count(value, digits=4)
+
+
+PANELS = {
+    "loss": Panel(
+        "loss [nat/token]", ("train/lm_loss", "valid/lm_loss", "test/lm_loss"), from_zero=False, smoothed=True
+    ),
+    "perplexity": Panel("perplexity", ("valid/perplexity", "test/perplexity"), from_zero=False),
+    "learning_rate": Panel("learning rate", ("train/learning_rate",), format=format_power),
+    "grad_norm": Panel("gradient norm", ("train/grad_norm",), smoothed=True),
+    "throughput": Panel("tokens/s", ("train/tokens_per_second",), format=format_tick, smoothed=True),
+    "mfu": Panel("MFU [%]", ("train/mfu",), scale=100.0, smoothed=True),
+    "data_wait": Panel("waiting for data [%]", ("train/data_wait_share",), scale=100.0, smoothed=True),
+    "memory": Panel("peak memory [GiB]", ("train/memory_gib",)),
+}
+DEFAULT_PANELS = ("loss", "learning_rate", "grad_norm", "throughput")
+
+X_AXES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "steps": ("optimizer steps", lambda value: f"{value:,.0f}"),
+    "tokens": ("training tokens", format_tick),
+    "flops": ("training compute [FLOP]", format_power),
+}
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over `window` values around each, fewer towards the ends; NaN is left out, and stays NaN itself.
+
+    Symmetric, so that a falling curve is not drawn too late.
+    """
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    index = np.arange(len(values))
+    reach = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
+    low, high = index - reach, index + reach + 1
+    means = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
+    return np.where(known, means, math.nan)
+
+
+def draw(
+    runs: Sequence[Run],
+    *,
+    x: str = "steps",
+    metrics: Sequence[str] | None = None,
+    smooth: int = 1,
+    log_x: bool = False,
+    references: Sequence[tuple[float, str]] = (),
+) -> Figure:
+    """A column of panels over a shared horizontal axis, the first one taller.
+
+    `metrics` are names in PANELS; None draws the usual ones that were recorded. `smooth` is the window of the moving
+    average of training metrics [rows], drawn over the pale raw curve. `references` are labelled levels in the loss
+    panel [nat]. Raises DataError where a requested metric is in no run, or `x` cannot be computed.
+    """
+    panels = _chosen_panels(runs, metrics)
+    if references and PANELS["loss"] not in panels:
+        raise DataError("--reference is a level of the loss, which is not among the metrics drawn.")
+    heights = [2.2 if index == 0 and len(panels) > 1 else 1.0 for index in range(len(panels))]
+    figure = Figure(figsize=(9.0, 1.2 + 1.7 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, panel in zip(axes, panels, strict=True):
+        for index, run in enumerate(runs):
+            for metric in panel.metrics:
+                curve = series(run, metric, x)
+                _draw_curve(ax, curve, panel, metric, colour=_colour(runs, index, metric), window=smooth)
+        _dress(ax, panel)
+        if panel is PANELS["loss"]:
+            for value, name in references:
+                ax.axhline(value, label=f"{name}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
+    label, format_x = X_AXES[x]
+    axes[-1].set_xlabel(label)
+    if log_x:
+        axes[-1].set_xscale("log")
+    else:
+        axes[-1].set_xlim(left=0.0)
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_x(value)))
+    _name_runs(figure, runs)
+    _name_lines(axes, runs, panels)
+    return figure
+
+
+def _colour(runs: Sequence[Run], index: int, metric: str) -> str:
+    """Runs differ by colour, and their splits by line style; a single run has its colours for the splits."""
+    position = list(SPLITS).index(_split(metric)) if len(runs) == 1 else index
+    return COLOURS[position % len(COLOURS)]
+
+
+def _split(metric: str) -> str:
+    return metric.partition("/")[0]
+
+
+def _chosen_panels(runs: Sequence[Run], metrics: Sequence[str] | None) -> list[Panel]:
+    recorded = {key for run in runs for record in run.records for key in record}
+    available = [name for name, panel in PANELS.items() if recorded.intersection(panel.metrics)]
+    if metrics is None:
+        return [PANELS[name] for name in DEFAULT_PANELS if name in available]
+    for name in metrics:
+        if name not in available:
+            raise DataError(f"metric {name!r} is in none of the runs. Recorded: {', '.join(available)}.")
+    return [PANELS[name] for name in metrics]
+
+
+def _draw_curve(
+    ax: Axes, curve: tuple[np.ndarray, np.ndarray], panel: Panel, metric: str, *, colour: str, window: int
+) -> None:
+    x, y = curve[0], curve[1] * panel.scale
+    style = SPLIT_STYLES[_split(metric)]
+    if _split(metric) != "train":
+        ax.plot(x, y, gid=metric, color=colour, zorder=3, **style)
+        return
+    if panel.smoothed and window > 1:
+        ax.plot(x, y, gid=f"{metric} raw", color=colour, linewidth=0.8, alpha=0.25)
+        y = moving_average(y, window)
+    # A handful of points, or a point between gaps, would not show as a line.
+    ax.plot(x, y, gid=metric, color=colour, marker="." if len(x) < 30 else "", **style)
+
+
+def _dress(ax: Axes, panel: Panel) -> None:
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
+    values = values[np.isfinite(values)]
+    # A few spikes would press everything else to the floor.
+    if values.size and values.min() > 0.0 and values.max() > 50.0 * np.median(values):
+        ax.set_yscale("log")
+    elif panel.from_zero:
+        ax.set_ylim(0.0, values.max(initial=0.0) * 1.1 or None)
+    ax.set_ylabel(panel.label)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.format(value)))
+    ax.grid(color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _name_runs(figure: Figure, runs: Sequence[Run]) -> None:
+    """The title of a single run; for several, a legend of their colours over all panels."""
+    names = [f"{run.name}, {format_count(run.parameters)} parameters" if run.parameters else run.name for run in runs]
+    if len(runs) == 1:
+        figure.suptitle(names[0])
+        return
+    entries = [
+        Line2D([], [], color=COLOURS[index % len(COLOURS)], linewidth=2.5, label=name)
+        for index, name in enumerate(names)
+    ]
+    # About a hundred letters fit on a row, of which each entry's line takes eight.
+    columns = max(1, 100 // (max(map(len, names)) + 8))
+    figure.legend(handles=entries, loc="outside upper center", ncols=min(len(entries), columns), frameon=False)
+
+
+def _name_lines(axes: Sequence[Axes], runs: Sequence[Run], panels: Sequence[Panel]) -> None:
+    """A legend above the first panel that needs one: training, validation and test, and reference levels."""
+    for ax, panel in zip(axes, panels, strict=True):
+        recorded = {key for run in runs for record in run.records for key in record}
+        drawn = [metric for metric in panel.metrics if metric in recorded]
+        entries = [
+            Line2D(
+                [],
+                [],
+                color=_colour(runs, 0, metric) if len(runs) == 1 else "0.35",
+                label=SPLITS[_split(metric)],
+                **SPLIT_STYLES[_split(metric)],
+            )
+            for metric in drawn
+        ]
+        entries += [line for line in ax.lines if str(line.get_gid()).startswith("reference")]
+        if len(entries) > 1:
+            ax.legend(handles=entries, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, frameon=False)
+            return
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw the curves of one or many runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help=".png, .pdf or .svg to write")
+    parser.add_argument("--metrics", nargs="+", choices=PANELS, help=f"panels (default: {' '.join(DEFAULT_PANELS)})")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="moving average over N rows")
+    parser.add_argument("--log-x", action="store_true", help="logarithmic horizontal axis")
+    parser.add_argument(
+        "--reference",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("VALUE", "LABEL"),
+        help="a labelled level in the loss panel [nat]; may be given several times",
+    )
+    args = parser.parse_args(argv)
+    if args.smooth < 1:
+        parser.error("--smooth: a window is at least 1 row")
+    if args.output.suffix not in OUTPUT_SUFFIXES:
+        parser.error(f"--output {args.output}: the name must end in {', '.join(OUTPUT_SUFFIXES)}")
+    try:
+        args.reference = [(float(value), label) for value, label in args.reference]
+    except ValueError as error:
+        parser.error(f"--reference: {error}; give the level first, then its label")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw, and say where the picture is. Returns the exit code."""
+    args = parse_args(argv)
+    try:
+        figure = draw(
+            load_runs(args.runs),
+            x=args.x,
+            metrics=args.metrics,
+            smooth=args.smooth,
+            log_x=args.log_x,
+            references=args.reference,
+        )
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.output, dpi=150)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {args.output}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
+    print(f"{args.output}: {len(args.runs)} run(s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Read what runs have recorded, as series to draw."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.errors import DataError
+from megatron.monitor.jsonl import METRICS_FILE, read_records
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's record."""
+
+    name: str
+    records: list[dict[str, Any]]
+    """Rows of metrics.jsonl, by rising iteration."""
+
+    parameters: int | None
+    """Size of the model, from run.json; None where there is none."""
+
+    flops_per_token: float | None
+    """Forward and backward [FLOP], from run.json; None where there is none."""
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read several runs; those that share a name get their path added to it."""
+    runs = [load_run(path) for path in paths]
+    times = Counter(run.name for run in runs)
+    return [
+        replace(run, name=f"{run.name} ({path})") if times[run.name] > 1 else run
+        for run, path in zip(runs, paths, strict=True)
+    ]
+
+
+def load_run(path: Path) -> Run:
+    """Read a run from its folder or metrics.jsonl. Raises DataError where there is none, or no rows in it."""
+    file = path / METRICS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"{path}: no {METRICS_FILE} here. Give a run's folder (log_dir, or save) or the file itself.")
+    records = sorted(read_records(file), key=lambda record: record["iteration"])
+    if not records:
+        raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
+    description = _read_description(file.with_name("run.json"))
+    name = description.get("name") or file.resolve().parent.name
+    return Run(str(name), records, description.get("parameters"), description.get("flops_per_token"))
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not JSON ({error}). Training writes this file; remove it if it is not yours."
+        ) from error
+    return description if isinstance(description, dict) else {}
+
+
+def positions(run: Run, records: Sequence[dict[str, Any]], x: str) -> np.ndarray:
+    """Where `records` lie on the horizontal axis `x` (steps, tokens or flops), one number each."""
+    if x == "steps":
+        return np.array([record["iteration"] for record in records], dtype=float)
+    if any("consumed_tokens" not in record for record in records):
+        raise DataError(f"{run.name}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
+    tokens = np.array([record["consumed_tokens"] for record in records], dtype=float)
+    if x == "tokens":
+        return tokens
+    if not run.flops_per_token:
+        raise DataError(f"{run.name}: no flops_per_token in run.json beside {METRICS_FILE}, which --x flops needs.")
+    return tokens * run.flops_per_token
+
+
+def series(run: Run, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and values of `metric` where it was measured; NaN where what was measured was not finite."""
+    records = [record for record in run.records if metric in record]
+    values = [math.nan if record[metric] is None else record[metric] for record in records]
+    return positions(run, records, x), np.array(values, dtype=float)
