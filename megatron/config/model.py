@@ -72,6 +72,9 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt
     """Longest sequence that the model is meant for [tokens]; at least seq_length."""
 
+    pos_emb: PositionEmbedding
+    """Position encoding."""
+
     param_tokens: ParamTokenConfig | None = None
     """Parameter tokens; required for tokenformer, absent otherwise."""
 
@@ -89,9 +92,6 @@ class ModelConfig(Section):
 
     activation: Activation = "gelu"
     """MLP activation (gpt_neox): exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it."""
-
-    pos_emb: PositionEmbedding = "rotary"
-    """Position encoding."""
 
     rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each head's dimensions that is rotated."""

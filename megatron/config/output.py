@@ -31,11 +31,18 @@ class CheckpointConfig(Section):
     keep_last_n_checkpoints: PositiveInt | None = None
     """Checkpoints kept; None keeps all."""
 
+    auto_resume: bool = False
+    """Continue from the newest checkpoint in `save` when there is one; otherwise start from `load`, or fresh."""
+
     iteration: NonNegativeInt | None = None
     """Step of the checkpoint to load; None means the newest complete one."""
 
     finetune: bool = False
     """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""
+
+    pretrain_partial_init: str | None = None
+    """Checkpoint folder of a TokenFormer with fewer parameter tokens, as the published growth runs start from: its
+    tokens fill the first rows, the other rows keep their initial values, and everything else is copied."""
 
     no_load_optim: bool = False
     """Load everything but the optimizer state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from megatron.config.section import Section
 
@@ -21,9 +21,6 @@ class ZeroConfig(Section):
     reduce_bucket_size: PositiveInt = 500_000_000
     """Elements reduced at a time [elements]."""
 
-    overlap_comm: bool = False
-    """Reduce gradients while the backward pass goes on."""
-
 
 class ParallelConfig(Section):
     """Sizes of the tensor- and pipeline-parallel groups; the data-parallel size is what remains of the ranks."""
@@ -31,10 +28,10 @@ class ParallelConfig(Section):
     model_parallel_size: PositiveInt = 1
     """Tensor-parallel ranks."""
 
-    pipe_parallel_size: NonNegativeInt = 1
-    """Pipeline stages; 0 means 1."""
+    pipe_parallel_size: PositiveInt = 1
+    """Pipeline stages."""
 
-    pipe_partition_method: str = "type:transformer"
+    pipe_partition_method: str = Field(default="type:transformer|mlp", pattern=r"^(uniform|parameters|type:.+)$")
     """How layers are spread over stages: `uniform`, `parameters`, or `type:REGEX` of layer class names."""
 
     sequence_parallel: bool = False

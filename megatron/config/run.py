@@ -23,3 +23,8 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
     generation: GenerationConfig = GenerationConfig()
+
+
+def config_text(run: RunConfig) -> str:
+    """JSON of the resolved configuration; `RunConfig.model_validate_json` reads it back."""
+    return run.model_dump_json(indent=2)

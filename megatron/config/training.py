@@ -48,7 +48,7 @@ class PrecisionConfig(Section):
     hysteresis: PositiveInt = 2
     """fp16 only: overflows before the scale halves."""
 
-    min_loss_scale: PositiveFloat = 1.0
+    min_loss_scale: PositiveInt = 1
     """fp16 only: smallest dynamic scale."""
 
 

@@ -1,0 +1,85 @@
+"""The command line that deepy.py, train.py and generate.py share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.effective import effective_text, summary
+from megatron.config.load import LoadedConfig, load_config
+from megatron.config.sources import OVERRIDE
+
+SUFFIXES = (".yml", ".yaml", ".json")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for."""
+
+    files: tuple[Path, ...]
+    overrides: tuple[str, ...] = ()
+    check: bool = False
+    """Validate and stop."""
+    world_size: int | None = None
+    """Ranks to validate the batch for."""
+    print_effective_config: bool = False
+    """Show the effective configuration and stop."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether validating the configuration was all that was asked for."""
+        return self.check or self.print_effective_config
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Parse `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]`.
+
+    As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. Exits with code 2 and a usage
+    line when the arguments make no sense.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("-d", "--conf_dir", "--conf-dir", type=Path, default=Path(), help="folder of the YAML files")
+    parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
+    parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
+    parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
+    parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
+    options = parser.parse_intermixed_args(argv)
+    overrides = [word for word in options.words if OVERRIDE.fullmatch(word)]
+    files = [options.conf_dir / _with_suffix(word) for word in options.words if word not in overrides]
+    if not files:
+        parser.error("at least one YAML file is needed")
+    return CommandLine(
+        tuple(files), tuple(overrides), options.check, options.world_size, options.print_effective_config
+    )
+
+
+def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
+    """Load the configuration that a command line names, and print what `--check` and `--print-effective-config` ask.
+
+    Raises ConfigError for what is wrong with it, also with its batch on `--world-size` ranks.
+    """
+    command = parse_command_line(argv)
+    loaded = load_config(command.files, command.overrides)
+    if command.world_size is not None:
+        loaded.batch(command.world_size)
+    if command.print_effective_config:
+        print(effective_text(loaded, command.world_size))
+    elif command.check:
+        print("\n".join(["the configuration is valid", *summary(loaded, command.world_size)]))
+    if command.answered:
+        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+    return command, loaded
+
+
+def _ranks(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("expected at least 1 rank")
+    return count
+
+
+def _with_suffix(name: str) -> str:
+    return name if name.endswith(SUFFIXES) else f"{name}.yml"

@@ -1,0 +1,105 @@
+"""Keys that decide what a run leaves behind and shows: checkpoints, logs, monitoring, generated text."""
+
+from __future__ import annotations
+
+from megatron.config.json_schema import ANYTHING, BOOL, DICTIONARY, LIST, TEXT, WHOLE
+from megatron.config.neox_keys.entries import Entry, Inert, MapsTo, Rejected, absent_flag
+
+_COMET = "only read with use_comet: true, which is refused"
+_NOISE_SCALE = "only read with log_gradient_noise_scale: true, which is refused"
+_PROFILE = "only read with profile: true, which is refused"
+_DEEPSPEED_MONITOR = "DeepSpeed's own monitors are not used"
+
+CHECKPOINT_KEYS: dict[str, Entry] = {
+    "save": MapsTo("checkpoint.save"),
+    "load": MapsTo("checkpoint.load", difference="must hold a checkpoint; NeoX starts from step 0 when it does not"),
+    "auto_resume": MapsTo("checkpoint.auto_resume", difference="not a NeoX key; there, load equal to save"),
+    "checkpoint_factor": MapsTo("checkpoint.checkpoint_factor"),
+    "save_interval": MapsTo("checkpoint.checkpoint_factor", difference="NeoX's old name of checkpoint_factor"),
+    "checkpoint_scale": MapsTo("checkpoint.checkpoint_scale"),
+    "extra_save_iters": MapsTo("checkpoint.extra_save_iters"),
+    "save_iters": Rejected("NeoX computes it", "use extra_save_iters", accepts=LIST),
+    "keep_last_n_checkpoints": MapsTo("checkpoint.keep_last_n_checkpoints"),
+    "iteration": MapsTo("checkpoint.iteration"),
+    "finetune": MapsTo("checkpoint.finetune"),
+    "no_load_optim": MapsTo("checkpoint.no_load_optim"),
+    "no_load_rng": MapsTo("checkpoint.no_load_rng"),
+    "no_save_optim": absent_flag("a checkpoint is always complete, so that a run can go on from it"),
+    "no_save_rng": absent_flag("a checkpoint is always complete, so that a run can go on from it"),
+    "pretrain_partial_init": MapsTo("checkpoint.pretrain_partial_init", difference="TokenFormer release"),
+    "load_module_strict": Rejected("every tensor of a checkpoint must fit", harmless=(True,), accepts=BOOL),
+    "checkpoint_validation_with_forward_pass": absent_flag("files are checked by size and hash instead"),
+    "checkpoint": Rejected("DeepSpeed's checkpoint options are set by this project"),
+    "s3_path": Rejected("checkpoints are written to a file system"),
+    "s3_chunk_size": Inert(WHOLE, "only read with s3_path, which is refused"),
+    "eval_ckpt": Inert(TEXT, "only the TokenFormer release's eval.py reads it", warn=True),
+    "adlr_autoresume": Inert(
+        BOOL, "NeoX resumes through a library of NVIDIA's clusters; auto_resume: true does it here", warn=True
+    ),
+    "adlr_autoresume_interval": Inert(WHOLE, "only read with adlr_autoresume"),
+}
+
+MONITOR_KEYS: dict[str, Entry] = {
+    "log_interval": MapsTo("monitor.log_interval"),
+    "log_dir": MapsTo("monitor.log_dir", difference="the folder of metrics.jsonl; NeoX copies its output there"),
+    "tensorboard_dir": MapsTo("monitor.tensorboard_dir"),
+    "use_wandb": MapsTo("monitor.wandb.enabled"),
+    "wandb_project": MapsTo("monitor.wandb.project"),
+    "wandb_group": MapsTo("monitor.wandb.group", difference="taken as it is; NeoX appends a random suffix"),
+    "wandb_team": MapsTo("monitor.wandb.team"),
+    "wandb_host": MapsTo("monitor.wandb.host", difference="NeoX's default is https://api.wandb.ai"),
+    "wandb_run_name": MapsTo("monitor.wandb.run_name"),
+    "wandb_init_all_ranks": absent_flag("one rank records the run"),
+    "use_comet": absent_flag("Comet is not supported", "use tensorboard_dir or use_wandb"),
+    "comet_experiment": Inert(ANYTHING, _COMET),
+    "comet_experiment_name": Inert(TEXT, _COMET),
+    "comet_others": Inert(DICTIONARY, _COMET),
+    "comet_project": Inert(TEXT, _COMET),
+    "comet_tags": Inert(LIST, _COMET),
+    "comet_workspace": Inert(TEXT, _COMET),
+    "tensorboard": Rejected(_DEEPSPEED_MONITOR, "use tensorboard_dir", accepts=DICTIONARY),
+    "wandb": Rejected(_DEEPSPEED_MONITOR, "use use_wandb", accepts=DICTIONARY),
+    "csv_monitor": Rejected(_DEEPSPEED_MONITOR, "read metrics.jsonl in log_dir", accepts=DICTIONARY),
+    "steps_per_print": Inert(WHOLE, "DeepSpeed's own progress lines are off; log_interval decides"),
+    "wall_clock_breakdown": Inert(BOOL, "only prints DeepSpeed's timers, and slows the run to do so"),
+    "log_grad_norm": Inert(BOOL, "the gradient norm is always recorded"),
+    "log_param_norm": absent_flag("parameter norms are not recorded"),
+    "log_grad_pct_zeros": absent_flag("shares of zero gradients are not recorded"),
+    "log_optimizer_states": absent_flag("optimizer states are not recorded"),
+    "log_gradient_noise_scale": absent_flag("the gradient noise scale is not measured"),
+    "gradient_noise_scale_n_batches": Inert(WHOLE, _NOISE_SCALE),
+    "gradient_noise_scale_cpu_offload": Inert(BOOL, _NOISE_SCALE),
+    "memory_profiling": absent_flag("no memory trace is written", "see peak memory in metrics.jsonl"),
+    "memory_profiling_path": Inert(TEXT, "only read with memory_profiling: true, which is refused"),
+    "profile": absent_flag("no profile is written"),
+    "profile_step_start": Inert(WHOLE, _PROFILE),
+    "profile_step_stop": Inert(WHOLE, _PROFILE),
+    "peak_theoretical_tflops": Rejected("utilization is only reported for devices whose peak is known"),
+    "git_hash": Inert(TEXT, "the commit is found out by the run itself"),
+    "dump_state": absent_flag("DeepSpeed's state is not dumped", "use --print-effective-config"),
+    "flops_profiler": Rejected("DeepSpeed's profiler is not used", accepts=DICTIONARY),
+    "comms_logger": Rejected("DeepSpeed's communication logger is not used", accepts=DICTIONARY),
+}
+
+GENERATION_KEYS: dict[str, Entry] = {
+    "text_gen_type": MapsTo("generation.text_gen_type"),
+    "temperature": MapsTo("generation.temperature"),
+    "top_k": MapsTo("generation.top_k"),
+    "top_p": MapsTo("generation.top_p"),
+    "maximum_tokens": MapsTo("generation.maximum_tokens"),
+    "num_samples": MapsTo("generation.num_samples"),
+    "sample_input_file": MapsTo("generation.sample_input_file"),
+    "sample_output_file": MapsTo(
+        "generation.sample_output_file", difference="nothing is written when unset; NeoX's default is samples.txt"
+    ),
+    "prompt_end": Rejected("a prompt ends with its line", harmless=("\n",), accepts=TEXT),
+    "recompute": Inert(BOOL, "chooses whether earlier keys and values are cached; the text is the same"),
+    "return_logits": absent_flag("generated samples hold no logits"),
+    "precompute_model_name": Rejected("activations are not precomputed"),
+    "eval_tasks": Rejected("evaluation harness tasks are not implemented yet", accepts=LIST),
+    "eval_results_prefix": Inert(TEXT, "only read with eval_tasks, which is refused"),
+    "serve_model_weights": absent_flag("weights are not served over the network"),
+    "weight_server_port": Inert(ANYTHING, "only read with serve_model_weights: true, which is refused"),
+}
+
+OUTPUT_KEYS: dict[str, Entry] = CHECKPOINT_KEYS | MONITOR_KEYS | GENERATION_KEYS
