@@ -73,10 +73,10 @@ class _IndexFiles:
 
     def __init__(self, stem: Path) -> None:
         self.stem = stem
-        self.lock = self._path("lock", ".lock")
+        self.lock = stem.with_name(f"{stem.name}.lock")
 
-    def _path(self, part: str, suffix: str = ".npy") -> Path:
-        return self.stem.with_name(f"{self.stem.name}_{part}{suffix}")
+    def _path(self, part: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}_{part}.npy")
 
     def save(self, index: SampleIndex) -> None:
         for part, array in vars(index).items():

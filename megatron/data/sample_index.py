@@ -16,7 +16,7 @@ from megatron.errors import DataError
 
 _INT32_MAX = np.iinfo(np.int32).max
 _UINT32_MAX = np.iinfo(np.uint32).max
-_CHUNK = 1 << 22  # documents or samples handled at a time; bounds what is held beside the result
+_CHUNK = 1 << 18  # documents or samples handled at a time; bounds what is held beside the result
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,19 @@ def build_sample_index(
             f"{seq_length + 1:,}."
         )
     generator = np.random.RandomState(seed)
-    doc_idx = _shuffled_documents(documents, num_epochs, generator)
-    sample_idx = _cut_samples(sizes, doc_idx, num_built, seq_length)
-    dtype: type[np.integer] = np.uint32 if num_built < _UINT32_MAX - 1 else np.int64
-    shuffle_idx = np.arange(num_built, dtype=dtype)
-    generator.shuffle(shuffle_idx)
-    return SampleIndex(doc_idx, sample_idx, shuffle_idx)
-
-
-def _shuffled_documents(documents: range, num_epochs: int, generator: np.random.RandomState) -> npt.NDArray[np.integer]:
-    dtype: type[np.integer] = np.int32 if documents.stop <= _INT32_MAX else np.int64
-    doc_idx = np.tile(np.arange(documents.start, documents.stop, dtype=dtype), num_epochs)
+    doc_idx = _repeated(documents, num_epochs)
     generator.shuffle(doc_idx)
-    return doc_idx
+    sample_type: type[np.integer] = np.uint32 if num_built < _UINT32_MAX - 1 else np.int64
+    shuffle_idx = np.arange(num_built, dtype=sample_type)
+    generator.shuffle(shuffle_idx)
+    return SampleIndex(doc_idx, _cut_samples(sizes, doc_idx, num_built, seq_length), shuffle_idx)
+
+
+def _repeated(documents: range, num_epochs: int) -> npt.NDArray[np.integer]:
+    dtype: type[np.integer] = np.int32 if documents.stop <= _INT32_MAX else np.int64
+    doc_idx = np.empty((num_epochs, len(documents)), dtype=dtype)
+    doc_idx[:] = np.arange(documents.start, documents.stop, dtype=dtype)
+    return doc_idx.reshape(-1)
 
 
 def _cut_samples(

@@ -1,0 +1,161 @@
+"""Training, validation and test datasets from the configuration, with NeoX's splits and sample counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from megatron.config.data import DataConfig
+from megatron.config.training import TrainingConfig
+from megatron.data.blendable_dataset import BlendableDataset
+from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.index_cache import cached_sample_index
+from megatron.data.indexed_dataset import IndexedDataset, data_file
+from megatron.data.sample_index import num_tokens_in
+from megatron.errors import ConfigError, DataError
+
+# What NeoX asks of each part of a blend beyond its share, against uneven interleaving.
+_BLEND_RESERVE = 1.005
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """Samples that the indices are built for. They decide the number of epochs that are shuffled together, so a run
+    that resumes must keep them."""
+
+    train: int
+    valid: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """None where a dataset is not configured or no sample of it is needed."""
+
+    train: GPTDataset | BlendableDataset
+    valid: GPTDataset | BlendableDataset | None
+    test: GPTDataset | BlendableDataset | None
+
+
+def sample_counts(training: TrainingConfig, global_batch_size: int) -> SampleCounts:
+    """What a run needs: all training steps, every validation with one more at the end, one test."""
+    validations = training.train_iters // training.eval_interval + 1
+    return SampleCounts(
+        train=training.train_iters * global_batch_size,
+        valid=validations * training.eval_iters * global_batch_size,
+        test=training.eval_iters * global_batch_size,
+    )
+
+
+def build_datasets(data: DataConfig, counts: SampleCounts, *, seq_length: int, seed: int, vocab_size: int) -> Datasets:
+    """Datasets that serve `counts` samples of `seq_length` + 1 tokens.
+
+    With `data_path`, contiguous ranges of its documents; otherwise a blend of each list of paths. `vocab_size` is the
+    padded vocabulary, above which a token id is an error. Raises ConfigError when no training data is configured, and
+    DataError when a dataset is missing, damaged or too small.
+    """
+    reader = _SampleReader(data.index_cache_dir, seq_length, seed, vocab_size)
+    if data.data_path is not None:
+        return _split_datasets(data.data_path, data.split, counts, reader)
+    if data.train_data_paths is None:
+        raise ConfigError("data_path: no training data. Give data_path, or train_data_paths and valid_data_paths.")
+    return Datasets(
+        train=_blend("train", data.train_data_paths, data.train_data_weights, counts.train, reader),
+        valid=_optional_blend("valid", data.valid_data_paths, data.valid_data_weights, counts.valid, reader),
+        test=_optional_blend("test", data.test_data_paths, data.test_data_weights, counts.test, reader),
+    )
+
+
+@dataclass(frozen=True)
+class _SampleReader:
+    """Makes GPTDatasets that differ in their documents and number of samples only."""
+
+    index_cache_dir: str | None
+    seq_length: int
+    seed: int
+    vocab_size: int
+
+    def dataset(self, indexed: IndexedDataset, documents: range, num_samples: int, key: str, remedy: str) -> GPTDataset:
+        """Raises DataError, naming the configuration key, when the documents hold less than one sample."""
+        num_tokens = num_tokens_in(indexed.sizes, documents)
+        if num_tokens <= self.seq_length:
+            raise DataError(
+                f"{key}: too small. {len(documents):,} documents of {data_file(indexed.prefix)} hold {num_tokens:,} "
+                f"tokens; one sample needs {self.seq_length + 1:,} (seq_length + 1). {remedy}"
+            )
+        if self.index_cache_dir is None:
+            folder = indexed.prefix.with_name(indexed.prefix.name + "_index_cache")
+        else:
+            folder = Path(self.index_cache_dir)
+        index = cached_sample_index(
+            indexed.sizes,
+            documents,
+            num_samples,
+            self.seq_length,
+            self.seed,
+            folder=folder,
+            name=indexed.prefix.name,
+        )
+        return GPTDataset(indexed, index, self.vocab_size)
+
+
+def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _SampleReader) -> Datasets:
+    indexed = IndexedDataset(Path(data_path))
+    shares = split_shares(split)
+    ranges = split_documents(shares, len(indexed))
+    remedy = "Give it a larger share in `split`, more documents, or a smaller seq_length"
+
+    def part(position: int, name: str, num_samples: int, way_out: str) -> GPTDataset:
+        key = f"split: {split!r}, {name}"
+        return reader.dataset(indexed, ranges[position], num_samples, key, remedy + way_out)
+
+    unused = "; or do without it: give it a share of 0."
+    return Datasets(
+        train=part(0, "training", counts.train, "."),
+        valid=part(1, "validation", counts.valid, unused) if counts.valid and shares[1] else None,
+        test=part(2, "test", counts.test, unused) if counts.test and shares[2] else None,
+    )
+
+
+def split_shares(split: str) -> list[float]:
+    """The three shares of NeoX's `split`, such as "969, 30, 1" or "9/1"; missing ones are 0, and they sum to 1."""
+    numbers = [float(share) for share in split.split("," if "," in split else "/")]
+    numbers += [0.0] * (3 - len(numbers))
+    total = sum(numbers)
+    return [number / total for number in numbers]
+
+
+def split_documents(shares: Sequence[float], num_documents: int) -> list[range]:
+    """Contiguous document ranges of the shares. NeoX's rounding: the error is taken from every boundary but the first.
+
+    A range may come out empty, and on very few documents the training range absorbs the error.
+    """
+    boundaries = [0]
+    for share in shares:
+        boundaries.append(boundaries[-1] + round(share * float(num_documents)))
+    error = boundaries[-1] - num_documents
+    return [range(start, stop) for start, stop in pairwise([0, *(boundary - error for boundary in boundaries[1:])])]
+
+
+def _optional_blend(
+    part: str, paths: list[str] | None, weights: list[float] | None, num_samples: int, reader: _SampleReader
+) -> BlendableDataset | None:
+    return _blend(part, paths, weights, num_samples, reader) if paths is not None and num_samples else None
+
+
+def _blend(
+    part: str, paths: list[str], weights: list[float] | None, num_samples: int, reader: _SampleReader
+) -> BlendableDataset:
+    raw = weights or [1.0] * len(paths)
+    total = sum(raw)
+    shares = [weight / total for weight in raw]
+    remedy = f"Leave it out of {part}_data_paths, or choose a smaller seq_length."
+    datasets = []
+    for path, share in zip(paths, shares, strict=True):
+        indexed = IndexedDataset(Path(path))
+        needed = math.ceil(num_samples * share * _BLEND_RESERVE)
+        datasets.append(reader.dataset(indexed, range(len(indexed)), needed, f"{part}_data_paths: {path}", remedy))
+    return BlendableDataset(datasets, shares)
