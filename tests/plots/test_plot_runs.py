@@ -99,6 +99,12 @@ def test_horizontal_axes(run: Path, x: str, per_step: float, label: str, tick: t
     assert bottom.xaxis.get_major_formatter()(tick[0]) == tick[1]
 
 
+def test_an_evaluation_in_a_row_of_its_own_is_placed_by_its_step(tmp_path: Path) -> None:
+    rows = [_record(10), {"iteration": 10, "test/lm_loss": 2.5}]
+    figure = draw([load_run(_make_run(tmp_path / "tested", rows))], x="tokens")
+    assert _curve(figure.axes[0], "test/lm_loss") == ([10 * TOKENS_PER_STEP], [2.5])
+
+
 def test_runs_differ_by_colour_and_share_one_legend(run: Path, tmp_path: Path) -> None:
     faster = _make_run(tmp_path / "faster", [_record(step, rate=2.0) for step in range(5, 60, 5)])
     figure = draw(load_runs([run, faster / "metrics.jsonl"]), metrics=["loss", "perplexity"])

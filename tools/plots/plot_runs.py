@@ -131,7 +131,7 @@ def draw(
         raise DataError("--reference is a level of the loss, which is not among the metrics drawn.")
     heights = [2.2 if index == 0 and len(panels) > 1 else 1.0 for index in range(len(panels))]
     figure = Figure(figsize=(9.0, 1.2 + 1.7 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     for ax, panel in zip(axes, panels, strict=True):
         for index, run in enumerate(runs):
             for metric in panel.metrics:

@@ -49,6 +49,12 @@ def load_run(path: Path) -> Run:
     records = sorted(read_records(file), key=lambda record: record["iteration"])
     if not records:
         raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
+    # An evaluation may have a row of its own, whose token count stands in the training row of the same step.
+    tokens = {record["iteration"]: record["consumed_tokens"] for record in records if "consumed_tokens" in record}
+    records = [
+        {"consumed_tokens": tokens[record["iteration"]]} | record if record["iteration"] in tokens else record
+        for record in records
+    ]
     description = _read_description(file.with_name("run.json"))
     name = description.get("name") or file.resolve().parent.name
     return Run(str(name), records, description.get("parameters"), description.get("flops_per_token"))
