@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from megatron.errors import DataError
+from megatron.errors import DataError, UserError
 from tools.plots.plot_runs import COLOURS, draw, format_power, main, moving_average
 from tools.plots.run_records import load_run, load_runs
 
@@ -214,7 +215,6 @@ def test_the_command_writes_a_picture(run: Path, tmp_path: Path) -> None:
 def test_bad_input_is_a_clear_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     message: str,
 ) -> None:
@@ -225,8 +225,8 @@ def test_bad_input_is_a_clear_error(
     (tmp_path / "foreign" / "metrics.jsonl").write_text("step,loss\n1,2\n")
     if arguments == ["bare", "--x", "flops"]:
         (tmp_path / "bare" / "metrics.jsonl").write_text('{"iteration": 1, "consumed_tokens": 5, "train/lm_loss": 2}')
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(arguments)
     assert not (tmp_path / "curves.png").exists()
 
 

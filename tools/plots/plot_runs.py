@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.errors import DataError, UserError
+from megatron.errors import DataError, EnvironmentSetupError, exit_on_user_error
 from megatron.monitor.console import format_count
 from tools.plots.run_records import Run, load_runs, series
 
@@ -269,28 +269,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, and say where the picture is. Returns the exit code."""
+    """Draw, and say where the picture is. Returns the exit code; raises UserError for what the user can repair."""
     args = parse_args(argv)
+    figure = draw(
+        load_runs(args.runs),
+        x=args.x,
+        metrics=args.metrics,
+        smooth=args.smooth,
+        log_x=args.log_x,
+        references=args.reference,
+    )
     try:
-        figure = draw(
-            load_runs(args.runs),
-            x=args.x,
-            metrics=args.metrics,
-            smooth=args.smooth,
-            log_x=args.log_x,
-            references=args.reference,
-        )
         args.output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.output, dpi=150)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except OSError as error:
-        print(f"error: {args.output}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 1
+        raise EnvironmentSetupError(
+            f"{args.output}: cannot be written ({error.strerror}). Give another --output."
+        ) from error
     print(f"{args.output}: {len(args.runs)} run(s)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_on_user_error(main)
