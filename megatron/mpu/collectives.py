@@ -79,16 +79,16 @@ def _all_reduce(x: Tensor, context: ParallelContext, op: dist.ReduceOp.RedOpType
 
 
 def _all_gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
-    parts = x.new_empty((context.tensor_size, *x.shape))
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=context.tensor_group)
-    return parts.movedim(0, dim).flatten(dim, dim + 1)
+    parts = x.new_empty((context.tensor_size * x.shape[0], *x.shape[1:]))
+    dist.all_gather_single(parts, x.contiguous(), group=context.tensor_group)
+    return parts.view(context.tensor_size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def _sum_and_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     split = (*x.shape[:dim], context.tensor_size, -1, *x.shape[dim + 1 :])
     parts = x.reshape(split).movedim(dim, 0).contiguous()
     share = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(share, parts, group=context.tensor_group)
+    dist.reduce_scatter_single(share, parts.flatten(0, 1), group=context.tensor_group)
     return share
 
 
