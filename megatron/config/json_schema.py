@@ -64,17 +64,17 @@ def describe(schema: Schema, plural: bool = False) -> str:
         return f"one of {', '.join(show(choice) for choice in schema['enum'])}"
     if "const" in schema:
         return show(schema["const"])
-    kind = schema.get("type")
-    if kind is None:
+    if "type" not in schema:
         return "anything"
-    name = _NAMES[kind][plural]
-    if kind == "array":
+    return _NAMES[schema["type"]][plural] + _narrowing(schema)
+
+
+def _narrowing(schema: Schema) -> str:
+    if "pattern" in schema:
+        return f" of the form {schema['pattern']}"
+    if "items" in schema:
         length = f"{schema['minItems']} " if "minItems" in schema else ""
-        return f"{name} of {length}{describe(schema['items'], plural=True)}" if "items" in schema else name
-    return name + _bounds(schema)
-
-
-def _bounds(schema: Schema) -> str:
+        return f" of {length}{describe(schema['items'], plural=True)}"
     words = {
         "exclusiveMinimum": "above",
         "minimum": "of at least",
@@ -88,6 +88,8 @@ def _bounds(schema: Schema) -> str:
 def likely_meant(value: YamlValue, schema: Schema) -> str:
     """What the user probably meant by a value that does not conform, as a question; empty when unclear."""
     kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
+    if "array" in kinds and not isinstance(value, list | dict):
+        return f"; did you mean [{show(value)}]?"
     if isinstance(value, str):
         if "boolean" in kinds:
             guess = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(value.lower(), value.lower())
@@ -97,8 +99,6 @@ def likely_meant(value: YamlValue, schema: Schema) -> str:
         return did_you_mean(value, schema.get("enum", []))
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
         return f"; did you mean {int(value)}?"
-    if "array" in kinds and not isinstance(value, list | dict):
-        return f"; did you mean [{show(value)}]?"
     return "; put it in quotes" if "string" in kinds and isinstance(value, int | float) else ""
 
 

@@ -30,6 +30,11 @@ class LoadedConfig:
     inert: tuple[str, ...]
     """All keys without effect, and why."""
 
+    @property
+    def run_folder(self) -> Path:
+        """Where the run leaves its metrics: `log_dir`, else `save`, else runs/<name of the first YAML>."""
+        return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.sources[0].stem}")
+
     def batch(self, world_size: int) -> BatchConfig:
         """The batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""
         return resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)

@@ -67,7 +67,7 @@ def problem_with(given: Given, message: str) -> Problem:
     return Problem(str(given), message, given.origin)
 
 
-_NEEDS_QUOTES = re.compile(r"[-+.\d][\w.+-]*|true|false|null|none|~|", re.IGNORECASE)
+_NEEDS_QUOTES = re.compile(r"[-+.\d][\w.+-]*|[Tt]rue|[Ff]alse|[Nn]ull|None|~|")
 
 
 def show(value: YamlValue) -> str:

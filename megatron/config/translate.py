@@ -57,7 +57,7 @@ def _translate_key(item: Given, flat: Flat, translation: Translation) -> None:
     entry = find_entry(item.key)
     match entry:
         case None:
-            translation.problems.append(problem_with(item, "unknown key" + did_you_mean(item.key, mapped_keys())))
+            translation.problems.append(problem_with(item, "unknown key" + _suggestion(item.key)))
         case Rejected():
             if not entry.allows(item.value):
                 translation.problems.append(problem_with(item, entry.message()))
@@ -65,6 +65,13 @@ def _translate_key(item: Given, flat: Flat, translation: Translation) -> None:
             _note_inert(item, entry, flat, translation)
         case MapsTo():
             _set(item, entry, flat, translation)
+
+
+def _suggestion(key: str) -> str:
+    """The key that was probably meant: one of the same name in a dictionary, or one that is spelt alike."""
+    _, _, name = key.rpartition(".")
+    nested = [known for known in mapped_keys() if known.endswith(f".{name}")]
+    return f"; did you mean {nested[0]}?" if nested else did_you_mean(key, mapped_keys())
 
 
 def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation) -> None:
@@ -79,7 +86,7 @@ def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation)
 
 
 def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> None:
-    refusal = mistyped(item.value, entry.accepts) if entry.accepts is not None else None
+    refusal = mistyped(item.value, entry.accepts) if entry.accepts and "type" in entry.accepts else None
     value: Converted = item.value
     if refusal is None and entry.convert is not None:
         try:
@@ -90,6 +97,8 @@ def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> No
         translation.problems.append(problem_with(item, refusal))
         translation.refused.add(entry.path)
     elif value is not UNSET:
+        if type(item.value) is type(value) is int and value != item.value:
+            translation.warnings.append(f"{item}: read as {value}: {entry.difference}")
         _settle(entry.path, Setting(value, item), translation)
 
 
@@ -127,14 +136,16 @@ def _contradicted_switches(given: Mapping[str, Given], translation: Translation)
 def _complete(translation: Translation) -> None:
     """Settle what follows from other settings where NeoX's default would not do."""
     settings = translation.settings
+    if "generation.sample_input_file" in settings:
+        settings.setdefault("generation.text_gen_type", Setting("input-file"))
+    if "model.architecture" in translation.refused:
+        return
     architecture = settings.setdefault("model.architecture", Setting("gpt_neox")).value
     if architecture == "tokenformer":
         settings.setdefault("model.use_bias_in_attn_linear", Setting(False))
         settings.setdefault("model.use_bias_in_mlp", Setting(False))
     else:
         _refuse_parameter_tokens(translation, show(architecture))
-    if "generation.sample_input_file" in settings:
-        settings.setdefault("generation.text_gen_type", Setting("input-file"))
 
 
 def _refuse_parameter_tokens(translation: Translation, architecture: str) -> None:

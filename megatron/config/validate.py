@@ -28,9 +28,9 @@ def nearest_multiple(value: int, divisor: int) -> int:
 def _heads(run: RunConfig) -> Iterator[Finding]:
     hidden, heads = run.model.hidden_size, run.model.num_attention_heads
     if hidden % heads:
+        nearest = min((count for count in range(1, hidden + 1) if hidden % count == 0), key=lambda n: abs(n - heads))
         yield Finding(
-            "model.num_attention_heads",
-            f"does not divide hidden_size {hidden}; nearest valid hidden_size: {nearest_multiple(hidden, heads)}",
+            "model.num_attention_heads", f"does not divide hidden_size {hidden}; nearest valid value: {nearest}"
         )
 
 
@@ -80,17 +80,20 @@ def _tokenformer_has_no_mlp(run: RunConfig) -> Iterator[Finding]:
 
 def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
     model, ranks = run.model, run.parallel.model_parallel_size
-    sizes = {"model.num_attention_heads": model.num_attention_heads, "model.padded_vocab_size": model.padded_vocab_size}
+    sizes = {"model.num_attention_heads": model.num_attention_heads}
     if model.param_tokens is not None:
         sizes["model.param_tokens.qkv"] = model.param_tokens.qkv
         sizes["model.param_tokens.proj"] = model.param_tokens.proj
         sizes["model.param_tokens.ffn"] = model.param_tokens.ffn
     if run.parallel.sequence_parallel:
         sizes["model.seq_length"] = model.seq_length
+    split = f"does not split over model_parallel_size {ranks}; nearest valid value:"
     for path, size in sizes.items():
-        if size is not None and size % ranks:
-            nearest = nearest_multiple(size, ranks)
-            yield Finding(path, f"does not split over model_parallel_size {ranks}; nearest valid value: {nearest}")
+        if size % ranks:
+            yield Finding(path, f"{split} {nearest_multiple(size, ranks)}")
+    if model.padded_vocab_size is not None and model.padded_vocab_size % ranks:
+        multiple = math.lcm(ranks, model.make_vocab_size_divisible_by)
+        yield Finding("model.padded_vocab_size", f"{split} {nearest_multiple(model.padded_vocab_size, multiple)}")
 
 
 def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
@@ -110,12 +113,13 @@ def _batch_divides(run: RunConfig) -> Iterator[Finding]:
     """On any number of ranks, the global batch is a multiple of what one rank contributes."""
     training = run.training
     total = training.train_batch_size
-    micro, steps = training.train_micro_batch_size_per_gpu or 1, training.gradient_accumulation_steps or 1
-    if total is not None and total % (micro * steps):
+    micro, steps = training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
+    share = (micro or 1) * (steps or 1)
+    if total is not None and total % share:
+        given = [f"micro batch {micro}"] * (micro is not None) + [f"accumulation {steps}"] * (steps is not None)
         yield Finding(
             "training.train_batch_size",
-            f"is not micro batch {micro} x accumulation {steps} x any number of data-parallel ranks; nearest valid "
-            f"value: {nearest_multiple(total, micro * steps)}",
+            f"is not a multiple of {' x '.join(given)}; nearest valid value: {nearest_multiple(total, share)}",
         )
 
 

@@ -101,21 +101,22 @@ class _Document:
         try:
             node = _Loader(content).get_single_node()
         except yaml.MarkedYAMLError as error:
-            self._syntax_error(error)
+            self._syntax_error(error, content)
             return None
         except ReaderError as error:
             self._add(0, f"is not UTF-8 text: {error.reason} at position {error.position}")
             return None
         return node if isinstance(node, yaml.Node) else None
 
-    def _syntax_error(self, error: yaml.MarkedYAMLError) -> None:
-        mark = error.problem_mark or error.context_mark
+    def _syntax_error(self, error: yaml.MarkedYAMLError, content: bytes | str) -> None:
+        mark, problem = error.problem_mark, str(error.problem)
         line = mark.line + 1 if mark else 0
+        if mark and isinstance(content, bytes) and problem.startswith("expected ',' or"):
+            expected = problem.partition(", but")[0]
+            self._add(_end_of_item(content, mark), f"not valid YAML: {expected} at the end of this line")
+            return
         context = f"{error.context}, " if error.context else ""
-        message = f"not valid YAML: {context}{error.problem}"
-        if error.problem and error.problem.startswith("expected ',' or"):
-            message += "; a comma is probably missing at the end of an earlier line"
-        self._add(line, message)
+        self._add(line, f"not valid YAML: {context}{problem}")
 
     def _add(self, line: int, message: str) -> None:
         where = "command line" if self.file is None else f"{self.file}:{line}" if line else str(self.file)
@@ -125,6 +126,7 @@ class _Document:
         self._add(_line(node), message)
 
     def _mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
+        self._require_tag(node, "map")
         entries: dict[str, Entry] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
@@ -148,9 +150,14 @@ class _Document:
         try:
             if isinstance(node, yaml.MappingNode):
                 return Entry(self._mapping(node), line)
+            self._require_tag(node, "seq")
             return Entry([self._entry(item).plain() for item in _items(node)], line)
         finally:
             self._open_nodes.remove(id(node))
+
+    def _require_tag(self, node: yaml.Node, tag: str) -> None:
+        if node.tag != _TAG + tag:
+            self._wrong(node, f"the tag {node.tag} is not allowed")
 
     def _scalar(self, node: yaml.ScalarNode) -> Entry:
         text: str = node.value
@@ -168,6 +175,17 @@ class _Document:
                 return Entry(text, line)
         self._wrong(node, f"the tag {node.tag} is not allowed")
         return Entry(None, line)
+
+
+def _end_of_item(content: bytes, mark: yaml.Mark) -> int:
+    """Line, from 1, on which the item before `mark` ends: where a comma is missing."""
+    lines = content.decode(errors="replace").splitlines()
+    index = min(mark.line, len(lines) - 1)
+    if not lines[index][: mark.column].strip():
+        index -= 1
+    while index > 0 and lines[index].partition("#")[0].strip() == "":
+        index -= 1
+    return index + 1
 
 
 def _items(node: yaml.Node) -> Iterator[yaml.Node]:

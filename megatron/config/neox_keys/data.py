@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.json_schema import BOOL, NUMBER, TEXT, WHOLE, one_of
+from megatron.config.json_schema import BOOL, NUMBER, TEXT, WHOLE
 from megatron.config.neox_keys.entries import (
     Converted,
     Entry,
@@ -44,24 +44,13 @@ DATA_KEYS: dict[str, Entry] = {
     "train_data_weights": MapsTo("data.train_data_weights"),
     "valid_data_weights": MapsTo("data.valid_data_weights"),
     "test_data_weights": MapsTo("data.test_data_weights"),
-    "data_impl": MapsTo("data.impl", _data_impl, one_of("mmap", "infer", "cached"), "infer means mmap"),
+    "data_impl": MapsTo("data.impl", _data_impl, difference="infer means mmap"),
     "num_workers": MapsTo("data.num_workers"),
     "index_cache_dir": MapsTo("data.index_cache_dir", difference="not a NeoX key; there, beside the dataset"),
     "eod_mask_loss": MapsTo("data.eod_mask_loss"),
     "reset_position_ids": absent_flag(_BOUNDARIES, "use reset_position_ids: false"),
     "reset_attention_mask": absent_flag(_BOUNDARIES, "use reset_attention_mask: false"),
-    "tokenizer_type": MapsTo(
-        "data.tokenizer.type",
-        _tokenizer_type,
-        one_of(
-            "HFTokenizer",
-            "GPT2BPETokenizer",
-            "SPMTokenizer",
-            "CharLevelTokenizer",
-            "HFGPT2Tokenizer",
-            "TiktokenTokenizer",
-        ),
-    ),
+    "tokenizer_type": MapsTo("data.tokenizer.type", _tokenizer_type),
     "vocab_file": MapsTo("data.tokenizer.vocab_file"),
     "merge_file": MapsTo("data.tokenizer.merge_file"),
     "use_shared_fs": Rejected(

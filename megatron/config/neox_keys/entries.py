@@ -36,7 +36,7 @@ class MapsTo:
     convert: Callable[[YamlValue, Flat], Converted] | None = None
     """Turns the given value, in the light of the other keys, into the section's; raises RefusedError."""
     accepts: Schema | None = None
-    """Schema of the key itself where it differs from that of the path."""
+    """Schema of the key itself where it differs from that of the path. A choice is the conversion's to check."""
     difference: str = ""
     """How the meaning or the default differs from NeoX's."""
 

@@ -139,15 +139,7 @@ MODEL_KEYS: dict[str, Entry] = {
     "norm": MapsTo(
         "model.norm",
         _norm,
-        one_of(
-            "layernorm",
-            "layernorm_nonparam",
-            "rmsnorm",
-            "non_parametric_layernorm",
-            "te_layernorm",
-            "te_rmsnorm",
-            "scalenorm",
-        ),
+        one_of("layernorm", "layernorm_nonparam", "rmsnorm", "non_parametric_layernorm"),
         "NeoX's non_parametric_layernorm is layernorm_nonparam, as in the TokenFormer release",
     ),
     "final_norm": MapsTo("model.final_norm", _norm, difference="TokenFormer release"),
@@ -164,8 +156,7 @@ MODEL_KEYS: dict[str, Entry] = {
     "pos_emb": MapsTo(
         "model.pos_emb",
         _position_embedding,
-        one_of("rotary", "none", "learned", "sinusoidal", "rpe", "alibi"),
-        "must be given: NeoX's default, learned positions, is not implemented",
+        difference="must be given: NeoX's default, learned positions, is not implemented",
     ),
     "rotary_pct": MapsTo("model.rotary_pct"),
     "rotary_emb_base": MapsTo("model.rotary_emb_base"),

@@ -22,7 +22,11 @@ _DTYPES = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
 
 
 def _dtype(value: YamlValue, flat: Flat) -> Converted:
-    return _DTYPES[str(value)]
+    if not isinstance(value, str) or value not in _DTYPES:
+        meant = {"float16": "fp16", "half": "fp16", "bf16": "bfloat16", "float32": "fp32", "float": "fp32"}
+        guess = f"; did you mean {meant[value]}?" if isinstance(value, str) and value in meant else ""
+        raise RefusedError(f"expected one of {', '.join(_DTYPES)}{guess}")
+    return _DTYPES[value]
 
 
 def _fp16_switch(value: YamlValue, flat: Flat) -> Converted:
@@ -37,7 +41,7 @@ def _bf16_switch(value: YamlValue, flat: Flat) -> Converted:
 
 
 def _fp16_type(value: YamlValue, flat: Flat) -> Converted:
-    return _DTYPES[str(value)] if flat.get("fp16.enabled") is True else UNSET
+    return _dtype(value, flat) if flat.get("fp16.enabled") is True else UNSET
 
 
 def _optimizer_type(value: YamlValue, flat: Flat) -> Converted:
@@ -77,7 +81,7 @@ TRAINING_KEYS: dict[str, Entry] = {
     "clip_grad": MapsTo("training.gradient_clipping"),
     "eval_interval": MapsTo("training.eval_interval"),
     "eval_iters": MapsTo("training.eval_iters"),
-    "precision": MapsTo("training.precision.dtype", _dtype, one_of("fp16", "fp32", "bfloat16")),
+    "precision": MapsTo("training.precision.dtype", _dtype, one_of(*_DTYPES)),
     "fp16.enabled": MapsTo("training.precision.dtype", _fp16_switch, BOOL),
     "fp16.fp16": MapsTo("training.precision.dtype", _fp16_switch, BOOL, "DeepSpeed reads fp16.enabled alone"),
     "fp16.type": MapsTo("training.precision.dtype", _fp16_type, one_of("fp16", "bfloat16"), "NeoX's older bf16 switch"),
