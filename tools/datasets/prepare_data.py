@@ -1,0 +1,222 @@
+"""Real text to train on, without a download: tokenizer, training set and held-out set.
+
+    python tools/datasets/prepare_data.py --output-dir demo/data
+    python tools/datasets/prepare_data.py --output-dir demo/data --text mine.txt
+
+Without --text, the text is what every CPython carries: the language reference (pydoc's topics) and, for each module of
+the standard library, its docstrings and its source. With --text, the paragraphs of a .txt file, or the "text" of each
+line of a .jsonl file. About one character in twenty is held out, by whole documents.
+
+Writes train.jsonl, valid.jsonl, tokenizer.json (byte-level BPE), train_text_document.bin/.idx,
+valid_text_document.bin/.idx, and data.json with the counts and the loss that a model must beat: the cross entropy of
+the held-out tokens under the frequencies of the training tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import re
+import sys
+import sysconfig
+import time
+import tokenize
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.config.data import TokenizerConfig
+from megatron.data.atomic_files import written_whole
+from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.text_files import read_documents, require_text_files, texts_of
+from megatron.data.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.data.tokenizer import END_OF_DOCUMENT
+from megatron.errors import DataError, exit_on_user_error
+
+HELD_OUT = 0.05  # share of the characters
+SMALLEST_TEXT = 20_000  # characters
+SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
+# Folders and files of the standard library that are data, generated, vendored, or about testing Python itself.
+LEFT_OUT = re.compile(
+    r"test|tests|idle_test|site-packages|dist-packages|encodings|ensurepip|idlelib|lib2to3|pydoc_data|distutils|"
+    r"turtledemo|__phello__|config-.*|_sysconfig.*"
+)
+
+Group = list[str]
+"""Documents that say the same twice, such as a module and its manual page; they are held out together or not at all."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for all files")
+    parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (2048)")
+    args = parser.parse_args(argv)
+    if args.vocab_size < SMALLEST_VOCABULARY:
+        parser.error(f"--vocab-size: {args.vocab_size} does not hold the 256 bytes and {END_OF_DOCUMENT}")
+    prepare(args.output_dir, args.text, args.vocab_size)
+    return 0
+
+
+def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
+    """Write all files to `output_dir`. Raises DataError when the text is missing, malformed or too small."""
+    started = time.monotonic()
+
+    def say(message: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f} s] {message}", flush=True)
+
+    source = f"Python {sys.version.split()[0]}" if text is None else str(text)
+    say(f"reading {source}")
+    groups = list(python_groups() if text is None else own_groups(text))
+    parts = dict(zip(("train", "valid"), hold_out(groups, source), strict=True))
+    facts: dict[str, str | int | float] = {"source": source}
+    for part, documents in parts.items():
+        facts |= {f"{part}_documents": len(documents), f"{part}_characters": sum(map(len, documents))}
+        write_jsonl(output_dir / f"{part}.jsonl", documents)
+    say(f"training a tokenizer on {facts['train_characters']:,} characters")
+    tokenizer_file = output_dir / "tokenizer.json"
+    facts["vocab_size"] = train_tokenizer(parts["train"], vocab_size, tokenizer_file)
+    options = TokenizeOptions(TokenizerConfig(type="HFTokenizer", vocab_file=str(tokenizer_file)), append_eod=True)
+    for part in parts:
+        say(f"tokenizing {part}.jsonl")
+        tally = tokenize_files([output_dir / f"{part}.jsonl"], output_dir / part, options)
+        facts[f"{part}_tokens"] = tally.tokens["text"]
+    train, valid = (token_counts(dataset_prefix(output_dir / part, "text"), facts["vocab_size"]) for part in parts)
+    facts["valid_unigram_nats_per_token"] = unigram_loss(train, valid)
+    with written_whole(output_dir / "data.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    say(f"{facts['train_tokens']:,} tokens to train on, {facts['valid_tokens']:,} held out, in {output_dir}")
+    say(f"a unigram model of them has a held-out loss of {facts['valid_unigram_nats_per_token']:.3f} nats per token")
+
+
+def python_groups() -> Iterator[Group]:
+    """The language reference, then each module's manual page and source, in alphabetical order."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise DataError(
+            "this Python lacks its language reference (pydoc_data). Give a text of your own: --text."
+        ) from None
+    for name in sorted(topics):
+        yield [topics[name]]
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
+        if any(LEFT_OUT.fullmatch(part) for part in parts):
+            continue
+        with tokenize.open(path) as file:  # heeds the encoding that the file declares
+            source = file.read()
+        page = manual_page(".".join(parts).removesuffix(".__init__"), ast.parse(source))
+        yield [document for document in (page, source) if document.strip()]
+
+
+def manual_page(module: str, tree: ast.Module) -> str:
+    """The docstrings of a module's public classes and functions under their signatures; empty without any."""
+    sections = [f"{title}\n\n{text}" for title, text in docstrings(tree, f"Module {module}", "")]
+    return "\n\n".join(sections)
+
+
+def docstrings(node: ast.AST, title: str, scope: str) -> Iterator[tuple[str, str]]:
+    """Title and docstring of a module, class or function, and of the public ones inside a module or class."""
+    text = ast.get_docstring(node)
+    if text:
+        yield title, text
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            name = scope + child.name
+            is_class = isinstance(child, ast.ClassDef)
+            title = f"class {name}" if is_class else f"{name}({ast.unparse(child.args)})"
+            yield from docstrings(child, title, f"{name}.")
+
+
+def own_groups(path: Path) -> Iterator[Group]:
+    """The paragraphs of a .txt file, or the texts of a .jsonl file."""
+    require_text_files([path])
+    for raw in read_documents([path]):
+        try:
+            text = texts_of(raw, ["text"])["text"]
+        except ValueError as error:
+            raise DataError(f"{raw.place}: {error}.") from error
+        documents = [text] if raw.line is not None else re.split(r"\n\s*\n", text)
+        yield from ([document] for document in documents if document.strip())
+
+
+def hold_out(groups: Sequence[Group], source: str) -> tuple[list[str], list[str]]:
+    """Training and held-out documents: a group is held out when one of average size would bring their share of the
+    characters nearest to HELD_OUT. Raises DataError when there is too little text, or none could be held out."""
+    train: list[str] = []
+    valid: list[str] = []
+    seen = held_out = 0
+    for count, group in enumerate(groups):
+        size = sum(map(len, group))
+        # The group's own size must not decide, or short documents would be held out more often than long ones.
+        if count and held_out + seen / count / 2 <= HELD_OUT * seen:
+            held_out += size
+            valid += group
+        else:
+            train += group
+        seen += size
+    if seen < SMALLEST_TEXT:
+        raise DataError(f"{source}: {seen:,} characters; at least {SMALLEST_TEXT:,} are needed. Give a longer --text.")
+    if not valid:
+        raise DataError(
+            f"{source}: {len(groups)} documents are too few to hold one in twenty out. In a .txt file, blank lines "
+            "separate documents; in a .jsonl file, each line is one."
+        )
+    return train, valid
+
+
+def write_jsonl(path: Path, documents: Sequence[str]) -> None:
+    """One {"text": ...} a line."""
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for document in documents:
+            print(json.dumps({"text": document}, ensure_ascii=False), file=file)
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, path: Path) -> int:
+    """Write a byte-level BPE with the end-of-document token as id 0; its vocabulary, which a short text leaves smaller
+    than asked for."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    with written_whole(path) as temporary:
+        tokenizer.save(str(temporary))
+    return tokenizer.get_vocab_size()
+
+
+def token_counts(prefix: Path, vocab_size: int) -> npt.NDArray[np.int64]:
+    """How often each token occurs in a dataset [vocab_size]."""
+    dataset = IndexedDataset(prefix)
+    return np.bincount(np.concatenate([dataset[i] for i in range(len(dataset))]), minlength=vocab_size)
+
+
+def unigram_loss(train: npt.NDArray[np.int64], valid: npt.NDArray[np.int64]) -> float:
+    """Cross entropy of the tokens counted in `valid` under the frequencies of `train`, each token counted once more
+    so that none is impossible [nats per token]."""
+    log_frequencies = np.log(train + 1) - np.log(train.sum() + len(train))
+    return float(-(valid @ log_frequencies) / valid.sum())
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))

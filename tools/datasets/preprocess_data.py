@@ -1,0 +1,119 @@
+"""Tokenize text files into a dataset that training reads; NeoX's flags, and --max-bad-lines.
+
+    python tools/datasets/preprocess_data.py --input corpus.jsonl.zst --output-prefix data/corpus \\
+        --tokenizer-type HFTokenizer --vocab-file tokenizer.json --append-eod --workers 8
+
+Reads .jsonl, .jsonl.gz and .jsonl.zst (one document a line) and .txt (one document a file). Writes
+<output-prefix>_<key>_document.bin and .idx; `data_path` is their path without the ending.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.config.data import TokenizerConfig, TokenizerType
+from megatron.data.indexed_dataset import data_file
+from megatron.data.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.errors import exit_on_user_error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Tokenize as asked, then say what was written."""
+    args = parse_args(argv)
+    options = TokenizeOptions(
+        tokenizer=TokenizerConfig(type=args.tokenizer_type, vocab_file=args.vocab_file, merge_file=args.merge_file),
+        keys=tuple(args.jsonl_keys),
+        append_eod=args.append_eod,
+        fix_text=args.ftfy,
+    )
+    inputs = [path for given in args.input for path in split_paths(given)]
+    with shown_progress(inputs, args.num_docs, args.log_interval) as report:
+        tally = tokenize_files(
+            inputs,
+            args.output_prefix,
+            options,
+            workers=args.workers,
+            max_bad_lines=args.max_bad_lines,
+            report=report,
+        )
+    for key, tokens in tally.tokens.items():
+        print(f"{data_file(dataset_prefix(args.output_prefix, key))}: {tokens:,} tokens")
+    print(f"{tally.documents:,} documents; left out: {tally.empty:,} empty, {len(tally.bad_lines):,} malformed")
+    return 0
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """NeoX's flags, with its defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = parser.add_argument_group("input")
+    text.add_argument("--input", action="append", required=True, help="a file, or several with commas; may be repeated")
+    text.add_argument("--jsonl-keys", nargs="+", default=["text"], help="keys of the texts; a dataset each (text)")
+    text.add_argument("--num-docs", type=int, help="documents in the input, if known, for the progress bar")
+    text.add_argument("--max-bad-lines", type=int, default=0, help="malformed lines to leave out before failing (0)")
+    tokenizer = parser.add_argument_group("tokenizer")
+    tokenizer.add_argument("--tokenizer-type", required=True, choices=get_args(TokenizerType))
+    tokenizer.add_argument("--vocab-file", help="tokenizer.json, vocab.json or .model, as the type needs")
+    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's <eod>")
+    tokenizer.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the ftfy library")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, without _text_document")
+    output.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="format; mmap is the one there is")
+    runtime = parser.add_argument_group("runtime")
+    runtime.add_argument("--workers", type=positive, default=1, help="processes; the result does not depend on it (1)")
+    runtime.add_argument("--log-interval", type=positive, default=100, help="documents between progress updates (100)")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def split_paths(given: str) -> list[Path]:
+    """The files of a comma-separated list; a file whose own name has a comma is taken whole."""
+    return [Path(given)] if Path(given).exists() else [Path(part.strip()) for part in given.split(",")]
+
+
+@contextmanager
+def shown_progress(
+    inputs: Sequence[Path], num_docs: int | None, log_interval: int
+) -> Iterator[Callable[[Tally], None]]:
+    """A progress bar on standard error: by documents when their number is known, else by bytes of the input."""
+    total = num_docs or sum(path.stat().st_size for path in inputs if path.is_file())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = 0
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("tokenizing", total=total)
+
+        def report(tally: Tally) -> None:
+            nonlocal shown
+            if tally.documents >= shown + log_interval or tally.bytes_read == total:
+                shown = tally.documents
+                description = f"{tally.documents:,} documents, {sum(tally.tokens.values()):,} tokens"
+                done = tally.documents if num_docs else tally.bytes_read
+                bar.update(task, completed=done, description=description)
+
+        yield report
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
