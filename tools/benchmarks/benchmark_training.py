@@ -1,0 +1,230 @@
+"""Time training through this project's engine against a plain torch loop of the same model.
+
+    python tools/benchmarks/benchmark_training.py configs/demo.yml --output benchmark.json
+    python tools/benchmarks/benchmark_training.py a.yml b.yml train_batch_size=8 --vocab-size 50277
+
+Both train one rank from the same initial weights on the same random tokens, so no dataset is needed, and with
+--vocab-size no tokenizer. Each runs in a process of its own, which keeps their memory apart; they take turns in blocks
+of steps, so that a machine that gets slower or faster does so for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.config.cli import CommandLine, parse_command_line
+from megatron.config.load import LoadedConfig, load_config
+from megatron.errors import ConfigError, EnvironmentSetupError, UserError, exit_on_user_error
+from megatron.monitor.console import format_count
+
+NAMES = ("engine", "plain torch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure."""
+
+    command: CommandLine
+    steps: int
+    """Optimizer steps per block."""
+    rounds: int
+    """Timed blocks per contender."""
+    vocab_size: int | None
+    """Ids of the vocabulary; None asks the tokenizer."""
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[Settings, Path | None]:
+    parser = argparse.ArgumentParser(
+        description="Time training against a plain torch loop of the same model.",
+        usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=_positive, default=5, help="optimizer steps per block (default: 5)")
+    parser.add_argument("--rounds", type=_positive, default=8, help="timed blocks each (default: 8)")
+    parser.add_argument("--vocab-size", type=_positive, help="ids of the vocabulary, in place of the tokenizer's")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args, words = parser.parse_known_args(argv)
+    return Settings(parse_command_line(words), args.steps, args.rounds, args.vocab_size), args.output
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return value
+
+
+def benchmark(settings: Settings) -> dict[str, Any]:
+    """Run both contenders in turn. Returns what the JSON file holds.
+
+    Raises ConfigError for a configuration that needs more than one rank, and what training itself would raise.
+    """
+    require_one_rank(load_config(settings.command.files, settings.command.overrides))
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, settings)) for name in NAMES}
+        description = {name: worker.receive() for name, worker in workers.items()}["engine"]
+        blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+        # The first block, untimed, is for compiling, allocating and waking up.
+        for number in range(settings.rounds + 1):
+            # Whoever goes first in one round goes last in the next: a steady drift then favours neither.
+            for name in NAMES if number % 2 else reversed(NAMES):
+                blocks[name].append(workers[name].ask("run"))
+        memory = {name: workers[name].ask("memory") for name in NAMES}
+    return summarize(description, blocks, memory, settings.steps)
+
+
+def require_one_rank(loaded: LoadedConfig) -> None:
+    parallel = loaded.run.parallel
+    if parallel.model_parallel_size * parallel.pipe_parallel_size != 1:
+        raise ConfigError(
+            f"model_parallel_size={parallel.model_parallel_size}, pipe_parallel_size={parallel.pipe_parallel_size}: "
+            "a plain torch loop runs on one rank. Add model_parallel_size=1 pipe_parallel_size=1 to compare there."
+        )
+
+
+class Worker:
+    """A contender in a process of its own."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._name = name
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, settings, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._connection.close()
+        self._process.join(timeout=30)
+        self._process.kill()
+
+    def ask(self, request: str) -> Any:
+        self._connection.send(request)
+        return self.receive()
+
+    def receive(self) -> Any:
+        """The answer; raises the worker's UserError, or EnvironmentSetupError when it has died."""
+        try:
+            answer = self._connection.recv()
+        except EOFError as error:
+            raise EnvironmentSetupError(f"{self._name}: its process ended; the reason stands above.") from error
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+
+def serve(name: str, settings: Settings, connection: Connection) -> None:
+    """A worker's life, in the process that is its own."""
+    # Whatever launcher started the benchmark, each worker is alone in its world.
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(variable, None)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    from megatron.training.distributed import prepare_environment  # noqa: PLC0415 - the parent needs no torch
+
+    prepare_environment()
+    # DeepSpeed, which this imports, asks which accelerator was prepared.
+    from tools.benchmarks.contender_process import answer_requests  # noqa: PLC0415
+
+    try:
+        answer_requests(name, settings, connection)
+    except UserError as error:
+        connection.send(error)
+
+
+def summarize(
+    description: dict[str, Any], blocks: dict[str, list[dict[str, Any]]], memory: dict[str, float], steps: int
+) -> dict[str, Any]:
+    """Rates from the timed blocks, and how far the two trainings agree.
+
+    The ratio is taken round by round, within which little drifts, and its median over the rounds.
+    """
+    tokens = description["micro_batch_size"] * description["gradient_accumulation_steps"] * description["seq_length"]
+    step_seconds = {name: [block["seconds"] / steps for block in blocks[name][1:]] for name in NAMES}
+    results = {}
+    for name, seconds in step_seconds.items():
+        rate = 1.0 / statistics.median(seconds)
+        peak = description["peak_flops"]
+        results[name] = {
+            "steps_per_second": rate,
+            "tokens_per_second": rate * tokens,
+            "step_seconds": seconds,
+            "peak_memory_gib": memory[name],
+            "mfu": None if peak is None else rate * tokens * description["flops_per_token"] / peak,
+        }
+    ratios = [plain / engine for engine, plain in zip(step_seconds["engine"], step_seconds["plain torch"], strict=True)]
+    losses = {name: [loss for block in blocks[name] for loss in block["losses"]] for name in NAMES}
+    return description | {
+        "steps_per_block": steps,
+        "results": results,
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "first_loss": {name: losses[name][0] for name in NAMES},
+        "largest_loss_difference": max(
+            abs(a - b) for a, b in zip(losses["engine"], losses["plain torch"], strict=True)
+        ),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    where = f"{report['cpu_threads']} CPU threads" if report["device"] == "cpu" else report["device"]
+    memory = "peak resident memory" if report["device"] == "cpu" else "peak GPU memory"
+    lines = [
+        f"{' '.join(report['config'])}: {format_count(report['parameters'])} parameters, {report['dtype']}, {where}, "
+        f"torch {report['torch']}",
+        f"{report['micro_batch_size']} samples x {report['gradient_accumulation_steps']} micro batches of "
+        f"{report['seq_length']} tokens per step; median of {len(report['ratios'])} blocks of "
+        f"{report['steps_per_block']} steps",
+        "",
+        f"{'':12}{'steps/s':>10}{'tokens/s':>12}{'step [ms]':>12}{'fastest':>10}{'slowest':>10}{'MFU':>8}  {memory}",
+    ]
+    for name, result in report["results"].items():
+        seconds = result["step_seconds"]
+        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        lines.append(
+            f"{name:12}{result['steps_per_second']:>10.3f}{format_count(result['tokens_per_second']):>12}"
+            f"{1e3 * statistics.median(seconds):>12.1f}{1e3 * min(seconds):>10.1f}{1e3 * max(seconds):>10.1f}{mfu:>8}"
+            f"  {result['peak_memory_gib']:.2f} GiB"
+        )
+    ratios = report["ratios"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"engine over plain torch, steps/s: {report['ratio']:.3f} (rounds: {min(ratios):.3f} to {max(ratios):.3f})",
+            f"largest difference of their losses: {report['largest_loss_difference']:.2g}, "
+            f"of {report['first_loss']['plain torch']:.4f} at the first step",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the JSON file. Returns the exit code."""
+    settings, output = parse_args(argv)
+    report = benchmark(settings)
+    print(table(report))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,82 @@
+"""The side of the training benchmark that runs in a process of its own: builds one contender and takes its steps."""
+
+from __future__ import annotations
+
+import time
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron.config.load import load_config
+from megatron.config.parameters import count_parameters
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.model.causal_lm import VocabSize
+from megatron.model.flops import training_flops
+from megatron.monitor.device_peaks import peak_flops
+from megatron.monitor.throughput import peak_memory_gib
+from megatron.training.distributed import process_group
+from megatron.training.record import device_name
+from megatron.training.setup import require_hardware
+from tools.benchmarks.contenders import CONTENDERS, Contender, Task
+
+if TYPE_CHECKING:
+    from tools.benchmarks.benchmark_training import Settings
+
+
+def answer_requests(name: str, settings: Settings, connection: Connection) -> None:
+    """Build the contender, send a description of the task, then answer until the connection closes.
+
+    "run" takes a block of steps and is answered by its seconds and losses, "memory" by the peak so far [GiB].
+    Raises what training raises for a configuration that cannot run here.
+    """
+    task = build_task(settings)
+    with process_group():
+        contender = CONTENDERS[name](task)
+        connection.send(describe(task, settings))
+        while True:
+            try:
+                request = connection.recv()
+            except EOFError:
+                return
+            connection.send(peak_memory_gib() if request == "memory" else run_block(contender, settings.steps))
+
+
+def build_task(settings: Settings) -> Task:
+    """What both train, on one rank; the tokenizer is read only where its vocabulary size is not given."""
+    loaded = load_config(settings.command.files, settings.command.overrides)
+    require_hardware(loaded.run.training.precision)
+    actual = settings.vocab_size or build_tokenizer(loaded.run.data.tokenizer).vocab_size
+    return Task(loaded.run, loaded.batch(1), VocabSize(actual, padded_vocab_size(loaded.run.model, actual)))
+
+
+def describe(task: Task, settings: Settings) -> dict[str, Any]:
+    """What is measured, and where."""
+    model, batch, dtype = task.config.model, task.batch, task.config.training.precision.dtype
+    return {
+        "config": [*map(str, settings.command.files), *settings.command.overrides],
+        "parameters": count_parameters(model, task.vocab.padded),
+        "micro_batch_size": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "seq_length": model.seq_length,
+        "dtype": dtype,
+        "device": device_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "flops_per_token": training_flops(model, task.vocab.padded, model.seq_length),
+        "peak_flops": peak_flops(device_name(), dtype),
+    }
+
+
+def run_block(contender: Contender, steps: int) -> dict[str, Any]:
+    """Seconds and losses of `steps` optimizer steps."""
+    start = _synchronized_seconds()
+    losses = [contender.step() for _ in range(steps)]
+    seconds = _synchronized_seconds() - start
+    return {"seconds": seconds, "losses": torch.stack(losses).tolist()}
+
+
+def _synchronized_seconds() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

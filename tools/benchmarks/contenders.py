@@ -1,0 +1,159 @@
+"""Two ways to train the same model on the same tokens: this project's engine, and a loop in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.run import RunConfig
+from megatron.config.training import BatchConfig, CheckpointedActivations
+from megatron.data.batch import to_inputs_and_labels
+from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.random import seed_dropout
+from megatron.training.lr_schedules import LRScheduler
+from megatron.training.optimizer import parameter_groups
+from megatron.training.setup import build_engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The plain loop scales fp16 losses by a constant: random tokens need no search for the right one.
+FP16_LOSS_SCALE = 1024.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both train."""
+
+    config: RunConfig
+    batch: BatchConfig
+    vocab: VocabSize
+
+
+class Contender(Protocol):
+    """Takes optimizer steps."""
+
+    def __init__(self, task: Task) -> None: ...
+
+    def step(self) -> Tensor:
+        """One optimizer step; its loss, mean over the micro batches, still on the device."""
+        ...
+
+
+def random_batches(task: Task) -> Iterator[Any]:
+    """Endless micro batches (inputs, (labels, loss mask)) of uniformly random tokens, the same on every call."""
+    generator = torch.Generator().manual_seed(task.config.training.seed)
+    shape = (task.batch.micro_batch_size, task.config.model.seq_length + 1)
+    while True:
+        tokens = torch.randint(task.vocab.actual, shape, generator=generator)
+        yield to_inputs_and_labels(tokens, eod_token=None)
+
+
+class Engine:
+    """The project's own training step. Needs an initialized process group of one rank."""
+
+    def __init__(self, task: Task) -> None:
+        self._seed = task.config.training.seed
+        self._context = ParallelContext.create(1, 1)
+        self._engine = build_engine(task.config, task.batch, task.vocab, self._context)
+        self._batches = random_batches(task)
+        self._steps = 0
+
+    def step(self) -> Tensor:
+        seed_dropout(self._seed, self._steps, self._context)
+        self._steps += 1
+        return self._engine.train_batch(self._batches).detach()
+
+
+class PlainTorch:
+    """Forward, backward, clip, AdamW: what one would write for a single device, without DeepSpeed.
+
+    In bf16 and fp16, as in the engine, the model computes in that format and AdamW updates fp32 copies of its weights.
+    """
+
+    def __init__(self, task: Task) -> None:
+        training = task.config.training
+        self._task = task
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = build_local(task.config.model, task.vocab, training.seed)
+        recompute_layers(model, training.checkpoint_activations)
+        self._model = model.to(self._device, DTYPES[training.precision.dtype])
+        # (fp32 weight that AdamW updates, weight that the model computes with): one and the same in fp32.
+        self.weight_pairs = [
+            (weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()), weight)
+            for weight in self._model.parameters()
+        ]
+        self._loss_scale = FP16_LOSS_SCALE if training.precision.dtype == "fp16" else 1.0
+        self._optimizer = self._build_optimizer()
+        self._scheduler = LRScheduler(
+            self._optimizer, peak=training.optimizer.lr, schedule=training.lr_schedule, train_iters=training.train_iters
+        )
+        self._batches = random_batches(task)
+
+    def step(self) -> Tensor:
+        num_micro_batches = self._task.batch.gradient_accumulation_steps
+        losses = []
+        for _ in range(num_micro_batches):
+            inputs, (labels, _) = next(self._batches)
+            loss = self._loss(inputs.to(self._device), labels.to(self._device))
+            (loss * (self._loss_scale / num_micro_batches)).backward()
+            losses.append(loss.detach())
+        self._update()
+        return torch.stack(losses).mean()
+
+    def _loss(self, inputs_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        logits_BSV = self._model(inputs_BS)
+        if self._task.config.model.mask_padded_vocab:
+            logits_BSV = logits_BSV[..., : self._task.vocab.actual]
+        return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten())
+
+    def _update(self) -> None:
+        training = self._task.config.training
+        copies = [(master, weight) for master, weight in self.weight_pairs if master is not weight]
+        for master, weight in copies:
+            if weight.grad is not None:
+                master.grad = weight.grad.float() / self._loss_scale
+                weight.grad = None
+        if training.gradient_clipping:
+            nn.utils.clip_grad_norm_([master for master, _ in self.weight_pairs], training.gradient_clipping)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for master, weight in copies:
+                weight.copy_(master)
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        settings = self._task.config.training.optimizer
+        master_of = {weight: master for master, weight in self.weight_pairs}
+        groups: list[dict[str, Any]] = parameter_groups(self._model, settings.weight_decay)
+        for group in groups:
+            group["params"] = [master_of[weight] for weight in group["params"]]
+        beta1, beta2 = settings.betas
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps)
+
+
+class Recomputed(nn.Module):
+    """Layers whose activations are recomputed in the backward pass."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return checkpoint(self.layers, x_BSD, use_reentrant=False)
+
+
+def recompute_layers(model: LocalCausalLM, settings: CheckpointedActivations) -> None:
+    """Wrap the transformer layers of `model` as the configuration asks."""
+    if settings.enabled:
+        layers, step = list(model.layers), settings.num_layers
+        model.layers = nn.ModuleList(Recomputed(layers[i : i + step]) for i in range(0, len(layers), step))
+
+
+CONTENDERS: dict[str, type[Contender]] = {"engine": Engine, "plain torch": PlainTorch}
