@@ -15,10 +15,12 @@ def main(argv: Sequence[str]) -> int:
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
-    from megatron.training.distributed import world_size_from_environment
+    from megatron.training.distributed import prepare_environment
+
+    prepare_environment()
     from megatron.training.setup import pretrain
 
-    return pretrain(loaded.run, loaded.batch(world_size_from_environment(os.environ)))
+    return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)
 
 
 if __name__ == "__main__":

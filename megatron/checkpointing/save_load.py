@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
 
-def save_checkpoint(engine: PipelineEngine, folder: Path, state: RunState, config: RunConfig) -> Path:
-    """Write weights, optimizer state and `state` to `folder`/global_stepN; called by all ranks. Returns the path.
+def save_checkpoint(engine: PipelineEngine, state: RunState, config: RunConfig) -> Path:
+    """Write weights, optimizer state and `state` to global_stepN in the configured folder `save`; returns its path.
 
-    Everything goes to a temporary folder first, which rank 0 renames when all ranks have written.
+    Called by all ranks. Everything goes to a temporary folder first, which rank 0 renames when all have written.
+    Raises CheckpointError when `save` is not configured.
     """
+    if config.checkpoint.save is None:
+        raise CheckpointError("save: no folder is configured to save checkpoints in.")
+    folder = Path(config.checkpoint.save)
     final = folder / checkpoint_name(state.iteration)
     temporary = folder / f".{final.name}.tmp"
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
@@ -47,13 +51,3 @@ def load_checkpoint(engine: PipelineEngine, checkpoint: Checkpoint, *, optimizer
     )
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
-
-
-def require_same_layout(state: RunState, *, tensor: int, pipe: int, data: int) -> None:
-    """DeepSpeed loads a checkpoint only in the layout that wrote it. Raises CheckpointError for another one."""
-    written = (state.tensor_parallel_size, state.pipe_parallel_size, state.data_parallel_size)
-    if written != (tensor, pipe, data):
-        raise CheckpointError(
-            f"the checkpoint was written with (tensor, pipeline, data) parallel sizes {written}, this run has "
-            f"{(tensor, pipe, data)}. Start it with the sizes of the checkpoint."
-        )

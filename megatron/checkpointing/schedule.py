@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from megatron.config.output import CheckpointConfig
 
 
@@ -13,11 +15,8 @@ def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int
     """
     iterations = {iteration for iteration in config.extra_save_iters if iteration <= train_iters}
     factor = config.checkpoint_factor
-    if factor is not None and config.checkpoint_scale == "linear":
-        iterations.update(range(factor, train_iters, factor))
-    elif factor is not None:
-        iteration = 1
-        while iteration < train_iters:
-            iterations.add(iteration)
-            iteration *= factor
+    if factor is not None:
+        spaced = range(1, train_iters) if config.checkpoint_scale == "linear" else itertools.count()
+        positions = (k * factor if config.checkpoint_scale == "linear" else float(factor) ** k for k in spaced)
+        iterations.update(int(position) for position in itertools.takewhile(lambda p: p < train_iters, positions))
     return frozenset(iterations | {train_iters})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,8 @@ import torch
 from megatron.checkpointing.folder import RunState
 from megatron.checkpointing.save_load import save_checkpoint
 from megatron.config.run import RunConfig
-from megatron.monitor.throughput import Throughput
+from megatron.config.training import TrainingConfig
+from megatron.monitor.throughput import Throughput, TimedIterator, peak_memory_gib
 from megatron.monitor.writers import Monitor
 from megatron.training.evaluate import evaluate, loss_metrics
 from megatron.training.progress import Progress, Step
@@ -29,16 +29,15 @@ class Validate:
         engine: PipelineEngine,
         batches: Iterator[Any],
         progress: Progress,
-        *,
-        eval_interval: int,
-        eval_iters: int,
+        training: TrainingConfig,
         global_batch_size: int,
+        throughput: Throughput,
     ) -> None:
         self.engine = engine
         self.batches = batches
         self.progress = progress
-        self.eval_interval = eval_interval
-        self.eval_iters = eval_iters
+        self.throughput = throughput
+        self.training = training
         self.global_batch_size = global_batch_size
 
     def before_training(self) -> None:
@@ -46,9 +45,11 @@ class Validate:
 
     def after_step(self, step: Step) -> None:
         """Add valid/lm_loss and valid/perplexity to the step's metrics when it is time."""
-        if step.iteration % self.eval_interval == 0 or step.is_last:
-            step.metrics.update(loss_metrics("valid", evaluate(self.engine, self.batches, self.eval_iters)))
-            self.progress.consumed_valid_samples += self.eval_iters * self.global_batch_size
+        if step.iteration % self.training.eval_interval == 0 or step.is_last:
+            with self.throughput.paused():
+                loss = evaluate(self.engine, self.batches, self.training.eval_iters)
+            step.metrics.update(loss_metrics("valid", loss))
+            self.progress.consumed_valid_samples += self.training.eval_iters * self.global_batch_size
 
 
 class LogMetrics:
@@ -59,36 +60,37 @@ class LogMetrics:
         engine: PipelineEngine,
         monitor: Monitor,
         throughput: Throughput,
-        *,
+        batches: TimedIterator[Any],
         log_interval: int,
-        tokens_per_step: int,
     ) -> None:
         self.engine = engine
         self.monitor = monitor
         self.throughput = throughput
+        self.batches = batches
         self.log_interval = log_interval
-        self.tokens_per_step = tokens_per_step
         self.losses: list[torch.Tensor] = []
 
     def before_training(self) -> None:
-        """Start the clock."""
-        self.throughput.start()
+        """Nothing to prepare."""
 
     def after_step(self, step: Step) -> None:
         """Collect the loss, and report its mean since the last record when it is time."""
         self.losses.append(step.loss)
         if not (step.iteration % self.log_interval == 0 or step.metrics or step.is_last):
             return
-        self.throughput.stop(steps=len(self.losses))
-        step.metrics["consumed_tokens"] = step.iteration * self.tokens_per_step
-        step.metrics["train/lm_loss"] = float(torch.stack(self.losses).double().mean())
-        step.metrics["train/learning_rate"] = step.learning_rate
-        step.metrics["train/grad_norm"] = float(self.engine.get_global_grad_norm())
-        step.metrics["train/skipped_steps"] = self.engine.skipped_steps
-        step.metrics.update(self.throughput.metrics())
-        self.monitor.write(step.iteration, step.metrics)
+        loss = float(torch.stack(self.losses).double().mean())
         self.losses.clear()
-        self.throughput.start()
+        record = {
+            "consumed_tokens": step.iteration * self.throughput.tokens_per_step,
+            "train/lm_loss": loss,
+            "train/learning_rate": step.learning_rate,
+            "train/grad_norm": float(self.engine.get_global_grad_norm()),
+            "train/skipped_steps": self.engine.skipped_steps,
+            "train/memory_gib": peak_memory_gib(),
+            **self.throughput.measure(step.iteration, self.batches.wait_seconds),
+            **step.metrics,
+        }
+        self.monitor.write(step.iteration, record)
 
 
 class SaveCheckpoints:
@@ -100,18 +102,18 @@ class SaveCheckpoints:
     def __init__(
         self,
         engine: PipelineEngine,
-        folder: Path,
         iterations: frozenset[int],
         progress: Progress,
         unchanging: RunState,
         config: RunConfig,
+        throughput: Throughput,
     ) -> None:
         self.engine = engine
-        self.folder = folder
         self.iterations = iterations
         self.progress = progress
         self.unchanging = unchanging
         self.config = config
+        self.throughput = throughput
 
     def before_training(self) -> None:
         """Save the initial weights of a run that starts from step 0."""
@@ -125,4 +127,5 @@ class SaveCheckpoints:
 
     def _save(self) -> None:
         state = replace(self.unchanging, **asdict(self.progress))
-        save_checkpoint(self.engine, self.folder, state, self.config)
+        with self.throughput.paused():
+            save_checkpoint(self.engine, state, self.config)

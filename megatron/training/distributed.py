@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
 import torch
@@ -19,14 +19,6 @@ LAUNCHER_VARIABLES = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
-
-
-def world_size_from_environment(environment: Mapping[str, str]) -> int:
-    """Ranks of this run as the launcher (deepy.py, torchrun, srun, mpirun) announces them; 1 without a launcher."""
-    for _, world_size, _ in LAUNCHER_VARIABLES:
-        if world_size in environment:
-            return int(environment[world_size])
-    return 1
 
 
 def adopt_launcher_environment(environment: MutableMapping[str, str]) -> None:
@@ -53,20 +45,32 @@ def adopt_launcher_environment(environment: MutableMapping[str, str]) -> None:
             )
 
 
+def prepare_environment() -> None:
+    """Adopt the launcher's variables and choose the accelerator; comes before the first import of DeepSpeed.
+
+    Raises EnvironmentSetupError when more ranks were started on this machine than it has GPUs.
+    """
+    adopt_launcher_environment(os.environ)
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise EnvironmentSetupError(
+                f"local rank {local_rank} has no GPU: this machine shows {gpus}. Start at most {gpus} ranks on it "
+                "(`num_gpus`, torchrun's --nproc-per-node, srun's --ntasks-per-node), or widen CUDA_VISIBLE_DEVICES."
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed and torch log to the root logger's level through loggers of their own names.
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {os.environ['RANK']}] %(levelname)s %(message)s")
+
+
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Initialize torch.distributed through DeepSpeed (NCCL with GPUs, gloo without); yields this rank's device.
+def process_group() -> Iterator[None]:
+    """Initialize torch.distributed through DeepSpeed, with NCCL on GPUs and gloo without.
 
     Leaves with a barrier and a clean shutdown, without which ranks that have finished may abort.
     """
-    adopt_launcher_environment(os.environ)
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-
     import deepspeed
     from deepspeed.utils import logger
 
@@ -74,7 +78,7 @@ def process_group() -> Iterator[torch.device]:
     # DeepSpeed compiles a shared-memory collective for CPU ranks while it starts. gloo does the same work without
     # a compiler, and a user's first run should not need one.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
-    yield device
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    yield
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megatron.config.training import OptimizerConfig
-from megatron.model.init_methods import decays
+from megatron.mpu.parameters import decays
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

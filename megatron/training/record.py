@@ -1,0 +1,91 @@
+"""What a run writes about itself: its description once, its metrics as it goes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from megatron.config.run import RunConfig
+from megatron.config.training import BatchConfig
+from megatron.model.causal_lm import VocabSize
+from megatron.model.flops import training_flops
+from megatron.monitor.device_peaks import peak_flops
+from megatron.monitor.throughput import Throughput
+from megatron.monitor.writers import Monitor, build_monitor
+
+RUN_FILE = "run.json"
+RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers")
+
+
+def describe_run(config: RunConfig, batch: BatchConfig, vocab: VocabSize, name: str, parameters: int) -> dict[str, Any]:
+    """What run.json holds: sizes, work per token, and what the run was made with."""
+    return {
+        "name": name,
+        "parameters": parameters,
+        "flops_per_token": training_flops(config.model, vocab.padded, config.model.seq_length),
+        "tokens_per_step": batch.global_batch_size * config.model.seq_length,
+        "ranks": distributed.get_world_size(),
+        "device": device_name(),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in RECORDED_PACKAGES},
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name as torch reports it, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this file belongs to; None outside one, or without git."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+@contextmanager
+def open_record(
+    config: RunConfig, description: dict[str, Any], folder: Path, *, iteration: int
+) -> Iterator[tuple[Monitor, Throughput]]:
+    """Write run.json into `folder` and open the metric writers, on rank 0; closes them at the end.
+
+    Yields the monitor and a throughput meter whose clock starts now. `iteration` is where the run starts.
+    """
+    rank = distributed.get_rank()
+    with build_monitor(
+        config.monitor,
+        folder,
+        rank=rank,
+        run_name=description["name"],
+        total_iterations=config.training.train_iters,
+        resume_iteration=iteration,
+        config_dump=description["config"],
+    ) as monitor:
+        if rank == 0:
+            (folder / RUN_FILE).write_text(json.dumps(description, indent=1) + "\n")
+        peak = peak_flops(description["device"], config.training.precision.dtype)
+        yield (
+            monitor,
+            Throughput(
+                tokens_per_step=description["tokens_per_step"],
+                iteration=iteration,
+                total_iterations=config.training.train_iters,
+                flops_per_token=description["flops_per_token"],
+                peak_flops=None if peak is None else peak * description["ranks"],
+            ),
+        )

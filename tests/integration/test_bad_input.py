@@ -1,0 +1,90 @@
+"""What goes wrong before or while training starts: a clear error, a non-zero exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PYTHIA, TOKENFORMER, run_command
+
+from megatron.data.indexed_dataset import IndexedDatasetWriter
+
+
+def fails_with(config: Path, *overrides: str, code: int = 1) -> str:
+    finished = run_command(["deepy.py", "train.py", str(config), *overrides])
+    assert finished.returncode == code, finished.stdout + finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not list(config.with_suffix("").glob("*global_step*"))
+    return finished.stderr
+
+
+def test_a_wrong_key_fails_before_torch_is_imported(write_config: Callable[..., Path]) -> None:
+    config = write_config(TOKENFORMER, hiden_size=32)
+    finished = run_command(["-X", "importtime", "deepy.py", "train.py", str(config)])
+    assert finished.returncode == 2
+    assert "hiden_size" in finished.stderr and "did you mean" in finished.stderr.lower()
+    assert "| torch\n" not in finished.stderr
+
+
+def test_fp16_on_a_cpu(write_config: Callable[..., Path]) -> None:
+    config = write_config(TOKENFORMER, fp16={"enabled": True})
+    assert run_command(["deepy.py", "train.py", str(config), "--check"]).returncode == 0
+    assert "precision: bfloat16" in fails_with(config)
+
+
+def test_nothing_to_load(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    error = fails_with(write_config(TOKENFORMER), f"load={tmp_path / 'nowhere'}")
+    assert "nowhere holds no checkpoint" in error and "load" in error
+
+
+def test_a_save_folder_that_cannot_be_made(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "save: " in fails_with(write_config(TOKENFORMER), f"save={tmp_path / 'file' / 'run'}")
+
+
+@pytest.mark.parametrize("damage", ["missing .bin", "missing .idx", "truncated .bin", "truncated .idx", "foreign .idx"])
+def test_damaged_datasets(damage: str, write_config: Callable[..., Path], dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / "text_document"
+    copy.parent.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(dataset.with_suffix(suffix), copy.with_suffix(suffix))
+    kind, suffix = damage.split()
+    file = copy.with_suffix(suffix)
+    if kind == "missing":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        file.write_bytes(b"something else entirely, long enough to be a header")
+    assert str(file) in fails_with(write_config(TOKENFORMER, data_path=str(copy)))
+
+
+def test_token_ids_beyond_the_vocabulary(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    prefix = tmp_path / "big" / "text_document"
+    prefix.parent.mkdir()
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        for _ in range(100):
+            writer.add_document(np.full(40, 600))
+    error = fails_with(write_config(TOKENFORMER, data_path=str(prefix)))
+    assert str(prefix) in error and "600" in error and "ends at 511" in error
+
+
+def test_a_dataset_too_small_for_its_split(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    prefix = tmp_path / "small" / "text_document"
+    prefix.parent.mkdir()
+    with IndexedDatasetWriter(prefix, np.dtype(np.uint16)) as writer:
+        writer.add_document(np.arange(10))
+    error = fails_with(write_config(TOKENFORMER, data_path=str(prefix)))
+    assert str(prefix) in error
+
+
+def test_a_checkpoint_of_another_model(write_config: Callable[..., Path]) -> None:
+    config = write_config(TOKENFORMER, train_iters=1)
+    finished = run_command(["deepy.py", "train.py", str(config)])
+    assert finished.returncode == 0, finished.stderr
+    other = write_config(PYTHIA, "other", train_iters=1)
+    error = fails_with(other, f"load={config.with_suffix('')}")
+    assert "architecture: checkpoint tokenformer, configuration gpt_neox" in error
