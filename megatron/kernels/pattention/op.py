@@ -55,10 +55,8 @@ class _Pattention(torch.autograd.Function):
         theta, num = ctx.theta, ctx.num
         dh_RJp = torch.empty_like(a_RJp)
         torch.bmm(dy_JRN, _stacked(tokens[num:]).transpose(1, 2), out=dh_RJp.transpose(0, 1))
-        h_RJp = theta.weights(a_RJp, statistic_RJk, ctx.scale_base).to(x_RD.dtype)
-        dv_JpN = torch.bmm(h_RJp.permute(1, 2, 0), dy_JRN)
-        del h_RJp
-        da_RJp = theta.grad_scores(dh_RJp, a_RJp, statistic_RJk, ctx.scale_base, ctx.rows)
+        h_RJp, da_RJp = theta.gradient(dh_RJp, a_RJp, statistic_RJk, scale_base=ctx.scale_base, rows=ctx.rows)
+        dv_JpN = torch.bmm(h_RJp.to(x_RD.dtype).permute(1, 2, 0), dy_JRN)
         da_RP = da_RJp.to(x_RD.dtype).view(x_RD.shape[0], -1)
         dk_PD = da_RP.T @ x_RD
         dx_RD = da_RP @ _joined(tokens[:num]) if ctx.needs_input_grad[0] else None

@@ -40,8 +40,10 @@ class Theta(Protocol):
     def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
         """h = Theta(a)."""
 
-    def grad_scores(self, g: Tensor, a: Tensor, statistic: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
-        """dL/da from g = dL/dh, both in the scores' dtype or wider."""
+    def gradient(
+        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
+    ) -> tuple[Tensor, Tensor]:
+        """h once more, and da = dL/da from g = dL/dh."""
 
 
 THETAS: Registry[Theta] = Registry("normalization of Pattention scores")
@@ -56,11 +58,13 @@ class _L2NormGelu:
     def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
         return F.gelu(a * statistic)
 
-    def grad_scores(self, g: Tensor, a: Tensor, statistic: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
+    def gradient(
+        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
+    ) -> tuple[Tensor, Tensor]:
         u = a * statistic
         p = _gelu_backward(g, u)
         projection = rows.sum((p * u).sum(-1, keepdim=True)) / scale_base
-        return p.addcmul_(u, projection, value=-1).mul_(statistic)
+        return F.gelu(u), p.addcmul_(u, projection, value=-1).mul_(statistic)
 
 
 class _GeluL2Norm:
@@ -72,10 +76,12 @@ class _GeluL2Norm:
     def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
         return F.gelu(a.to(statistic.dtype)) * statistic
 
-    def grad_scores(self, g: Tensor, a: Tensor, statistic: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
+    def gradient(
+        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
+    ) -> tuple[Tensor, Tensor]:
         h = self.weights(a, statistic, scale_base)
         projection = rows.sum((g * h).sum(-1, keepdim=True)) / scale_base
-        return _gelu_backward((g - h * projection).mul_(statistic), a.to(statistic.dtype))
+        return h, _gelu_backward((g - h * projection).mul_(statistic), a.to(statistic.dtype))
 
 
 class _Softmax:
@@ -93,10 +99,12 @@ class _Softmax:
         largest, total = statistic.chunk(2, dim=-1)
         return (a - largest).exp_().mul_(scale_base / total)
 
-    def grad_scores(self, g: Tensor, a: Tensor, statistic: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
+    def gradient(
+        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
+    ) -> tuple[Tensor, Tensor]:
         h = self.weights(a, statistic, scale_base)
         projection = rows.sum((g * h).sum(-1, keepdim=True)) / scale_base
-        return h.mul_(g - projection)
+        return h, (g - projection).mul_(h)
 
 
 THETAS.register("l2_norm_gelu")(_L2NormGelu())

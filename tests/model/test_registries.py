@@ -1,0 +1,24 @@
+"""Configuration knows the variants by name, without torch; the registries hold exactly those."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from megatron.config.model import Activation, Architecture, InitMethod, Norm, Theta
+from megatron.kernels.pattention.theta import THETAS
+from megatron.model.architectures import gpt_neox, tokenformer  # noqa: F401 - they register themselves
+from megatron.model.init_methods import INIT_METHODS
+from megatron.model.mlp import ACTIVATIONS
+from megatron.model.norms import NORMS
+from megatron.model.spec import ARCHITECTURES
+
+
+def test_names_agree() -> None:
+    for names, registry in (
+        (Architecture, ARCHITECTURES),
+        (Norm, NORMS),
+        (Activation, ACTIVATIONS),
+        (InitMethod, INIT_METHODS),
+        (Theta, THETAS),
+    ):
+        assert sorted(get_args(names)) == sorted(registry)
