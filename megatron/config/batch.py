@@ -78,4 +78,15 @@ def _mismatch(training: TrainingConfig, ranks: int, origins: Mapping[str, Origin
     left = f"micro batch {micro or '?'} x accumulation {steps or '?'} x {ranks} data-parallel ranks"
     if micro is not None and steps is not None:
         return f"{left} = {product}, not train_batch_size {total} ({places}). Leave one of the three out."
-    return f"{left} = train_batch_size {total} has no whole solution ({places}). The nearest valid size is {nearest}."
+    smaller = _smaller_micro_batch(total, micro, ranks) if steps is None else ""
+    return (
+        f"{left} = train_batch_size {total} has no whole solution ({places}). The nearest valid size is {nearest}"
+        f"{smaller}."
+    )
+
+
+def _smaller_micro_batch(total: int, micro: int | None, ranks: int) -> str:
+    if micro is None or total % ranks:
+        return ""
+    largest = next(size for size in range(min(micro, total // ranks), 0, -1) if total // ranks % size == 0)
+    return f"; this one takes train_micro_batch_size_per_gpu {largest}"

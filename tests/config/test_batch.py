@@ -46,7 +46,9 @@ def test_missing_sides_are_derived(
         (1024, 32, None, 24, r"x accumulation \? x 24 .* no whole solution .* nearest valid size is 768"),
         (1024, None, None, 3, r"micro batch \? x accumulation \? x 3 .* nearest valid size is 1023"),
         (16, None, None, 32, "nearest valid size is 32"),
-        (16, 8, None, 4, "nearest valid size is 32"),
+        (16, 8, None, 4, "nearest valid size is 32; this one takes train_micro_batch_size_per_gpu 4"),
+        (1024, 32, None, 128, "this one takes train_micro_batch_size_per_gpu 8"),
+        (24, 7, None, 2, "this one takes train_micro_batch_size_per_gpu 6"),
         (None, None, 4, 2, "train_batch_size or train_micro_batch_size_per_gpu must be given"),
     ],
 )

@@ -1,5 +1,7 @@
 """Parameter counts against published numbers and sums written out."""
 
+from typing import Any
+
 import pytest
 
 from megatron.config.model import ModelConfig, ParamTokenConfig
@@ -9,29 +11,26 @@ from megatron.config.parameters import count_parameters
 def tokenformer(layers: int, hidden: int) -> ModelConfig:
     return ModelConfig(
         architecture="tokenformer",
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=4,
-        seq_length=8,
-        max_position_embeddings=8,
-        pos_emb="rotary",
         param_tokens=ParamTokenConfig(qkv=hidden, proj=hidden, ffn=4 * hidden),
         norm="layernorm_nonparam",
         final_norm="layernorm",
+        **sizes(layers, hidden),
     )
 
 
 def pythia(layers: int, hidden: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="gpt_neox",
-        num_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=4,
-        seq_length=8,
-        max_position_embeddings=8,
-        pos_emb="rotary",
-        tie_embeddings=False,
-    )
+    return ModelConfig(architecture="gpt_neox", tie_embeddings=False, **sizes(layers, hidden))
+
+
+def sizes(layers: int, hidden: int) -> dict[str, Any]:
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": 4,
+        "seq_length": 8,
+        "max_position_embeddings": 8,
+        "pos_emb": "rotary",
+    }
 
 
 @pytest.mark.parametrize(
