@@ -15,7 +15,7 @@ from megatron.model.layer import TransformerLayer
 from megatron.model.norms import NORMS
 from megatron.mpu.collectives import gather_output
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.parameters import initialize_parameters
+from megatron.mpu.parameters import initialize_parameters, shard_size
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,12 @@ class LayerEntry:
 def layer_entries(model: ModelConfig, vocab: VocabSize, context: ParallelContext) -> list[LayerEntry]:
     """Embedding, num_layers transformer layers, final norm, head: one entry per pipeline layer, in order.
 
-    A tied head is an entry of type TiedHead under the embedding's name.
+    A tied head is an entry of type TiedHead under the embedding's name. Raises ConfigError, on the ranks of every
+    stage alike, when vocabulary or sequence do not split over the tensor-parallel ranks.
     """
+    shard_size(vocab.padded, context, "padded vocabulary")
+    if context.sequence_parallel:
+        shard_size(model.seq_length, context, "seq_length under sequence_parallel")
     modules: list[tuple[type[nn.Module], tuple[Any, ...]]] = [
         (TokenEmbedding, (model, vocab.padded, context)),
         *[(TransformerLayer, (model, context))] * model.num_layers,

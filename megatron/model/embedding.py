@@ -11,7 +11,7 @@ from megatron.model.layer import HiddenDropout
 from megatron.mpu.collectives import from_residual
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.layers import VocabParallelEmbedding
-from megatron.mpu.parameters import new_parameter, shard_size
+from megatron.mpu.parameters import new_parameter
 
 
 class TokenEmbedding(nn.Module):
@@ -19,8 +19,6 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
         super().__init__()
-        if context.sequence_parallel:
-            shard_size(model.seq_length, context, "seq_length under sequence_parallel")
         initializer = input_initializer(model)
         self.word_embeddings = VocabParallelEmbedding(padded_vocab_size, model.hidden_size, initializer, context)
         self.dropout = HiddenDropout(model.hidden_dropout, context)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.errors import ConfigError
 
 
 class RotaryEmbedding(nn.Module):
@@ -13,12 +14,18 @@ class RotaryEmbedding(nn.Module):
 
     Angles, sines and cosines are float32 whatever the model's format; the published code keeps them in fp16, which
     this differs from on purpose. r is 0, and nothing is rotated, for other kinds of position embedding.
+    Raises ConfigError when r is odd, or when rotary_pct leaves nothing to rotate.
     """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         head_size = model.hidden_size // model.num_attention_heads
         self.num_rotated = int(head_size * model.rotary_pct) if model.pos_emb == "rotary" else 0
+        if model.pos_emb == "rotary" and (self.num_rotated == 0 or self.num_rotated % 2):
+            raise ConfigError(
+                f"rotary_pct={model.rotary_pct} of a head of {head_size} features is {self.num_rotated} features; "
+                "pairs are rotated, so it must be even and at least 2. Change rotary_pct, or use pos_emb: none."
+            )
         self.base = model.rotary_emb_base
         self._table: tuple[Tensor, Tensor] | None = None
 

@@ -60,6 +60,8 @@ TP4_SEQUENCE = ParallelContext(tensor_size=4, sequence_parallel=True)
         (tiny_pythia(hidden_size=36, num_attention_heads=6), VOCAB, TP4, "heads: 6.*Nearest valid: 4 or 8"),
         (tiny_pythia(), VocabSize(61, 62), TP4, "padded vocabulary: 62.*Nearest valid: 60 or 64"),
         (tiny_pythia(seq_length=14), VOCAB, TP4_SEQUENCE, "seq_length.*14.*Nearest valid: 12 or 16"),
+        (tiny_pythia(rotary_pct=0.4), VOCAB, ParallelContext(), "rotary_pct=0.4 of a head of 8 features is 3"),
+        (tiny_pythia(rotary_pct=0.1), VOCAB, ParallelContext(), "rotary_pct=0.1 of a head of 8 features is 0"),
         (tiny_pythia(num_attention_heads=5), VOCAB, ParallelContext(), "32.*num_attention_heads=5"),
     ],
 )

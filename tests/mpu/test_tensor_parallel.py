@@ -160,3 +160,25 @@ def gradient_through_whole_logits(model: ModelConfig) -> float:
 def test_whole_logits_lead_back_to_the_same_gradients() -> None:
     for error in run_distributed(gradient_through_whole_logits, 2, tiny_pythia()):
         assert error < TOLERANCE
+
+
+def bfloat16_outputs(model: ModelConfig, sequence_parallel: bool) -> list[Tensor]:
+    context = ParallelContext.create(torch.distributed.get_world_size(), 1, sequence_parallel)
+    layer = prepared(TransformerLayer(model, context), context).bfloat16()
+    x = torch.randn(2, 16, model.hidden_size, generator=torch.Generator().manual_seed(8)).bfloat16()
+    leaf = residual_share(x, context).clone().requires_grad_()
+    y = layer(leaf)
+    y.sum().backward()
+    return [y.detach().float(), leaf.grad.float()]
+
+
+@pytest.mark.parametrize("block", ["l2_norm_gelu", "pythia"])
+def test_bfloat16_stays_near_the_unsplit_block(block: str) -> None:
+    """Within a band of ten roundings of bf16 (2^-8 relative), in the norm."""
+    whole = run_distributed(bfloat16_outputs, 1, BLOCKS[block], False)[0]
+    split = [
+        torch.cat(parts, dim=1)
+        for parts in zip(*run_distributed(bfloat16_outputs, 2, BLOCKS[block], True), strict=True)
+    ]
+    for got, want in zip(split, whole, strict=True):
+        assert float((got - want).norm() / want.norm()) < 10 * 2**-8
