@@ -59,7 +59,7 @@ class DataConfig(Section):
     """Leave end-of-document tokens out of the loss."""
 
     num_workers: NonNegativeInt = 2
-    """Loader processes per rank."""
+    """Loader processes per rank [processes]."""
 
     index_cache_dir: str | None = None
     """Folder for the sample indices, shared by all ranks of a machine; None keeps them beside the dataset."""

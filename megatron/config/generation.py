@@ -28,7 +28,7 @@ class GenerationConfig(Section):
     """Tokens generated per sample [tokens]."""
 
     num_samples: PositiveInt = 1
-    """Unconditional samples."""
+    """Unconditional samples [samples]."""
 
     sample_input_file: str | None = None
     """Prompts, one a line (input-file)."""

@@ -41,14 +41,14 @@ class ParamTokenConfig(Section):
     """Normalization of the scores between input tokens and parameter tokens."""
 
     qkv_scale_base: PositiveInt = Field(default_factory=lambda given: given["qkv"])
-    """Token count that scales the q, k and v scores; the current count unless set. Growth pins it to the count
+    """Token count that scales the q, k and v scores [tokens]; the current count unless set. Growth pins it to the count
     of the first stage, so that appended zero keys leave the model unchanged."""
 
     proj_scale_base: PositiveInt = Field(default_factory=lambda given: given["proj"])
-    """Token count that scales the output projection's scores; the current count unless set."""
+    """Token count that scales the output projection's scores [tokens]; the current count unless set."""
 
     ffn_scale_base: PositiveInt = Field(default_factory=lambda given: given["ffn"])
-    """Token count that scales the feed-forward scores; the current count unless set."""
+    """Token count that scales the feed-forward scores [tokens]; the current count unless set."""
 
 
 class ModelConfig(Section):
@@ -58,13 +58,13 @@ class ModelConfig(Section):
     """Layer design; inferred from `attention_config` in NeoX YAMLs that do not name it."""
 
     num_layers: PositiveInt
-    """Transformer layers."""
+    """Transformer layers [layers]."""
 
     hidden_size: PositiveInt
     """Width of the residual stream [features]."""
 
     num_attention_heads: PositiveInt
-    """Attention heads; must divide hidden_size."""
+    """Attention heads; must divide hidden_size [heads]."""
 
     seq_length: PositiveInt
     """Tokens in a training sample [tokens]."""

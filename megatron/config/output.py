@@ -26,16 +26,16 @@ class CheckpointConfig(Section):
     """Whether checkpoints are evenly or exponentially spaced."""
 
     extra_save_iters: list[NonNegativeInt] = Field(default=[])
-    """Further steps at which to save; 0 saves the initial weights."""
+    """Further steps at which to save [steps]; 0 saves the initial weights."""
 
     keep_last_n_checkpoints: PositiveInt | None = None
-    """Checkpoints kept; None keeps all."""
+    """Checkpoints kept [checkpoints]; None keeps all."""
 
     auto_resume: bool = False
     """Continue from the newest checkpoint in `save` when there is one; otherwise start from `load`, or fresh."""
 
     iteration: NonNegativeInt | None = None
-    """Step of the checkpoint to load; None means the newest complete one."""
+    """Step of the checkpoint to load [steps]; None means the newest complete one."""
 
     finetune: bool = False
     """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""

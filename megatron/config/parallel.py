@@ -26,10 +26,10 @@ class ParallelConfig(Section):
     """Sizes of the tensor- and pipeline-parallel groups; the data-parallel size is what remains of the ranks."""
 
     model_parallel_size: PositiveInt = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks [ranks]."""
 
     pipe_parallel_size: PositiveInt = 1
-    """Pipeline stages."""
+    """Pipeline stages [stages]."""
 
     pipe_partition_method: str = Field(default="type:transformer|mlp", pattern=r"^(uniform|parameters|type:.+)$")
     """How layers are spread over stages: `uniform`, `parameters`, or `type:REGEX` of layer class names."""

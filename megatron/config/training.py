@@ -100,7 +100,7 @@ class CheckpointedActivations(Section):
     """Recompute."""
 
     num_layers: PositiveInt = 1
-    """Layers between two kept activations."""
+    """Layers between two kept activations [layers]."""
 
 
 class TrainingConfig(Section):
@@ -113,13 +113,13 @@ class TrainingConfig(Section):
     """Optimizer steps [steps]."""
 
     train_batch_size: PositiveInt | None = None
-    """Samples per optimizer step, over all ranks; derived when unset."""
+    """Samples per optimizer step, over all ranks [samples]; derived when unset."""
 
     train_micro_batch_size_per_gpu: PositiveInt | None = None
-    """Samples per forward pass and data-parallel rank; derived when unset."""
+    """Samples per forward pass and data-parallel rank [samples]; derived when unset."""
 
     gradient_accumulation_steps: PositiveInt | None = None
-    """Micro batches per optimizer step; derived when unset."""
+    """Micro batches per optimizer step [micro batches]; derived when unset."""
 
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 does not clip."""
@@ -128,7 +128,7 @@ class TrainingConfig(Section):
     """Steps between validations [steps]."""
 
     eval_iters: NonNegativeInt = 100
-    """Global batches per validation and per final test; 0 does not evaluate."""
+    """Global batches per validation and per final test [batches]; 0 does not evaluate."""
 
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""

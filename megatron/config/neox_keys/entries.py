@@ -39,6 +39,10 @@ class MapsTo:
     """Schema of the key itself where it differs from that of the path. A choice is the conversion's to check."""
     difference: str = ""
     """How the meaning or the default differs from NeoX's."""
+    meaning: str = ""
+    """What the key says, where that is not what the path's docstring says."""
+    default: YamlValue = None
+    """The key's own default, where it is not the path's."""
 
 
 @dataclass(frozen=True)

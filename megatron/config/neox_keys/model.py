@@ -120,8 +120,20 @@ def _same_as(other: str, because: str) -> Inert:
 _UNREAD = "only read by {}, which attention_config refuses"
 
 MODEL_KEYS: dict[str, Entry] = {
-    "architecture": MapsTo("model.architecture", difference="not a NeoX key; there, attention_config decides"),
-    "attention_config": MapsTo("model.architecture", architecture_of, LIST, "one architecture for all layers"),
+    "architecture": MapsTo(
+        "model.architecture",
+        difference="not a NeoX key; there, attention_config decides",
+        meaning="Layer design; attention_config, when given, says it as well.",
+        default="gpt_neox",
+    ),
+    "attention_config": MapsTo(
+        "model.architecture",
+        architecture_of,
+        LIST,
+        "one architecture for all layers; global and flash are the same function",
+        meaning='Attention types and how many layers they are for, as in [[["tokenformer"], 12]] or [[["flash"], 12]]; '
+        "sets the architecture.",
+    ),
     "num_layers": MapsTo("model.num_layers"),
     "hidden_size": MapsTo("model.hidden_size"),
     "num_attention_heads": MapsTo("model.num_attention_heads"),
@@ -152,7 +164,13 @@ MODEL_KEYS: dict[str, Entry] = {
         _activation,
         difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; other activations are not implemented",
     ),
-    "bias_gelu_fusion": MapsTo("model.activation", _activation, BOOL, "selects the tanh approximation, as in NeoX"),
+    "bias_gelu_fusion": MapsTo(
+        "model.activation",
+        _activation,
+        BOOL,
+        meaning="Compute the MLP's GeLU by its tanh approximation (gpt_neox), as NeoX's fused kernel does.",
+        default=False,
+    ),
     "pos_emb": MapsTo(
         "model.pos_emb",
         _position_embedding,
@@ -166,7 +184,13 @@ MODEL_KEYS: dict[str, Entry] = {
     "opt_pos_emb_offset": Inert(WHOLE, "only read with pos_emb: learned, which is refused"),
     "gpt_j_residual": MapsTo("model.parallel_residual"),
     "gpt_j_tied": absent_flag("the two norms of a parallel residual are separate", "use gpt_j_tied: false"),
-    "no_weight_tying": MapsTo("model.tie_embeddings", _negated, BOOL),
+    "no_weight_tying": MapsTo(
+        "model.tie_embeddings",
+        _negated,
+        BOOL,
+        meaning="The head has a matrix of its own instead of the embedding's.",
+        default=False,
+    ),
     "use_bias_in_attn_linear": MapsTo("model.use_bias_in_attn_linear", difference="false by default for tokenformer"),
     "use_bias_in_mlp": MapsTo("model.use_bias_in_mlp", difference="false by default for tokenformer"),
     "attention_dropout": MapsTo("model.attention_dropout"),
