@@ -196,7 +196,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, result in report["results"].items():
         seconds = result["step_seconds"]
-        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        mfu = "-" if result["mfu"] is None else f"{result['mfu']:.1%}"
         lines.append(
             f"{name:12}{result['steps_per_second']:>10.3f}{format_count(result['tokens_per_second']):>12}"
             f"{1e3 * statistics.median(seconds):>12.1f}{1e3 * min(seconds):>10.1f}{1e3 * max(seconds):>10.1f}{mfu:>8}"
