@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -116,6 +117,11 @@ def peak_memory_gib() -> float:
     """Most memory this process has held [GiB]: torch's allocations on its GPU, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    # Linux counts in KiB, macOS in bytes.
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage, whose peak on Linux starts from that of the process which started this one.
+        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak) * 1024 / 2**30
+    # macOS counts in bytes, other systems in KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

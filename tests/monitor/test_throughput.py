@@ -1,7 +1,5 @@
 """Rates, utilization, waiting and time left, on a clock that the test moves."""
 
-import math
-import resource
 import subprocess
 import sys
 
@@ -156,14 +154,14 @@ def test_peak_memory_is_what_the_process_has_held() -> None:
         "before = peak_memory_gib(); block = bytearray(2**29); block[::4096] = b'1' * 2**17; del block\n"
         "print(before, peak_memory_gib())"
     )
+    # Started by a process that holds more than it will, whose peak is not its own.
+    ballast = bytearray(2**30)
+    ballast[::4096] = b"1" * 2**18
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
     before, after = map(float, output.split())
-    assert 0.4 < after - before < 0.6
-    assert math.isclose(
-        peak_memory_gib(),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20),
-        rel_tol=0.01,
-    )
+    assert before < 0.7
+    assert after - before == pytest.approx(0.5, abs=0.1)
+    assert peak_memory_gib() > 1.0
 
 
 @pytest.mark.gpu

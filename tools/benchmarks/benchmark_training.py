@@ -135,11 +135,11 @@ def serve(name: str, settings: Settings, connection: Connection) -> None:
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    from megatron.training.distributed import prepare_environment  # noqa: PLC0415 - the parent needs no torch
+    from megatron.training.distributed import prepare_environment
 
     prepare_environment()
     # DeepSpeed, which this imports, asks which accelerator was prepared.
-    from tools.benchmarks.contender_process import answer_requests  # noqa: PLC0415
+    from tools.benchmarks.contender_process import answer_requests
 
     try:
         answer_requests(name, settings, connection)
