@@ -14,22 +14,17 @@ YamlValue: TypeAlias = "bool | int | float | str | list[YamlValue] | dict[str, Y
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from; prints as `file:line`, `command line`, `default` or `derived from KEY (file:line)`."""
+    """Where a value came from; prints as `file:line`, `command line`, `default` or `derived`."""
 
     kind: Literal["file", "command line", "default", "derived"]
     key: str = ""
-    """The flat key that set the value, or that it was derived from."""
+    """The flat key that set the value."""
     file: Path | None = None
     line: int = 0
     """Line in `file`, from 1."""
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.file is not None else ""
-        if self.kind == "file":
-            return place
-        if self.kind == "derived" and self.key:
-            return f"derived from {self.key} ({place or 'command line'})"
-        return self.kind
+        return f"{self.file}:{self.line}" if self.kind == "file" else self.kind
 
 
 DEFAULT = Origin("default")

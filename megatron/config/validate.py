@@ -196,10 +196,11 @@ def _checkpoint_steps(run: RunConfig) -> Iterator[Finding]:
 
 def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
     checkpoint = run.checkpoint
-    for name in ("iteration", "finetune", "no_load_optim", "no_load_rng"):
-        value = getattr(checkpoint, name)
-        if value is not None and value is not False and checkpoint.load is None:
-            yield Finding(f"checkpoint.{name}", "needs load: the folder of a checkpoint")
+    if checkpoint.load is None:
+        if checkpoint.iteration is not None:
+            yield Finding("checkpoint.iteration", "needs load: the folder of a checkpoint")
+        if checkpoint.finetune:
+            yield Finding("checkpoint.finetune", "needs load: the folder of a checkpoint")
     if checkpoint.auto_resume and checkpoint.save is None:
         yield Finding("checkpoint.auto_resume", "needs save: the folder that the run goes on from")
     if checkpoint.pretrain_partial_init is not None and run.model.param_tokens is None:
