@@ -86,6 +86,9 @@ class Rejected:
 
 Entry: TypeAlias = MapsTo | Inert | Rejected
 
+DELETED_EXPERIMENT = "it belongs to experiments whose code the TokenFormer release no longer holds"
+"""Reason shared by the keys that the release still declares and nothing in it reads."""
+
 
 def absent_flag(reason: str, use: str = "") -> Rejected:
     """A switch for something that is missing here: false is accepted, true is refused."""

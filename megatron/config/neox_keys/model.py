@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron.config.json_schema import BOOL, DICTIONARY, LIST, NUMBER, TEXT, WHOLE, one_of
 from megatron.config.neox_keys.entries import (
+    DELETED_EXPERIMENT,
     Converted,
     Entry,
     Flat,
@@ -262,10 +263,8 @@ MODEL_KEYS: dict[str, Entry] = {
         "the TokenFormer release itself selects its layers by attention_config",
         'use attention_config: [[["tokenformer"], N]]',
     ),
-    "word_embed_fuse": absent_flag("the TokenFormer release removed the code that it switched on"),
-    "transformer_increase_dim": Rejected(
-        "the TokenFormer release removed the code that it switched on", harmless=(0,), accepts=WHOLE
-    ),
+    "word_embed_fuse": absent_flag(DELETED_EXPERIMENT),
+    "transformer_increase_dim": Rejected(DELETED_EXPERIMENT, harmless=(0,), accepts=WHOLE),
 }
 
 MODEL_KEYS |= {

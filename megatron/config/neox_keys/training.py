@@ -6,6 +6,7 @@ import math
 
 from megatron.config.json_schema import BOOL, DICTIONARY, NUMBER, TEXT, WHOLE, one_of
 from megatron.config.neox_keys.entries import (
+    DELETED_EXPERIMENT,
     UNSET,
     Converted,
     Entry,
@@ -189,12 +190,12 @@ TRAINING_KEYS: dict[str, Entry] = {
     "fp32_reinforce": Inert(BOOL, _PREFERENCES),
     "reinforce_leave_one_out": Inert(BOOL, _PREFERENCES),
     "onnx_safe": absent_flag("models are not exported to ONNX"),
-    "frozen_old": absent_flag("the TokenFormer release removed the code that it switched on"),
-    "old_lr_decay": absent_flag("the TokenFormer release removed the code that it switched on"),
+    "frozen_old": absent_flag(DELETED_EXPERIMENT),
+    "old_lr_decay": absent_flag(DELETED_EXPERIMENT),
     "old_lr_decay_scale": Inert(NUMBER, "only read with old_lr_decay: true, which is refused"),
-    "qkv_slot_num_new": Rejected("the TokenFormer release removed the code that read it", "set qkv_slot_num"),
-    "proj_slot_num_new": Rejected("the TokenFormer release removed the code that read it", "set proj_slot_num"),
-    "ffn_slot_num_new": Rejected("the TokenFormer release removed the code that read it", "set ffn_slot_num"),
-    "scale_pretrain": Rejected("the TokenFormer release removed the code that read it", "use pretrain_partial_init"),
+    "qkv_slot_num_new": Rejected(DELETED_EXPERIMENT, "set qkv_slot_num"),
+    "proj_slot_num_new": Rejected(DELETED_EXPERIMENT, "set proj_slot_num"),
+    "ffn_slot_num_new": Rejected(DELETED_EXPERIMENT, "set ffn_slot_num"),
+    "scale_pretrain": Rejected(DELETED_EXPERIMENT, "use pretrain_partial_init"),
     "amp": Rejected("apex's mixed precision is not supported", "use precision: bfloat16 or fp16", accepts=DICTIONARY),
 }
