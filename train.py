@@ -18,6 +18,8 @@ def main(argv: Sequence[str]) -> int:
     from megatron.training.distributed import prepare_environment
 
     prepare_environment()
+    if os.environ["RANK"] == "0":
+        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
     from megatron.training.setup import pretrain
 
     return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)

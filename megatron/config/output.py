@@ -47,9 +47,6 @@ class CheckpointConfig(Section):
     no_load_optim: bool = False
     """Load everything but the optimizer state."""
 
-    no_load_rng: bool = False
-    """Load everything but the random states."""
-
 
 class WandbConfig(Section):
     """Weights & Biases. The API key comes from the environment or netrc, never from a configuration."""

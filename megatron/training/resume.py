@@ -9,7 +9,7 @@ from megatron.checkpointing.folder import Checkpoint, find_checkpoint, list_chec
 from megatron.config.output import CheckpointConfig
 from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training.progress import Progress
@@ -51,6 +51,11 @@ def find_start(config: RunConfig, context: ParallelContext) -> Start:
     checkpoint; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
     holds another run's checkpoints. Raises CheckpointError for each of these, and for a checkpoint that does not fit.
     """
+    if config.checkpoint.pretrain_partial_init is not None:
+        raise ConfigError(
+            f"pretrain_partial_init: {config.checkpoint.pretrain_partial_init}: starting from a model with fewer "
+            "parameter tokens is not implemented. Remove the key to start from initial weights."
+        )
     start = _locate(config.checkpoint)
     if start.checkpoint is not None:
         _require_same_model(config, start.checkpoint)

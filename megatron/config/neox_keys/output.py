@@ -23,7 +23,9 @@ CHECKPOINT_KEYS: dict[str, Entry] = {
     "iteration": MapsTo("checkpoint.iteration"),
     "finetune": MapsTo("checkpoint.finetune"),
     "no_load_optim": MapsTo("checkpoint.no_load_optim"),
-    "no_load_rng": MapsTo("checkpoint.no_load_rng"),
+    "no_load_rng": Inert(
+        BOOL, "checkpoints hold no generator states: dropout is a function of the seed, the step and the rank"
+    ),
     "no_save_optim": absent_flag("a checkpoint is always complete, so that a run can go on from it"),
     "no_save_rng": absent_flag("a checkpoint is always complete, so that a run can go on from it"),
     "pretrain_partial_init": MapsTo("checkpoint.pretrain_partial_init", difference="TokenFormer release"),
