@@ -50,7 +50,10 @@ class Registry(Generic[T]):
 
 def is_installed(package: str) -> bool:
     """Whether `package` can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package around a dotted name
+        return False
 
 
 def require(package: str, wanted_by: str, how_to_get_it: str) -> ModuleType:

@@ -24,6 +24,7 @@ from megatron.config.neox_keys.entries import Entry, Inert, MapsTo, Rejected  # 
 from megatron.config.neox_keys.model import MODEL_KEYS  # noqa: E402
 from megatron.config.neox_keys.output import CHECKPOINT_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
 from megatron.config.neox_keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS  # noqa: E402
+from megatron.config.neox_keys.speedups import SPEEDUP_KEYS  # noqa: E402
 from megatron.config.neox_keys.table import NEOX_KEYS, NESTED, key_of  # noqa: E402
 from megatron.config.neox_keys.training import TRAINING_KEYS  # noqa: E402
 from megatron.config.problems import YamlValue, show  # noqa: E402
@@ -37,6 +38,7 @@ THEMES: dict[str, Mapping[str, Entry]] = {
     "Generation": GENERATION_KEYS,
     "Parallelism": PARALLEL_KEYS,
     "Launching": LAUNCH_KEYS,
+    "Speed-ups": SPEEDUP_KEYS,
 }
 
 INTRODUCTION = """\

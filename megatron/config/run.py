@@ -9,6 +9,7 @@ from megatron.config.model import ModelConfig
 from megatron.config.output import CheckpointConfig, MonitorConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.section import Section
+from megatron.config.speedups import SpeedupsConfig
 from megatron.config.training import TrainingConfig
 
 
@@ -22,6 +23,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
+    speedups: SpeedupsConfig = SpeedupsConfig()
     generation: GenerationConfig = GenerationConfig()
 
 

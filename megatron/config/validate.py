@@ -207,6 +207,11 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
         yield Finding("checkpoint.pretrain_partial_init", "only a TokenFormer has parameter tokens to start from")
 
 
+def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
+    if run.speedups.apex_fused_adam == "on" and run.speedups.torch_fused_adamw == "on":
+        yield Finding("speedups.torch_fused_adamw", "cannot be on together with apex_fused_adam; choose one of them")
+
+
 def _prompts(run: RunConfig) -> Iterator[Finding]:
     if run.generation.text_gen_type == "input-file" and run.generation.sample_input_file is None:
         yield Finding("generation.text_gen_type", "needs sample_input_file")
@@ -228,6 +233,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _split,
     _one_kind_of_dataset,
     _dataset_lists,
+    _one_optimizer,
     _tokenizer_files,
     _checkpoint_steps,
     _checkpoint_to_load,

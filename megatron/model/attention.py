@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.errors import ConfigError
-from megatron.kernels.attention.op import causal_attention
+from megatron.kernels.attention.op import CausalAttention, causal_attention
 from megatron.model.init_methods import input_initializer, output_initializer
 from megatron.model.positions import RotaryEmbedding
 from megatron.mpu.context import ParallelContext
@@ -32,6 +32,7 @@ class SelfAttention(nn.Module):
         self.context = context
         self.head_size = model.hidden_size // model.num_attention_heads
         self.dropout = model.attention_dropout
+        self.core_attention: CausalAttention = causal_attention
         self.rotary = RotaryEmbedding(model)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -42,9 +43,9 @@ class SelfAttention(nn.Module):
     def attend(self, q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
         """Causal attention over this rank's heads."""
         if not (self.training and self.dropout):
-            return causal_attention(q_BSHE, k_BSHE, v_BSHE)
+            return self.core_attention(q_BSHE, k_BSHE, v_BSHE, 0.0)
         with split_activations(self.context):
-            return causal_attention(q_BSHE, k_BSHE, v_BSHE, self.dropout)
+            return self.core_attention(q_BSHE, k_BSHE, v_BSHE, self.dropout)
 
     def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of this rank's heads, each [B, S, H, E]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +12,9 @@ from megatron.mpu.collectives import residual_weight
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import new_parameter, ones, zeros
 from megatron.registry import Registry
+
+LayerNormFunction = Callable[[Tensor, Sequence[int], Tensor | None, Tensor | None, float], Tensor]
+"""(x, normalized shape, weight, bias, epsilon) -> the normalized x."""
 
 NORMS: Registry[type[nn.Module]] = Registry("norm")
 """Classes built from (ModelConfig, ParallelContext)."""
@@ -22,6 +27,7 @@ class LayerNorm(nn.Module):
     def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
         super().__init__()
         self.epsilon = model.layernorm_epsilon
+        self.normalize: LayerNormFunction = F.layer_norm
         self.context = context
         shape = (model.hidden_size,)
         self.weight = new_parameter(shape, ones, context, what="norm scale", decays=False)
@@ -29,7 +35,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = residual_weight(self.weight, self.context), residual_weight(self.bias, self.context)
-        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
+        return self.normalize(x, weight.shape, weight, bias, self.epsilon)
 
 
 @NORMS.register("layernorm_nonparam")
@@ -39,9 +45,10 @@ class NonParametricLayerNorm(nn.Module):
     def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
         super().__init__()
         self.epsilon = model.layernorm_epsilon
+        self.normalize: LayerNormFunction = F.layer_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=self.epsilon)
+        return self.normalize(x, x.shape[-1:], None, None, self.epsilon)
 
 
 @NORMS.register("rmsnorm")

@@ -61,8 +61,8 @@ def prepare_environment() -> None:
         torch.cuda.set_device(local_rank)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # DeepSpeed and torch log to the root logger's level through loggers of their own names.
     logging.basicConfig(level=logging.WARNING, format=f"[rank {os.environ['RANK']}] %(levelname)s %(message)s")
+    logging.getLogger("megatron").setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
 
 
 @contextmanager

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from megatron.config.training import OptimizerConfig
 from megatron.mpu.parameters import decays
+from megatron.registry import require
+
+Implementation = Literal["torch AdamW", "torch fused AdamW", "apex FusedAdam"]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -22,9 +27,21 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay and bias correction (Loshchilov & Hutter 2019), as in the published runs."""
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, implementation: Implementation = "torch AdamW"
+) -> torch.optim.Optimizer:
+    """AdamW with decoupled weight decay and bias correction (Loshchilov & Hutter 2019), as in the published runs.
+
+    Every implementation computes the same; apex's needs its package. Raises EnvironmentSetupError without it.
+    """
+    groups = parameter_groups(module, config.weight_decay)
     beta1, beta2 = config.betas
+    if implementation == "apex FusedAdam":
+        optimizers = require("apex.optimizers", "apex_fused_adam: on", "Install apex, or set the key to auto or off.")
+        fused: torch.optim.Optimizer = optimizers.FusedAdam(
+            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, adam_w_mode=True
+        )
+        return fused
     return torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps
+        groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=implementation == "torch fused AdamW"
     )

@@ -16,12 +16,13 @@ from megatron.checkpointing.schedule import save_iterations
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.parameters import count_parameters
 from megatron.config.run import RunConfig
-from megatron.config.training import BatchConfig, PrecisionConfig
+from megatron.config.training import BatchConfig
 from megatron.data.datasets import Datasets, SampleCounts, build_datasets, sample_counts
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import EnvironmentSetupError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
+from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.monitor.throughput import Throughput, TimedIterator
 from megatron.monitor.writers import Monitor
 from megatron.mpu.context import ParallelContext
@@ -48,7 +49,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
     Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
     wherever that is possible.
     """
-    require_hardware(config.training.precision)
+    require_hardware(config)
     if config.checkpoint.save is not None:
         require_writable(Path(config.checkpoint.save))
     with process_group():
@@ -86,13 +87,18 @@ def pretrain_in_group(config: RunConfig, batch: BatchConfig, run_folder: Path) -
         run(config, batch, engine, datasets, reader, start, state, monitor, throughput)
 
 
-def require_hardware(precision: PrecisionConfig) -> None:
-    """Raise EnvironmentSetupError when this machine cannot compute in the configured number format."""
-    if precision.dtype == "fp16" and not torch.cuda.is_available():
+def require_hardware(config: RunConfig) -> Speedups:
+    """The speed-ups to use on this machine.
+
+    Raises EnvironmentSetupError when it cannot compute in the configured number format, or lacks a speed-up that is on.
+    """
+    on_gpu = torch.cuda.is_available()
+    if config.training.precision.dtype == "fp16" and not on_gpu:
         raise EnvironmentSetupError(
             "fp16 needs a GPU, and torch sees none. On a CPU use `precision: bfloat16` or `precision: fp32` in place "
             "of the `fp16` block."
         )
+    return choose_speedups(config.speedups, config.training.precision, on_gpu=on_gpu)
 
 
 def index_counts(config: RunConfig, batch: BatchConfig, start: Start) -> SampleCounts:
@@ -115,6 +121,8 @@ def build_engine(config: RunConfig, batch: BatchConfig, vocab: VocabSize, contex
     """Model, optimizer and schedule in DeepSpeed's pipeline engine."""
     import deepspeed
 
+    speedups = require_hardware(config)
+    logger.info("speed-ups: %s", speedups)
     # PipelineModule and its engine print to standard output what only their authors need.
     with contextlib.redirect_stdout(io.StringIO()):
         module = build_pipeline(
@@ -125,7 +133,8 @@ def build_engine(config: RunConfig, batch: BatchConfig, vocab: VocabSize, contex
             seed=config.training.seed,
             checkpointed=config.training.checkpoint_activations,
         )
-        optimizer = build_optimizer(module, config.training.optimizer)
+        apply_speedups(module, speedups)
+        optimizer = build_optimizer(module, config.training.optimizer, speedups.optimizer)
         scheduler = LRScheduler(
             optimizer,
             peak=config.training.optimizer.lr,

@@ -11,6 +11,7 @@ from megatron.config.neox_keys.entries import Entry, MapsTo
 from megatron.config.neox_keys.model import MODEL_KEYS
 from megatron.config.neox_keys.output import OUTPUT_KEYS
 from megatron.config.neox_keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS
+from megatron.config.neox_keys.speedups import SPEEDUP_KEYS
 from megatron.config.neox_keys.training import TRAINING_KEYS
 
 NEOX_KEYS: dict[str, Entry] = {
@@ -20,6 +21,7 @@ NEOX_KEYS: dict[str, Entry] = {
     **OUTPUT_KEYS,
     **PARALLEL_KEYS,
     **LAUNCH_KEYS,
+    **SPEEDUP_KEYS,
 }
 
 
