@@ -76,6 +76,9 @@ class MonitorConfig(Section):
     log_interval: PositiveInt = 100
     """Steps between progress lines and metric records [steps]."""
 
+    log_batch_hashes: bool = False
+    """Write the hash of each step's tokens to batch_hashes.jsonl in the run's folder."""
+
     log_dir: str | None = None
     """The run's folder, where metrics.jsonl is written; None means the checkpoint folder `save`, or runs/<name of the
     first YAML>."""

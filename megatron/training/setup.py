@@ -26,6 +26,7 @@ from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.monitor.throughput import Throughput, TimedIterator
 from megatron.monitor.writers import Monitor
 from megatron.mpu.context import ParallelContext
+from megatron.training.batch_hashes import LogBatchHashes
 from megatron.training.batches import BatchReader
 from megatron.training.callbacks import LogMetrics, SaveCheckpoints, Validate
 from megatron.training.distributed import process_group
@@ -84,7 +85,7 @@ def pretrain_in_group(config: RunConfig, batch: BatchConfig, run_folder: Path) -
     description = describe_run(config, batch, vocab, run_folder.name, count_parameters(config.model, vocab.padded))
     with open_record(config, description, run_folder, iteration=start.iteration) as (monitor, throughput):
         state = initial_state(counts, vocab, context)
-        run(config, batch, engine, datasets, reader, start, state, monitor, throughput)
+        run(config, batch, engine, datasets, reader, start, state, monitor, throughput, run_folder)
 
 
 def require_hardware(config: RunConfig) -> Speedups:
@@ -173,12 +174,17 @@ def run(
     state: RunState,
     monitor: Monitor,
     throughput: Throughput,
+    run_folder: Path,
 ) -> None:
     """The steps with what happens around them, then the final test."""
     training = config.training
     progress = start.progress()
-    train_batches = TimedIterator(reader.read(datasets.train, progress.consumed_train_samples))
+    batches = reader.read(datasets.train, progress.consumed_train_samples)
     callbacks: list[Callback] = []
+    if config.monitor.log_batch_hashes:
+        batches = hashes = LogBatchHashes(batches, reader.context, run_folder, progress.iteration)
+        callbacks.append(hashes)
+    train_batches = TimedIterator(batches)
     if datasets.valid is not None and training.eval_iters > 0:
         valid_batches = reader.read(datasets.valid, progress.consumed_valid_samples)
         callbacks.append(Validate(engine, valid_batches, progress, training, batch.global_batch_size, throughput))

@@ -43,6 +43,7 @@ CHECKPOINT_KEYS: dict[str, Entry] = {
 
 MONITOR_KEYS: dict[str, Entry] = {
     "log_interval": MapsTo("monitor.log_interval"),
+    "log_batch_hashes": MapsTo("monitor.log_batch_hashes", difference="not a NeoX key"),
     "log_dir": MapsTo("monitor.log_dir", difference="the folder of metrics.jsonl; NeoX copies its output there"),
     "tensorboard_dir": MapsTo("monitor.tensorboard_dir"),
     "use_wandb": MapsTo("monitor.wandb.enabled"),
