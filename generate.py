@@ -17,6 +17,9 @@ def main(argv: Sequence[str]) -> int:
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
+    from megatron.training.distributed import prepare_environment
+
+    prepare_environment()
     from megatron.inference.text import sample_text
 
     output = loaded.run.generation.sample_output_file
