@@ -70,10 +70,16 @@ class _Batched(Dataset["Tensor | DataError"]):
 
 
 def _raise_errors(loader: DataLoader[Tensor | DataError]) -> Generator[Tensor, None, None]:
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        if loader.num_workers > 0:
+            # Left to garbage collection, workers would live as long as a traceback that refers to the iterator.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _close(batches: weakref.ref[Generator[Tensor, None, None]]) -> None:

@@ -58,7 +58,7 @@ def read_documents(paths: Sequence[Path]) -> Iterator[RawDocument]:
             else:
                 for number, line in enumerate(_lines(path, file), start=1):
                     if line.strip():
-                        yield RawDocument(path, number, line, finished + file.tell())
+                        yield RawDocument(path, number, line.rstrip(b"\r\n"), finished + file.tell())
             finished += file.tell()
 
 

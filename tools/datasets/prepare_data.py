@@ -87,13 +87,14 @@ def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
         write_jsonl(output_dir / f"{part}.jsonl", documents)
     say(f"training a tokenizer on {facts['train_characters']:,} characters")
     tokenizer_file = output_dir / "tokenizer.json"
-    facts["vocab_size"] = train_tokenizer(parts["train"], vocab_size, tokenizer_file)
+    vocab_size = train_tokenizer(parts["train"], vocab_size, tokenizer_file)
+    facts["vocab_size"] = vocab_size
     options = TokenizeOptions(TokenizerConfig(type="HFTokenizer", vocab_file=str(tokenizer_file)), append_eod=True)
     for part in parts:
         say(f"tokenizing {part}.jsonl")
         tally = tokenize_files([output_dir / f"{part}.jsonl"], output_dir / part, options)
         facts[f"{part}_tokens"] = tally.tokens["text"]
-    train, valid = (token_counts(dataset_prefix(output_dir / part, "text"), facts["vocab_size"]) for part in parts)
+    train, valid = (token_counts(dataset_prefix(output_dir / part, "text"), vocab_size) for part in parts)
     facts["valid_unigram_nats_per_token"] = unigram_loss(train, valid)
     with written_whole(output_dir / "data.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
@@ -128,7 +129,9 @@ def manual_page(module: str, tree: ast.Module) -> str:
     return "\n\n".join(sections)
 
 
-def docstrings(node: ast.AST, title: str, scope: str) -> Iterator[tuple[str, str]]:
+def docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, title: str, scope: str
+) -> Iterator[tuple[str, str]]:
     """Title and docstring of a module, class or function, and of the public ones inside a module or class."""
     text = ast.get_docstring(node)
     if text:
@@ -138,9 +141,8 @@ def docstrings(node: ast.AST, title: str, scope: str) -> Iterator[tuple[str, str
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
             name = scope + child.name
-            is_class = isinstance(child, ast.ClassDef)
-            title = f"class {name}" if is_class else f"{name}({ast.unparse(child.args)})"
-            yield from docstrings(child, title, f"{name}.")
+            signature = f"class {name}" if isinstance(child, ast.ClassDef) else f"{name}({ast.unparse(child.args)})"
+            yield from docstrings(child, signature, f"{name}.")
 
 
 def own_groups(path: Path) -> Iterator[Group]:
