@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron.config.section import Section
 
+Verification = Literal["full", "sizes"]
+
 
 class CheckpointConfig(Section):
     """When and where checkpoints are written and read."""
@@ -29,10 +31,26 @@ class CheckpointConfig(Section):
     """Further steps at which to save [steps]; 0 saves the initial weights."""
 
     keep_last_n_checkpoints: PositiveInt | None = None
-    """Checkpoints kept [checkpoints]; None keeps all."""
+    """Newest complete checkpoints of this run that are kept [checkpoints]; None keeps all."""
+
+    keep_extra_save_iters: bool = False
+    """Keep the checkpoints of extra_save_iters for ever, whatever keep_last_n_checkpoints says."""
+
+    keep_every_n_iters: PositiveInt | None = None
+    """Keep the checkpoint of every multiple of this step for ever [steps]; None keeps none for that reason."""
+
+    verify_checkpoint: Verification = "full"
+    """What is compared with the manifest before a checkpoint is loaded: sizes and SHA-256 of all files, or sizes."""
+
+    allow_unsafe_load: bool = False
+    """Load .pt files that hold more than tensors and plain values. Such files can run any code."""
+
+    allow_changed_data: bool = False
+    """Go on with a run although its datasets, tokenizer, seed or sequence length are not those of the checkpoint."""
 
     auto_resume: bool = False
-    """Continue from the newest checkpoint in `save` when there is one; otherwise start from `load`, or fresh."""
+    """Continue from the newest complete checkpoint in `save` when there is one; otherwise start from `load`, or
+    fresh."""
 
     iteration: NonNegativeInt | None = None
     """Step of the checkpoint to load [steps]; None means the newest complete one."""

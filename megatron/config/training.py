@@ -103,6 +103,17 @@ class CheckpointedActivations(Section):
     """Layers between two kept activations [layers]."""
 
 
+class NonFiniteConfig(Section):
+    """What happens when a loss or gradient is NaN or infinite on any rank (fp16's search for a scale apart)."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """Stop with an error and leave the last checkpoint the last; leave the step out; or go back to the newest complete
+    checkpoint and on with the samples after the bad ones."""
+
+    budget: PositiveInt = 10
+    """Steps of the run that may be left out or rolled back before it stops after all [steps]."""
+
+
 class TrainingConfig(Section):
     """The run's schedule."""
 
@@ -123,6 +134,17 @@ class TrainingConfig(Section):
 
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 does not clip."""
+
+    non_finite: NonFiniteConfig = NonFiniteConfig()
+    """NaN and infinity."""
+
+    exit_interval: PositiveInt | None = None
+    """Save and end the run after every multiple of this step, with the exit code that asks to be resumed [steps]; None
+    does not."""
+
+    exit_duration_in_mins: PositiveFloat | None = None
+    """Save and end the run at the first step that ends this long after its start, with the exit code that asks to be
+    resumed [minutes]; None does not."""
 
     eval_interval: PositiveInt = 1000
     """Steps between validations [steps]."""

@@ -203,6 +203,10 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
             yield Finding("checkpoint.finetune", "needs load: the folder of a checkpoint")
     if checkpoint.auto_resume and checkpoint.save is None:
         yield Finding("checkpoint.auto_resume", "needs save: the folder that the run goes on from")
+    if checkpoint.auto_resume and checkpoint.iteration is not None and checkpoint.load == checkpoint.save:
+        yield Finding(
+            "checkpoint.iteration", "contradicts auto_resume: true, which goes on from the newest checkpoint; keep one"
+        )
     if checkpoint.pretrain_partial_init is not None and run.model.param_tokens is None:
         yield Finding("checkpoint.pretrain_partial_init", "only a TokenFormer has parameter tokens to start from")
 

@@ -20,6 +20,13 @@ CHECKPOINT_KEYS: dict[str, Entry] = {
     "extra_save_iters": MapsTo("checkpoint.extra_save_iters"),
     "save_iters": Rejected("NeoX computes it", "use extra_save_iters", accepts=LIST),
     "keep_last_n_checkpoints": MapsTo("checkpoint.keep_last_n_checkpoints"),
+    "keep_extra_save_iters": MapsTo("checkpoint.keep_extra_save_iters", difference="not a NeoX key"),
+    "keep_every_n_iters": MapsTo("checkpoint.keep_every_n_iters", difference="not a NeoX key"),
+    "verify_checkpoint": MapsTo("checkpoint.verify_checkpoint", difference="not a NeoX key; there, nothing is checked"),
+    "allow_unsafe_load": MapsTo(
+        "checkpoint.allow_unsafe_load", difference="not a NeoX key; there, every file is unpickled"
+    ),
+    "allow_changed_data": MapsTo("checkpoint.allow_changed_data", difference="not a NeoX key; there, nobody notices"),
     "iteration": MapsTo("checkpoint.iteration"),
     "finetune": MapsTo("checkpoint.finetune"),
     "no_load_optim": MapsTo("checkpoint.no_load_optim"),

@@ -160,7 +160,12 @@ TRAINING_KEYS: dict[str, Entry] = {
     "activation_checkpointing": Rejected(
         "DeepSpeed's own dictionary is not read", "use checkpoint_activations and checkpoint_num_layers"
     ),
-    "exit_interval": Rejected("a run ends at train_iters", "use train_iters, and lr_decay_iters for a longer schedule"),
+    "exit_interval": MapsTo(
+        "training.exit_interval", difference="saves first, and ends with the exit code that asks to be resumed"
+    ),
+    "exit_duration_in_mins": MapsTo("training.exit_duration_in_mins", difference="Megatron's key, not NeoX's"),
+    "non_finite_policy": MapsTo("training.non_finite.policy", difference="not a NeoX key"),
+    "non_finite_budget": MapsTo("training.non_finite.budget", difference="not a NeoX key"),
     "z_loss": Rejected("the auxiliary z-loss is not implemented", harmless=(0,), accepts=NUMBER),
     "char_level_ppl": absent_flag("perplexity is per token"),
     "use_mup": absent_flag(
