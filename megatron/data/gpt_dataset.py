@@ -32,20 +32,29 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         sample = int(self.index.shuffle_idx[item])
         first, first_offset = self.index.sample_idx[sample].tolist()
         last, last_offset = self.index.sample_idx[sample + 1].tolist()
-        pieces = []
-        for position in range(first, last + 1):
-            document = int(self.index.doc_idx[position])
-            start = first_offset if position == first else 0
-            stop = last_offset + 1 if position == last else int(self.documents.sizes[document])
-            piece = self.documents.read(document, start, stop - start)
-            self._check(piece, document)
-            pieces.append(piece)
-        return np.concatenate(pieces, dtype=np.int64)
+        documents = self.index.doc_idx[first : last + 1].tolist()
+        stops = self.documents.sizes[documents].tolist()
+        stops[-1] = last_offset + 1
+        starts = [first_offset] + [0] * (last - first)
+        pieces = [
+            self.documents.read(document, start, stop - start)
+            for document, start, stop in zip(documents, starts, stops, strict=True)
+        ]
+        tokens = np.concatenate(pieces, dtype=np.int64)
+        # Seen as unsigned, a negative id of a damaged file is too large as well.
+        if tokens.view(np.uint64).max() >= self.vocab_size:
+            raise self._foreign_token(documents, pieces)
+        return tokens
 
-    def _check(self, tokens: npt.NDArray[np.integer], document: int) -> None:
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            raise DataError(
-                f"{data_file(self.documents.prefix)}: document {document:,} holds token ids from {tokens.min()} to "
-                f"{tokens.max()}, but the model's vocabulary ends at {self.vocab_size - 1}. Configure the tokenizer "
-                "that made this dataset, or tokenize the data again."
-            )
+    def _foreign_token(self, documents: list[int], pieces: list[npt.NDArray[np.integer]]) -> DataError:
+        largest = self.vocab_size - 1
+        document, token = next(
+            (document, token)
+            for document, piece in zip(documents, pieces, strict=True)
+            for token in piece.tolist()
+            if not 0 <= token <= largest
+        )
+        return DataError(
+            f"{data_file(self.documents.prefix)}: document {document:,} holds the token id {token}, but the model's "
+            f"vocabulary ends at {largest}. Configure the tokenizer that made this dataset, or tokenize the data again."
+        )

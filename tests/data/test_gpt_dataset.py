@@ -56,7 +56,7 @@ def test_a_single_sample_is_repeated(tmp_path: Path) -> None:
 
 def test_token_beyond_the_vocabulary_names_file_and_document(tmp_path: Path) -> None:
     dataset = make(tmp_path, [50, 30], 10, vocab_size=50)
-    with pytest.raises(DataError, match=r"corpus\.bin: document 1 holds token ids from \d+ to \d+, .* ends at 49"):
+    with pytest.raises(DataError, match=r"corpus\.bin: document 1 holds the token id [5-7]\d, .* ends at 49"):
         for item in range(len(dataset.index.shuffle_idx)):
             _ = dataset[item]
 
@@ -64,3 +64,12 @@ def test_token_beyond_the_vocabulary_names_file_and_document(tmp_path: Path) -> 
 def test_vocabulary_that_just_holds_the_tokens(tmp_path: Path) -> None:
     dataset = make(tmp_path, [50, 30], 10, vocab_size=80)
     assert max(dataset[item].max() for item in range(len(dataset.index.shuffle_idx))) <= 79
+
+
+def test_negative_token_is_an_error_too(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "corpus", np.int32) as writer:
+        writer.add_document([1, 2, -3, 4, 5, 6, 7, 8, 9])
+    documents = IndexedDataset(tmp_path / "corpus")
+    index = build_sample_index(documents.sizes, range(1), 1, SEQ_LENGTH, 5)
+    with pytest.raises(DataError, match=r"document 0 holds the token id -3"):
+        _ = GPTDataset(documents, index, 100)[0]
