@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron.mpu.context import ParallelContext
@@ -9,7 +10,10 @@ from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
 
 class CausalLMLoss:
-    """Mean cross entropy over the positions that count, in float32 (float64 for float64 logits).
+    """Mean cross entropy over the positions that count.
+
+    The losses are float32 (float64 for float64 logits), their mean is float64: layouts sum them in different orders,
+    over positions here and over micro batches and ranks in the engine, which must not show in the curve.
 
     `num_valid` vocabulary rows are part of the softmax; None means all, padding included, as published.
     """
@@ -25,4 +29,4 @@ class CausalLMLoss:
         """
         labels_BS, mask_BS = targets
         losses_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, self.num_valid, self.context)
-        return (losses_BS * mask_BS).sum() / mask_BS.sum().clamp(min=1)
+        return (losses_BS * mask_BS).sum(dtype=torch.float64) / mask_BS.sum(dtype=torch.float64).clamp(min=1)

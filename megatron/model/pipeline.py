@@ -75,6 +75,11 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
             x = layer(x)
         return x
 
+    def _synchronize_tied_weights(self) -> None:
+        # Otherwise autograd records DeepSpeed's broadcast, which has no gradient, into the weights themselves.
+        with torch.no_grad():
+            super()._synchronize_tied_weights()
+
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their global names."""
         return global_parameters(self.named_parameters(), self.model_config)

@@ -33,6 +33,6 @@ def train(
         progress.iteration += 1
         progress.consumed_train_samples += global_batch_size
         is_last = progress.iteration == training.train_iters
-        step = Step(progress.iteration, loss.detach(), learning_rate, is_last)
+        step = Step(progress.iteration, loss.detach().float(), learning_rate, is_last)
         for callback in callbacks:
             callback.after_step(step)

@@ -29,6 +29,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.training.batch_hashes import LogBatchHashes
 from megatron.training.batches import BatchReader
 from megatron.training.callbacks import LogMetrics, SaveCheckpoints, Validate
+from megatron.training.deepspeed_repairs import repair
 from megatron.training.distributed import process_group
 from megatron.training.evaluate import evaluate, loss_metrics
 from megatron.training.loop import train
@@ -145,6 +146,7 @@ def build_engine(config: RunConfig, batch: BatchConfig, vocab: VocabSize, contex
         engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, batch)
         )
+    repair(engine, context)
     return engine
 
 

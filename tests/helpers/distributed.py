@@ -113,12 +113,13 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
         MASTER_ADDR=HOST,
         MASTER_PORT=str(port),
     )
-    import deepspeed.comm.torch
+    import deepspeed  # noqa: F401 - so that the module below exists
     import torch
 
     torch.set_num_threads(1)
-    # Its shared-memory collectives need a compiler and half a minute; gloo does without them.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Its shared-memory collectives need a compiler and half a minute; gloo does without them. The module is looked up
+    # by its full name, for the attribute `torch` of deepspeed.comm is torch itself.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     store = dist.TCPStore(HOST, port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while (message := connection.recv()) is not None:

@@ -37,11 +37,20 @@ def test_half_precision_logits_lose_nothing_further() -> None:
     logits, labels, _ = batch(torch.bfloat16)
     ones = torch.ones(labels.shape)
     loss = CausalLMLoss(None, SINGLE)(logits, (labels, ones))
-    want = F.cross_entropy(logits.detach().float().flatten(0, 1), labels.flatten())
-    assert loss.dtype == torch.float32
+    want = F.cross_entropy(logits.detach().double().flatten(0, 1), labels.flatten())
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
     loss.backward()
     assert logits.grad.dtype == torch.bfloat16
+
+
+def test_many_losses_are_averaged_without_rounding() -> None:
+    """A float32 sum of equal losses differs from their product; layouts would differ by how they sum."""
+    length = 30_000
+    logits = torch.zeros(1, length, 500)
+    targets = (torch.zeros(1, length, dtype=torch.int64), torch.ones(1, length))
+    loss = CausalLMLoss(None, SINGLE)(logits, targets)
+    one = CausalLMLoss(None, SINGLE)(logits[:, :1], (targets[0][:, :1], targets[1][:, :1]))
+    assert float(loss) == pytest.approx(float(one), rel=1e-14)
 
 
 def test_extreme_logits_stay_finite() -> None:
