@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import numpy.typing as npt
 import pytest
 import yaml
 
-from megatron.checkpointing.folder import LATEST, RunState, checkpoint_name, write_state
 from megatron.config.load import load_config
 from megatron.config.training import BatchConfig
 from megatron.data.datasets import build_datasets, sample_counts
@@ -105,41 +105,44 @@ def test_without_a_global_batch_the_ranks_decide(configure: Callable[..., str], 
     assert on_two.shape == (2, 12, SEQ_LENGTH + 1)
 
 
-def save_state(folder: Path, config: str, **changes: int) -> None:
-    """A checkpoint of the run, as far as the data order is concerned."""
-    counts = {"iteration": 10, "consumed_train_samples": 120, "consumed_valid_samples": 0}
-    sizes = {"train_index_samples": 30 * 12, "valid_index_samples": 0, "vocab_size": 512, "padded_vocab_size": 512}
-    layout = {f"{kind}_parallel_size": 1 for kind in ("tensor", "pipe", "data")}
-    state = RunState(**(counts | sizes | layout | changes))
-    path = folder / checkpoint_name(state.iteration)
-    path.mkdir(parents=True)
-    write_state(path, state, load_config([Path(config)]).run)
-    (folder / LATEST).write_text(path.name)
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
+    """Checkpoint states by folder; those that a test puts here are what the viewer finds."""
+    states: dict[str, SimpleNamespace] = {}
+
+    def find(folder: Path, *_: object) -> SimpleNamespace | None:
+        return SimpleNamespace(state=states[str(folder)]) if str(folder) in states else None
+
+    monkeypatch.setattr("tools.datasets.batch_viewer.find_checkpoint", find)
+    return states
 
 
 @pytest.mark.parametrize("key", ["save", "load"])
 def test_order_of_a_resumed_run_is_the_one_it_began_with(
-    configure: Callable[..., str], tmp_path: Path, key: str
+    configure: Callable[..., str], tmp_path: Path, saved: dict[str, SimpleNamespace], key: str
 ) -> None:
     """More steps would shuffle more epochs together, and the checkpoint keeps that from happening."""
     output, steps = tmp_path / "batches.npy", ["--start", "8", "--end", "13"]
     want = trained_on(configure(), 1, 13)[7:]
     assert not np.array_equal(view(configure(train_iters=3000), *steps, output=output), want)
-    longer = configure(train_iters=3000, **{key: str(tmp_path / "resumed")})
-    save_state(tmp_path / "resumed", longer)
+    saved["resumed"] = SimpleNamespace(iteration=10, consumed_train_samples=120, train_index_samples=30 * 12)
+    longer = configure(train_iters=3000, **{key: "resumed"})
     np.testing.assert_array_equal(view(longer, *steps, output=output), want)
 
 
-def test_checkpoint_to_load_that_is_not_there(configure: Callable[..., str], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"load: .*nothing holds no checkpoint"):
-        main([configure(load=str(tmp_path / "nothing")), "--start", "1", "--end", "1", "--text"])
+def test_checkpoint_to_load_that_is_not_there(configure: Callable[..., str], saved: dict[str, SimpleNamespace]) -> None:
+    assert not saved
+    with pytest.raises(CheckpointError, match=r"load: nothing holds no checkpoint"):
+        main([configure(load="nothing"), "--start", "1", "--end", "1", "--text"])
 
 
-def test_another_batch_since_the_checkpoint(configure: Callable[..., str], tmp_path: Path) -> None:
+def test_another_batch_since_the_checkpoint(
+    configure: Callable[..., str], tmp_path: Path, saved: dict[str, SimpleNamespace]
+) -> None:
     """10 steps of 6 samples came before; from step 11 on, 12 a step."""
-    config = configure()
+    config = configure(save="run")
     want = trained_on(config, 1, 30).reshape(-1, SEQ_LENGTH + 1)
-    save_state(tmp_path / "run", config, consumed_train_samples=60)
+    saved["run"] = SimpleNamespace(iteration=10, consumed_train_samples=60, train_index_samples=30 * 12)
     got = view(config, "--start", "11", "--end", "12", output=tmp_path / "batches.npy")
     np.testing.assert_array_equal(got.reshape(-1, SEQ_LENGTH + 1), want[60:84])
     with pytest.raises(ConfigError, match=r"has read 60 samples in 10 steps, not 12 a step\..* from 11 on"):
