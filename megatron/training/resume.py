@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpointing.folder import Checkpoint, find_checkpoint, list_checkpoints
+from megatron.checkpointing.same_model import model_differences
 from megatron.config.output import CheckpointConfig
 from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
@@ -13,12 +14,6 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training.progress import Progress
-
-# What may differ between a checkpoint's model and the model that loads it: none of it changes what weights mean.
-FREE_MODEL_FIELDS = frozenset(
-    {"seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method",
-     "output_layer_init_method", "init_method_std", "make_vocab_size_divisible_by", "padded_vocab_size"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,12 +87,7 @@ def _loads_from_save(config: CheckpointConfig) -> bool:
 
 
 def _require_same_model(config: RunConfig, checkpoint: Checkpoint) -> None:
-    ours, theirs = config.model.model_dump(), checkpoint.config.model.model_dump()
-    differences = [
-        f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}"
-        for name in ours
-        if name not in FREE_MODEL_FIELDS and ours[name] != theirs[name]
-    ]
+    differences = model_differences(checkpoint.config.model, config.model)
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. "
