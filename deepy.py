@@ -60,10 +60,14 @@ def free_port() -> int:
 
 
 def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The environment of one rank on this machine. Threads are shared out unless the user has decided."""
+    """The environment of one rank on this machine. Threads are shared out unless the user has decided.
+
+    They sleep while they wait: threads that spin instead slow a run down tenfold where other programs share the cores.
+    """
     threads = max((os.cpu_count() or 1) // ranks, 1)
     return {
         "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
         **base,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
