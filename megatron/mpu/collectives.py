@@ -17,6 +17,11 @@ from torch import Tensor
 
 from megatron.mpu.context import ParallelContext
 
+# torch 2.13 renamed these two, and warns about the names that 2.11 has.
+RENAMED = hasattr(dist, "all_gather_single")
+ALL_GATHER = "all_gather_single" if RENAMED else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if RENAMED else "reduce_scatter_tensor"
+
 
 def sum_over_ranks(x: Tensor, context: ParallelContext) -> Tensor:
     """Partial to replicated, outside autograd."""
@@ -80,7 +85,7 @@ def _all_reduce(x: Tensor, context: ParallelContext, op: dist.ReduceOp.RedOpType
 
 def _all_gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     parts = x.new_empty((context.tensor_size * x.shape[0], *x.shape[1:]))
-    dist.all_gather_single(parts, x.contiguous(), group=context.tensor_group)
+    getattr(dist, ALL_GATHER)(parts, x.contiguous(), group=context.tensor_group)
     return parts.view(context.tensor_size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
@@ -88,7 +93,7 @@ def _sum_and_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     split = (*x.shape[:dim], context.tensor_size, -1, *x.shape[dim + 1 :])
     parts = x.reshape(split).movedim(dim, 0).contiguous()
     share = torch.empty_like(parts[0])
-    dist.reduce_scatter_single(share, parts.flatten(0, 1), group=context.tensor_group)
+    getattr(dist, REDUCE_SCATTER)(share, parts.flatten(0, 1), group=context.tensor_group)
     return share
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.config.model import ModelConfig, ParamTokenConfig
 from megatron.model.layer import TransformerLayer
 from megatron.mpu import context as context_module
+from megatron.mpu.collectives import ALL_GATHER, REDUCE_SCATTER
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 from tests.helpers.distributed import run_distributed
@@ -41,7 +43,7 @@ def counting() -> Iterator[Sent]:
 
         return mock.patch.object(dist, kind, call)
 
-    with counted("all_reduce", 0), counted("all_gather_single", 0), counted("reduce_scatter_single", 1):
+    with counted("all_reduce", 0), counted(ALL_GATHER, 0), counted(REDUCE_SCATTER, 1):
         yield sent
 
 
@@ -63,11 +65,11 @@ def reduced(*elements: int) -> Sent:
 
 
 def gathered(*elements: int) -> Sent:
-    return Counter(("all_gather_single", n) for n in elements)
+    return Counter((ALL_GATHER, n) for n in elements)
 
 
 def scattered(*elements: int) -> Sent:
-    return Counter(("reduce_scatter_single", n) for n in elements)
+    return Counter((REDUCE_SCATTER, n) for n in elements)
 
 
 def tokenformer(theta: str) -> ModelConfig:
@@ -112,16 +114,39 @@ def test_counts_equal_the_formula(case: str) -> None:
         assert backward == want_backward
 
 
-def volume(sent: Sent) -> Fraction:
-    """In units of u = T D (tp - 1) / tp elements per rank; row statistics and small gradients are not counted."""
-    weights = {"all_reduce": 2, "all_gather_single": 1, "reduce_scatter_single": 1}
-    return sum(Fraction(weights[kind] * n * times, TD) for (kind, n), times in sent.items() if n >= TD)
+KINDS = {"AG": (ALL_GATHER, 1), "RS": (REDUCE_SCATTER, 1), "AR": ("all_reduce", 2)}
+"""The table's words; how many u the exchange of one T x D tensor is, u = T D (tp - 1) / tp elements per rank."""
 
 
-def test_volumes_are_those_of_the_table() -> None:
+def volumes(sent: Sent) -> dict[str, Fraction]:
+    """In units of u, by the table's words; row statistics and small gradients are not counted."""
+    of_kind = {
+        word: sum(Fraction(u * n * times, TD) for (kind, n), times in sent.items() if kind == name and n >= TD)
+        for word, (name, u) in KINDS.items()
+    }
+    return {word: volume for word, volume in of_kind.items() if volume}
+
+
+def table_rows() -> dict[str, list[str]]:
+    """The cells of mpu/README.md's table, by the row's name."""
     readme = (Path(context_module.__file__).parent / "README.md").read_text()
-    for case, (_, _, forward, backward) in CASES.items():
-        expected = 8 if case.startswith("tokenformer") else 4
-        assert volume(forward) == volume(backward) == expected
-    assert "| volume per layer, forward | 8u | 8u | 4u | 4u |" in readme
-    assert "| volume per layer, backward | 8u | 8u | 4u | 4u |" in readme
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines() if line[:1] == "|"]
+    return {name: columns for name, *columns in cells}
+
+
+@pytest.mark.parametrize(
+    ("column", "case"), [*enumerate(["tokenformer", "tokenformer, sequence", "pythia", "pythia, sequence"])]
+)
+def test_the_table_says_what_is_counted(column: int, case: str) -> None:
+    _, _, forward, backward = CASES[case]
+    rows = table_rows()
+    said: Counter[str] = Counter()
+    for name, columns in rows.items():
+        if match := re.fullmatch(r"(AG|RS|AR) (\d*)u", columns[column]):
+            assert "volume" not in name
+            said[match[1]] += int(match[2] or 1)
+    assert said == volumes(forward)
+    conjugate = {"AG": "RS", "RS": "AG", "AR": "AR"}
+    assert {conjugate[word]: volume for word, volume in said.items()} == volumes(backward)
+    total = f"{sum(said.values())}u"
+    assert [rows[f"volume per layer, {direction}"][column] for direction in ("forward", "backward")] == [total, total]
