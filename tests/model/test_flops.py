@@ -32,7 +32,7 @@ def test_counted_operations_agree(model: ModelConfig) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "width", "published"),
-    # Parameter attention and head, MFLOP per token, of arXiv:2410.23168's models, in which n_qkv = n_proj = d, n_ffn = 4d.
+    # Parameter attention and head [MFLOP per token] of the published models: n_qkv = n_proj = d, n_ffn = 4d.
     [(12, 768, 226.5 + 77.3), (24, 1024, 805.3 + 103.0), (32, 1280, 1677.7 + 128.8), (40, 1536, 3019.9 + 154.5)],
 )
 def test_published_sizes(layers: int, width: int, published: float) -> None:
