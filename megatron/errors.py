@@ -5,6 +5,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
+STOPPED_ON_REQUEST = 75
+"""Exit code of a run that a signal or a limit has ended, after it was saved: start it again to go on. It is the
+EX_TEMPFAIL of sysexits.h."""
+
+
 class UserError(Exception):
     """Base of the errors that entry points print without a traceback before they exit with `exit_code`."""
 
@@ -23,6 +28,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read or written, or does not fit the run that wants to load it."""
+
+
+class NonFiniteError(UserError):
+    """Training met NaN or infinity, and the configuration does not let it go on."""
 
 
 class EnvironmentSetupError(UserError):

@@ -24,21 +24,21 @@ def _allowed_types() -> list[Any]:
     return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
-def load_tensors(path: Path) -> Any:
-    """The content of a .pt file on the CPU, memory-mapped. Raises CheckpointError for a damaged or foreign one."""
+def load_tensors(path: Path, *, allow_unsafe: bool = False, mmap: bool = True) -> Any:
+    """The content of a .pt file on the CPU, memory-mapped or read.
+
+    Raises CheckpointError for a damaged file, and for one that holds anything but tensors, plain values and the types
+    that DeepSpeed writes, unless `allow_unsafe`: then such a file may run any code.
+    """
     try:
         with torch.serialization.safe_globals(_allowed_types()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
+        if allow_unsafe:
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values, and loading it could run code: it is refused. "
-            f"({str(error).splitlines()[0]})"
+            f"{path} holds more than tensors and plain values, and loading it could run code: it is refused. If you "
+            f"trust who wrote it, set `allow_unsafe_load: true`. ({str(error).splitlines()[0]})"
         ) from error
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is damaged or incomplete.") from error
-
-
-def check_folder(path: Path) -> None:
-    """Open every .pt file of a checkpoint folder. Raises CheckpointError for the first that is not safe to load."""
-    for file in sorted(path.glob("*.pt")):
-        load_tensors(file)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpointing.folder import find_checkpoint
+from megatron.checkpointing.search import find_checkpoint
 from megatron.checkpointing.weights import load_local_model
 from megatron.config.generation import GenerationConfig
 from megatron.config.output import CheckpointConfig
@@ -23,7 +23,9 @@ def sample_text(config: RunConfig) -> Iterator[dict[str, str]]:
 
     Raises CheckpointError without a checkpoint to sample from, DataError without a readable prompt file.
     """
-    checkpoint = find_checkpoint(_checkpoint_folder(config.checkpoint), config.checkpoint.iteration)
+    checkpoint = find_checkpoint(
+        _checkpoint_folder(config.checkpoint), config.checkpoint.iteration, config.checkpoint.verify_checkpoint
+    )
     if checkpoint is None:
         raise CheckpointError(
             f"{_checkpoint_folder(config.checkpoint)} holds no checkpoint to sample from. Name a run's folder with "

@@ -1,21 +1,23 @@
-"""What happens around the steps: validation, metrics, checkpoints. One concern per class."""
+"""What happens around the steps: evaluation, metrics, checkpoints. One concern per class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.checkpointing.folder import RunState
 from megatron.checkpointing.save_load import save_checkpoint
+from megatron.checkpointing.state import RunState
 from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
 from megatron.monitor.throughput import Throughput, TimedIterator, peak_memory_gib
 from megatron.monitor.writers import Monitor
 from megatron.training.evaluate import evaluate, loss_metrics
 from megatron.training.progress import Progress, Step
+from megatron.training.stop import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -32,6 +34,7 @@ class Validate:
         training: TrainingConfig,
         global_batch_size: int,
         throughput: Throughput,
+        stop: StopRequest,
     ) -> None:
         self.engine = engine
         self.batches = batches
@@ -39,17 +42,52 @@ class Validate:
         self.throughput = throughput
         self.training = training
         self.global_batch_size = global_batch_size
+        self.stop = stop
 
     def before_training(self) -> None:
         """Nothing to prepare."""
 
     def after_step(self, step: Step) -> None:
-        """Add valid/lm_loss and valid/perplexity to the step's metrics when it is time."""
+        """Add valid/lm_loss and valid/perplexity to the step's metrics when it is time.
+
+        A validation that a request to stop cuts short is not made up for, and its samples count as read: every later
+        one sees what it would have seen.
+        """
         if step.iteration % self.training.eval_interval == 0 or step.is_last:
             with self.throughput.paused():
-                loss = evaluate(self.engine, self.batches, self.training.eval_iters)
-            step.metrics.update(loss_metrics("valid", loss))
+                loss = evaluate(self.engine, self.batches, self.training.eval_iters, self.stop)
+            if loss is not None:
+                step.metrics.update(loss_metrics("valid", loss))
             self.progress.consumed_valid_samples += self.training.eval_iters * self.global_batch_size
+
+
+class FinalTest:
+    """Evaluates on the test data after the last step."""
+
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        batches: Iterator[Any],
+        eval_iters: int,
+        throughput: Throughput,
+        stop: StopRequest,
+    ) -> None:
+        self.engine = engine
+        self.batches = batches
+        self.eval_iters = eval_iters
+        self.throughput = throughput
+        self.stop = stop
+
+    def before_training(self) -> None:
+        """Nothing to prepare."""
+
+    def after_step(self, step: Step) -> None:
+        """Add test/lm_loss and test/perplexity to the last step's metrics."""
+        if step.is_last:
+            with self.throughput.paused():
+                loss = evaluate(self.engine, self.batches, self.eval_iters, self.stop)
+            if loss is not None:
+                step.metrics.update(loss_metrics("test", loss))
 
 
 class LogMetrics:
@@ -61,27 +99,35 @@ class LogMetrics:
         monitor: Monitor,
         throughput: Throughput,
         batches: TimedIterator[Any],
+        progress: Progress,
+        seq_length: int,
         log_interval: int,
+        stop: StopRequest,
     ) -> None:
         self.engine = engine
         self.monitor = monitor
         self.throughput = throughput
         self.batches = batches
+        self.progress = progress
+        self.seq_length = seq_length
         self.log_interval = log_interval
+        self.stop = stop
         self.losses: list[torch.Tensor] = []
 
     def before_training(self) -> None:
         """Nothing to prepare."""
 
     def after_step(self, step: Step) -> None:
-        """Collect the loss, and report its mean since the last record when it is time."""
-        self.losses.append(step.loss)
-        if not (step.iteration % self.log_interval == 0 or step.metrics or step.is_last):
+        """Collect the loss, and report its mean since the last record when it is time; steps left out do not count."""
+        if not step.left_out:
+            self.losses.append(step.loss)
+        ends = step.is_last or self.stop.agreed
+        if not (step.iteration % self.log_interval == 0 or step.metrics or ends):
             return
-        loss = float(torch.stack(self.losses).double().mean())
+        loss = float(torch.stack(self.losses).double().mean()) if self.losses else math.nan
         self.losses.clear()
         record = {
-            "consumed_tokens": step.iteration * self.throughput.tokens_per_step,
+            "consumed_tokens": self.progress.consumed_train_samples * self.seq_length,
             "train/lm_loss": loss,
             "train/learning_rate": step.learning_rate,
             "train/grad_norm": float(self.engine.get_global_grad_norm()),
@@ -94,9 +140,11 @@ class LogMetrics:
 
 
 class SaveCheckpoints:
-    """Saves after the steps of the schedule, and the initial weights when the schedule has step 0.
+    """Saves after the steps of the schedule, when the run is to stop, and at its end; the initial weights as well when
+    the schedule has step 0.
 
     `unchanging` gives the parts of the saved state that stay the same over a run; the rest comes from `progress`.
+    `versions` are of the packages and the code.
     """
 
     def __init__(
@@ -107,6 +155,10 @@ class SaveCheckpoints:
         unchanging: RunState,
         config: RunConfig,
         throughput: Throughput,
+        stop: StopRequest,
+        *,
+        run_id: str,
+        versions: Mapping[str, str | None],
     ) -> None:
         self.engine = engine
         self.iterations = iterations
@@ -114,6 +166,9 @@ class SaveCheckpoints:
         self.unchanging = unchanging
         self.config = config
         self.throughput = throughput
+        self.stop = stop
+        self.run_id = run_id
+        self.versions = versions
 
     def before_training(self) -> None:
         """Save the initial weights of a run that starts from step 0."""
@@ -122,10 +177,10 @@ class SaveCheckpoints:
 
     def after_step(self, step: Step) -> None:
         """Save when it is time."""
-        if step.iteration in self.iterations or step.is_last:
+        if step.iteration in self.iterations or step.is_last or self.stop.agreed:
             self._save()
 
     def _save(self) -> None:
-        state = replace(self.unchanging, **asdict(self.progress))
+        state = replace(self.unchanging, **asdict(self.progress), schedule_steps=self.engine.lr_scheduler.num_steps)
         with self.throughput.paused():
-            save_checkpoint(self.engine, state, self.config)
+            save_checkpoint(self.engine, state, self.config, run_id=self.run_id, versions=self.versions)

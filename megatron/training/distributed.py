@@ -69,7 +69,7 @@ def prepare_environment() -> None:
 def process_group() -> Iterator[None]:
     """Initialize torch.distributed through DeepSpeed, with NCCL on GPUs and gloo without.
 
-    Leaves with a barrier and a clean shutdown, without which ranks that have finished may abort.
+    Leaves with a barrier, and in any case with a clean shutdown, without which ranks may abort.
     """
     import deepspeed
     from deepspeed.utils import logger
@@ -79,6 +79,8 @@ def process_group() -> Iterator[None]:
     # a compiler, and a user's first run should not need one.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    yield
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    try:
+        yield
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()

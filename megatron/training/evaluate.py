@@ -6,13 +6,22 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron.training.stop import StopRequest
+
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
 
-def evaluate(engine: PipelineEngine, batches: Iterator[Any], eval_iters: int) -> float:
-    """Mean loss over `eval_iters` global batches, the same on every rank [nats per token]."""
-    losses = [float(engine.eval_batch(batches)) for _ in range(eval_iters)]
+def evaluate(engine: PipelineEngine, batches: Iterator[Any], eval_iters: int, stop: StopRequest) -> float | None:
+    """Mean loss over `eval_iters` global batches, the same on every rank [nats per token].
+
+    None when a request to stop comes before the last batch, which ends the evaluation.
+    """
+    losses = []
+    for _ in range(eval_iters):
+        if stop.agree(engine.device):
+            return None
+        losses.append(float(engine.eval_batch(batches)))
     return math.fsum(losses) / len(losses)
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from megatron.config.training import TrainingConfig
+from megatron.config.training import BatchConfig, TrainingConfig
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
+from megatron.training.guard import StepGuard
+from megatron.training.non_finite import must_roll_back
 from megatron.training.progress import Callback, Progress, Step
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
+
+
+class Ending(Enum):
+    """Why the loop has ended."""
+
+    FINISHED = "all steps are taken"
+    STOPPED = "a signal or a limit has ended the run, and what it did is saved"
+    ROLL_BACK = "the run is to go on from its last checkpoint"
 
 
 def train(
@@ -19,11 +30,18 @@ def train(
     batches: Iterator[Any],
     progress: Progress,
     training: TrainingConfig,
-    global_batch_size: int,
+    batch: BatchConfig,
+    guard: StepGuard,
     context: ParallelContext,
     callbacks: Sequence[Callback],
-) -> None:
-    """Take optimizer steps until train_iters, calling every callback after each; `progress` is kept up to date."""
+) -> Ending:
+    """Take optimizer steps until train_iters, calling every callback after each; `progress` is kept up to date.
+
+    Raises NonFiniteError for a step that is not finite, as far as the policy says so.
+    """
+    stop = guard.stop
+    if progress.iteration < training.train_iters and stop.agree(engine.device):
+        return Ending.STOPPED
     for callback in callbacks:
         callback.before_training()
     while progress.iteration < training.train_iters:
@@ -31,8 +49,16 @@ def train(
         learning_rate = engine.lr_scheduler.get_last_lr()[0]
         loss = engine.train_batch(batches)
         progress.iteration += 1
-        progress.consumed_train_samples += global_batch_size
+        progress.consumed_train_samples += batch.global_batch_size
+        if must_roll_back(guard, progress, training.non_finite, batch):
+            return Ending.ROLL_BACK
+        if training.exit_interval is not None and progress.iteration % training.exit_interval == 0:
+            stop.agreed = True
         is_last = progress.iteration == training.train_iters
-        step = Step(progress.iteration, loss.detach().float(), learning_rate, is_last)
+        left_out = guard.step_was_left_out
+        step = Step(progress.iteration, loss.detach().float(), learning_rate, is_last, left_out=left_out)
         for callback in callbacks:
             callback.after_step(step)
+        if stop.agreed and not is_last:
+            return Ending.STOPPED
+    return Ending.FINISHED

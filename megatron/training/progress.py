@@ -21,6 +21,9 @@ class Progress:
     consumed_valid_samples: int = 0
     """Validation samples read by all ranks together [samples]."""
 
+    non_finite_steps: int = 0
+    """Steps left out or rolled back so far because of NaN or infinity [steps]."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -36,7 +39,10 @@ class Step:
     """Learning rate that the step used."""
 
     is_last: bool
-    """Whether the run ends with this step."""
+    """Whether it is the last of train_iters."""
+
+    left_out: bool = False
+    """Whether it changed no weight, because of NaN or infinity or while fp16 looks for its scale."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks measured at this step; those that come later in the list see it."""

@@ -58,6 +58,11 @@ def git_commit() -> str | None:
     return found.stdout.strip()
 
 
+def recorded_versions(description: dict[str, Any]) -> dict[str, str | None]:
+    """What a checkpoint's manifest says of the packages and the code, from what run.json says."""
+    return {"python": description["python"], "code": description["git_commit"], **description["packages"]}
+
+
 @contextmanager
 def open_record(
     config: RunConfig, description: dict[str, Any], folder: Path, *, iteration: int

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from megatron.checkpointing.folder import Checkpoint, find_checkpoint, list_checkpoints
+from megatron.checkpointing.folder import Checkpoint, checkpoint_paths
+from megatron.checkpointing.publish import put_back_replaced
+from megatron.checkpointing.ranks import on_first_rank
 from megatron.checkpointing.same_model import model_differences
+from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.weights_only import is_weights_only
 from megatron.config.output import CheckpointConfig
 from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
-from megatron.errors import CheckpointError, ConfigError
+from megatron.data.fingerprint import differences
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training.progress import Progress
@@ -20,29 +27,26 @@ from megatron.training.progress import Progress
 class Start:
     """What a run begins with."""
 
+    run_id: str
+    """The run that the checkpoints to come belong to."""
+
+    progress: Progress = field(default_factory=Progress)
+    """Steps and samples that are behind the run; never changed."""
+
     checkpoint: Checkpoint | None = None
     """The checkpoint to load; None for a fresh run."""
 
     continues: bool = False
     """Whether the run goes on where the checkpoint's run stopped. Otherwise only its weights are used (`finetune`)."""
 
-    def progress(self) -> Progress:
-        """Steps and samples that are behind the run."""
-        if self.checkpoint is None or not self.continues:
-            return Progress()
-        state = self.checkpoint.state
-        return Progress(state.iteration, state.consumed_train_samples, state.consumed_valid_samples)
-
-    @property
-    def iteration(self) -> int:
-        """Steps that are behind the run [steps]."""
-        return self.progress().iteration
+    loads_optimizer: bool = False
+    """Whether the optimizer's state comes from the checkpoint."""
 
 
 def find_start(config: RunConfig, context: ParallelContext) -> Start:
-    """Decide where to start.
+    """Decide where to start. Collective; the same on every rank.
 
-    `auto_resume` continues from the newest checkpoint in `save`, if there is one. Otherwise `load` must hold a
+    `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
     checkpoint; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
     holds another run's checkpoints. Raises CheckpointError for each of these, and for a checkpoint that does not fit.
     """
@@ -54,29 +58,72 @@ def find_start(config: RunConfig, context: ParallelContext) -> Start:
     start = _locate(config.checkpoint)
     if start.checkpoint is not None:
         _require_same_model(config, start.checkpoint)
-        _require_layout(start, context)
+        _require_layout(start, start.checkpoint, context)
     return start
 
 
+def roll_back(config: CheckpointConfig, start: Start, progress: Progress) -> Start:
+    """Where a run goes on after a step that was not finite: at its newest whole checkpoint, with samples that it has
+    not seen. Collective.
+
+    `start` is where it began, which serves when it has not saved yet. Raises NonFiniteError without any checkpoint.
+    """
+    own = None if config.save is None else find_checkpoint(Path(config.save), None, config.verify_checkpoint)
+    checkpoint = own or (start.checkpoint if start.continues else None)
+    if checkpoint is None:
+        raise NonFiniteError(
+            f"step {progress.iteration} was not finite, and there is no checkpoint to roll back to. Save more often "
+            "(`checkpoint_factor`), or the initial weights as well (`extra_save_iters: [0]`)."
+        )
+    state = checkpoint.state
+    return Start(
+        run_id=start.run_id,
+        progress=Progress(
+            iteration=state.iteration,
+            consumed_train_samples=progress.consumed_train_samples,
+            consumed_valid_samples=state.consumed_valid_samples,
+            non_finite_steps=progress.non_finite_steps,
+        ),
+        checkpoint=checkpoint,
+        continues=True,
+        loads_optimizer=own is not None or start.loads_optimizer,
+    )
+
+
 def _locate(config: CheckpointConfig) -> Start:
-    if config.auto_resume and config.save is not None:
-        own = find_checkpoint(Path(config.save), None)
+    save = None if config.save is None else Path(config.save).resolve()
+    if save is not None:
+        on_first_rank(partial(put_back_replaced, save))
+    if config.auto_resume and save is not None:
+        own = find_checkpoint(save, None, config.verify_checkpoint)
         if own is not None:
-            return Start(own, continues=True)
-    if config.save is not None and list_checkpoints(Path(config.save)) and not _loads_from_save(config):
+            return _continue(own, config, own.manifest.run_id)
+    run_id = on_first_rank(lambda: uuid.uuid4().hex)
+    goes_on_in_save = _loads_from_save(config)
+    if save is not None and not goes_on_in_save and on_first_rank(lambda: any(True for _ in checkpoint_paths(save))):
         raise CheckpointError(
             f"save: {config.save} already holds checkpoints of another run. Set `auto_resume: true` to go on with that "
             "run, or name another folder."
         )
     if config.load is None:
-        return Start()
-    found = find_checkpoint(Path(config.load), config.iteration)
+        return Start(run_id)
+    found = find_checkpoint(Path(config.load), config.iteration, config.verify_checkpoint)
     if found is None:
         raise CheckpointError(
             f"load: {config.load} holds no checkpoint. Correct the path, or remove `load` to start from step 0; "
             "`auto_resume: true` with `save` alone starts fresh the first time and continues afterwards."
         )
-    return Start(found, continues=not config.finetune)
+    if config.finetune:
+        return Start(run_id, checkpoint=found)
+    return _continue(found, config, found.manifest.run_id if goes_on_in_save else run_id)
+
+
+def _continue(checkpoint: Checkpoint, config: CheckpointConfig, run_id: str) -> Start:
+    state = checkpoint.state
+    progress = Progress(
+        state.iteration, state.consumed_train_samples, state.consumed_valid_samples, state.non_finite_steps
+    )
+    return Start(run_id, progress, checkpoint, continues=True, loads_optimizer=not config.no_load_optim)
 
 
 def _loads_from_save(config: CheckpointConfig) -> bool:
@@ -95,16 +142,35 @@ def _require_same_model(config: RunConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_layout(start: Start, context: ParallelContext) -> None:
-    if start.checkpoint is None:
+def _require_layout(start: Start, checkpoint: Checkpoint, context: ParallelContext) -> None:
+    """The optimizer's state can only be loaded in the layout that wrote it; weights in any."""
+    if not start.loads_optimizer:
         return
-    state = start.checkpoint.state
+    if is_weights_only(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights alone, and a run cannot go on from those. Set `finetune: true` to start "
+            "a run with them."
+        )
+    state = checkpoint.state
     written = (state.tensor_parallel_size, state.pipe_parallel_size, state.data_parallel_size)
     running = (context.tensor_size, context.pipe_size, context.data_size)
     if written != running:
         raise CheckpointError(
-            f"{start.checkpoint.path} was written with (tensor, pipeline, data) parallel sizes {written}, this run has "
-            f"{running}. Start it with the sizes of the checkpoint."
+            f"{checkpoint.path} was written with (tensor, pipeline, data) parallel sizes {written}, this run has "
+            f"{running}. Start it with the sizes of the checkpoint, or do without its optimizer state: "
+            "`no_load_optim: true` goes on with fresh moments, `finetune: true` starts a new run."
+        )
+
+
+def require_same_data(start: Start, fingerprint: dict[str, str], config: CheckpointConfig) -> None:
+    """Raise CheckpointError when a run that continues would read other tokens than the one that it continues."""
+    if start.checkpoint is None or not start.continues or config.allow_changed_data:
+        return
+    changed = list(differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
+    if changed:
+        raise CheckpointError(
+            f"the data differs from what {start.checkpoint.path} was trained on: {'; '.join(changed)}. Restore it, or "
+            "set `allow_changed_data: true` to go on with it as it is."
         )
 
 
@@ -140,11 +206,11 @@ def adopt_schedule(config: RunConfig, start: Start) -> RunConfig:
             }
         )
         return config.model_copy(update={"training": training})
-    differences = [f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}" for name in ours
-                   if ours[name] != theirs[name]]  # fmt: skip
+    changed = [f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}" for name in ours
+               if ours[name] != theirs[name]]  # fmt: skip
     raise CheckpointError(
         f"the learning-rate schedule differs from the one that {start.checkpoint.path} was trained with: "
-        f"{'; '.join(differences)}. Set `override_lr_scheduler: true` to follow the configuration, or "
+        f"{'; '.join(changed)}. Set `override_lr_scheduler: true` to follow the configuration, or "
         "`use_checkpoint_lr_scheduler: true` to follow the checkpoint."
     )
 

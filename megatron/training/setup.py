@@ -10,34 +10,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron.checkpointing.folder import RunState, require_writable
-from megatron.checkpointing.save_load import load_checkpoint
-from megatron.checkpointing.schedule import save_iterations
+from megatron.checkpointing.folder import require_writable
+from megatron.checkpointing.ranks import on_first_rank
+from megatron.checkpointing.state import RunState
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.parameters import count_parameters
 from megatron.config.run import RunConfig
 from megatron.config.training import BatchConfig
-from megatron.data.datasets import Datasets, SampleCounts, build_datasets, sample_counts
+from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
+from megatron.data.fingerprint import data_fingerprint
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
-from megatron.errors import EnvironmentSetupError
+from megatron.errors import STOPPED_ON_REQUEST, EnvironmentSetupError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
-from megatron.monitor.throughput import Throughput, TimedIterator
-from megatron.monitor.writers import Monitor
 from megatron.mpu.context import ParallelContext
-from megatron.training.batch_hashes import LogBatchHashes
 from megatron.training.batches import BatchReader
-from megatron.training.callbacks import LogMetrics, SaveCheckpoints, Validate
 from megatron.training.deepspeed_repairs import repair
 from megatron.training.distributed import process_group
-from megatron.training.evaluate import evaluate, loss_metrics
-from megatron.training.loop import train
+from megatron.training.guard import StepGuard
+from megatron.training.loop import Ending
 from megatron.training.lr_schedules import LRScheduler
 from megatron.training.optimizer import build_optimizer
-from megatron.training.progress import Callback
-from megatron.training.record import describe_run, open_record
-from megatron.training.resume import Start, adopt_schedule, find_start, require_same_vocabulary
+from megatron.training.record import describe_run
+from megatron.training.resume import Start, adopt_schedule, find_start, require_same_data, require_same_vocabulary
+from megatron.training.run import Run, run_from
+from megatron.training.stop import StopRequest, signals_request
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -48,19 +46,24 @@ logger = logging.getLogger(__name__)
 def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
     """Train as configured on the ranks that the environment announces; returns the exit code.
 
+    That is 0 after the last step, and STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it.
     Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
-    wherever that is possible.
+    wherever that is possible, and NonFiniteError for NaN and infinity.
     """
-    require_hardware(config)
-    if config.checkpoint.save is not None:
-        require_writable(Path(config.checkpoint.save))
-    with process_group():
-        pretrain_in_group(config, batch, run_folder)
-    return 0
+    stop = StopRequest(config.training.exit_duration_in_mins)
+    with signals_request(stop):
+        require_hardware(config)
+        if config.checkpoint.save is not None:
+            require_writable(Path(config.checkpoint.save))
+        with process_group():
+            ending = pretrain_in_group(config, batch, run_folder, stop)
+    return STOPPED_ON_REQUEST if ending is Ending.STOPPED else 0
 
 
-def pretrain_in_group(config: RunConfig, batch: BatchConfig, run_folder: Path) -> None:
-    """`pretrain` on the ranks of the process group that exists already."""
+def pretrain_in_group(
+    config: RunConfig, batch: BatchConfig, run_folder: Path, stop: StopRequest | None = None
+) -> Ending:
+    """`pretrain` on the ranks of the process group that exists already; without `stop`, no signal ends it."""
     parallel = config.parallel
     context = ParallelContext.create(
         parallel.model_parallel_size, parallel.pipe_parallel_size, parallel.sequence_parallel
@@ -71,22 +74,25 @@ def pretrain_in_group(config: RunConfig, batch: BatchConfig, run_folder: Path) -
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
     require_same_vocabulary(start, vocab)
     counts = index_counts(config, batch, start)
-    datasets = build_datasets(
-        config.data, counts, seq_length=config.model.seq_length, seed=config.training.seed, vocab_size=vocab.padded
-    )
+    sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
+    datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)
+    fingerprint = on_first_rank(lambda: data_fingerprint(config.data, **sizes))
+    require_same_data(start, fingerprint, config.checkpoint)
     engine = build_engine(config, batch, vocab, context)
-    if start.checkpoint is not None:
-        load_checkpoint(
-            engine,
-            start.checkpoint,
-            optimizer=start.continues and not config.checkpoint.no_load_optim,
-            lr_schedule=start.continues,
-        )
-    reader = BatchReader(batch, context, config.data.num_workers, tokenizer.eod if config.data.eod_mask_loss else None)
-    description = describe_run(config, batch, vocab, run_folder.name, count_parameters(config.model, vocab.padded))
-    with open_record(config, description, run_folder, iteration=start.iteration) as (monitor, throughput):
-        state = initial_state(counts, vocab, context)
-        run(config, batch, engine, datasets, reader, start, state, monitor, throughput, run_folder)
+    run = Run(
+        config=config,
+        batch=batch,
+        engine=engine,
+        guard=StepGuard(engine, context, config.training.precision, stop or StopRequest()),
+        datasets=datasets,
+        reader=BatchReader(
+            batch, context, config.data.num_workers, tokenizer.eod if config.data.eod_mask_loss else None
+        ),
+        state=initial_state(counts, fingerprint, vocab, context),
+        description=describe_run(config, batch, vocab, run_folder.name, count_parameters(config.model, vocab.padded)),
+        folder=run_folder,
+    )
+    return run_from(run, start)
 
 
 def require_hardware(config: RunConfig) -> Speedups:
@@ -150,51 +156,22 @@ def build_engine(config: RunConfig, batch: BatchConfig, vocab: VocabSize, contex
     return engine
 
 
-def initial_state(counts: SampleCounts, vocab: VocabSize, context: ParallelContext) -> RunState:
+def initial_state(
+    counts: SampleCounts, fingerprint: dict[str, str], vocab: VocabSize, context: ParallelContext
+) -> RunState:
     """The state of a run before its first step; what a checkpoint adds is progress."""
     return RunState(
         iteration=0,
         consumed_train_samples=0,
         consumed_valid_samples=0,
+        schedule_steps=0,
+        non_finite_steps=0,
         train_index_samples=counts.train,
         valid_index_samples=counts.valid,
+        data_fingerprint=fingerprint,
         tensor_parallel_size=context.tensor_size,
         pipe_parallel_size=context.pipe_size,
         data_parallel_size=context.data_size,
         vocab_size=vocab.actual,
         padded_vocab_size=vocab.padded,
     )
-
-
-def run(
-    config: RunConfig,
-    batch: BatchConfig,
-    engine: PipelineEngine,
-    datasets: Datasets,
-    reader: BatchReader,
-    start: Start,
-    state: RunState,
-    monitor: Monitor,
-    throughput: Throughput,
-    run_folder: Path,
-) -> None:
-    """The steps with what happens around them, then the final test."""
-    training = config.training
-    progress = start.progress()
-    batches = reader.read(datasets.train, progress.consumed_train_samples)
-    callbacks: list[Callback] = []
-    if config.monitor.log_batch_hashes:
-        batches = hashes = LogBatchHashes(batches, reader.context, run_folder, progress.iteration)
-        callbacks.append(hashes)
-    train_batches = TimedIterator(batches)
-    if datasets.valid is not None and training.eval_iters > 0:
-        valid_batches = reader.read(datasets.valid, progress.consumed_valid_samples)
-        callbacks.append(Validate(engine, valid_batches, progress, training, batch.global_batch_size, throughput))
-    callbacks.append(LogMetrics(engine, monitor, throughput, train_batches, config.monitor.log_interval))
-    if config.checkpoint.save is not None:
-        iterations = save_iterations(config.checkpoint, training.train_iters)
-        callbacks.append(SaveCheckpoints(engine, iterations, progress, state, config, throughput))
-    train(engine, train_batches, progress, training, batch.global_batch_size, reader.context, callbacks)
-    if datasets.test is not None and training.eval_iters > 0:
-        loss = evaluate(engine, reader.read(datasets.test, 0), training.eval_iters)
-        monitor.write(progress.iteration, loss_metrics("test", loss))

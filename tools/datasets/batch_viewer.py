@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.folder import RunState, find_checkpoint
+from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.state import RunState
 from megatron.config.batch import implied_data_parallel_size, resolve_batch
 from megatron.config.cli import CommandLine, parse_command_line
 from megatron.config.load import LoadedConfig, load_config
@@ -115,9 +116,9 @@ def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
     """State of the newest checkpoint of this run, or of the one that it continues; None for a run without any."""
     found = None
     if checkpoint.save is not None:
-        found = find_checkpoint(Path(checkpoint.save), None)
+        found = find_checkpoint(Path(checkpoint.save), None, "sizes")
     if found is None and checkpoint.load is not None and not checkpoint.finetune:
-        found = find_checkpoint(Path(checkpoint.load), checkpoint.iteration)
+        found = find_checkpoint(Path(checkpoint.load), checkpoint.iteration, "sizes")
         if found is None:
             raise CheckpointError(f"load: {checkpoint.load} holds no checkpoint. Correct the path, or remove `load`.")
     return None if found is None else found.state

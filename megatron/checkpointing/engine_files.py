@@ -1,0 +1,89 @@
+"""How DeepSpeed's engine writes and reads its files here: flushed and hashed while written, never unpickled freely."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+from megatron.checkpointing.manifest import FileEntry
+from megatron.checkpointing.safe_files import load_tensors
+from megatron.errors import CheckpointError
+
+
+class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untyped
+    """DeepSpeed's `checkpoint_engine`.
+
+    A failure to write is kept rather than raised: the other ranks are on their way to a barrier, and would wait there
+    for ever. `taken` hands out what happened once all ranks are through.
+    """
+
+    def __init__(self, *, allow_unsafe: bool) -> None:
+        self._allow_unsafe = allow_unsafe
+        self._written: dict[str, FileEntry] = {}
+        self._failure: str | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """A save begins."""
+        self._written, self._failure = {}, None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folder of a save exists already."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file and bring it to disk."""
+        if self._failure is not None:
+            return
+        file = Path(path)
+        try:
+            self._written[file.name] = write_tensors(state_dict, file)
+        # torch's writer turns an OSError of the file below it into a RuntimeError of its own.
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            self._failure = f"{file.name}: {reason}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file on the CPU. Raises CheckpointError when it is damaged or could run code."""
+        return load_tensors(Path(path), allow_unsafe=self._allow_unsafe, mmap=False)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Nothing is left to do: the checkpoint is published by whoever asked the engine for it."""
+        return True
+
+    def taken(self) -> dict[str, FileEntry]:
+        """The files that this rank wrote since the save began. Raises CheckpointError when one could not be written."""
+        if self._failure is not None:
+            raise CheckpointError(self._failure)
+        return self._written
+
+
+def write_tensors(content: Any, path: Path) -> FileEntry:
+    """`torch.save` to a new file, flushed to disk; returns its size and hash, which are of what was meant to be
+    written, not of what a bad disk may give back."""
+    with path.open("xb") as file:
+        hashed = _HashedFile(file)
+        torch.save(content, hashed)  # type: ignore[arg-type] # torch asks for no more than this
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(hashed.size, hashed.digest.hexdigest())
+
+
+class _HashedFile:
+    """What torch.save needs of a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

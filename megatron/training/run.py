@@ -1,0 +1,100 @@
+"""The steps of an assembled run, with what happens around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.save_load import load_checkpoint, load_weights
+from megatron.checkpointing.schedule import save_iterations
+from megatron.checkpointing.state import RunState
+from megatron.config.run import RunConfig
+from megatron.config.training import BatchConfig
+from megatron.data.datasets import Datasets
+from megatron.monitor.throughput import Throughput, TimedIterator
+from megatron.monitor.writers import Monitor
+from megatron.training.batch_hashes import LogBatchHashes
+from megatron.training.batches import BatchReader
+from megatron.training.callbacks import FinalTest, LogMetrics, SaveCheckpoints, Validate
+from megatron.training.guard import StepGuard
+from megatron.training.loop import Ending, train
+from megatron.training.progress import Callback, Progress
+from megatron.training.record import open_record, recorded_versions
+from megatron.training.resume import Start, roll_back
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change from start to end."""
+
+    config: RunConfig
+    batch: BatchConfig
+    engine: PipelineEngine
+    guard: StepGuard
+    datasets: Datasets
+    reader: BatchReader
+    state: RunState
+    """What checkpoints say apart from progress."""
+    description: dict[str, Any]
+    """Content of run.json."""
+    folder: Path
+    """Where metrics go."""
+
+
+def run_from(run: Run, start: Start) -> Ending:
+    """Take the steps from `start` on, and from the last checkpoint again as often as the policy says so."""
+    while True:
+        if start.checkpoint is not None:
+            _load(run, start, start.checkpoint)
+        progress = replace(start.progress)
+        with open_record(run.config, run.description, run.folder, iteration=progress.iteration) as (monitor, meter):
+            batches = run.reader.read(run.datasets.train, progress.consumed_train_samples)
+            ending = _train(run, start.run_id, progress, batches, monitor, meter)
+        if ending is not Ending.ROLL_BACK:
+            return ending
+        start = roll_back(run.config.checkpoint, start, progress)
+
+
+def _load(run: Run, start: Start, checkpoint: Checkpoint) -> None:
+    if start.loads_optimizer:
+        load_checkpoint(run.engine, checkpoint, allow_unsafe=run.config.checkpoint.allow_unsafe_load)
+        return
+    load_weights(run.engine, checkpoint, run.reader.context)
+    if start.continues:
+        run.engine.lr_scheduler.load_state_dict({"num_steps": checkpoint.state.schedule_steps})
+
+
+def _train(
+    run: Run, run_id: str, progress: Progress, batches: Iterator[Any], monitor: Monitor, meter: Throughput
+) -> Ending:
+    config, engine, stop = run.config, run.engine, run.guard.stop
+    training = config.training
+    callbacks: list[Callback] = []
+    if config.monitor.log_batch_hashes:
+        batches = hashes = LogBatchHashes(batches, run.reader.context, run.folder, progress.iteration)
+        callbacks.append(hashes)
+    timed = TimedIterator(batches)
+    if run.datasets.valid is not None and training.eval_iters > 0:
+        valid_batches = run.reader.read(run.datasets.valid, progress.consumed_valid_samples)
+        samples = run.batch.global_batch_size
+        callbacks.append(Validate(engine, valid_batches, progress, training, samples, meter, stop))
+    if run.datasets.test is not None and training.eval_iters > 0:
+        test_batches = run.reader.read(run.datasets.test, 0)
+        callbacks.append(FinalTest(engine, test_batches, training.eval_iters, meter, stop))
+    interval, length = config.monitor.log_interval, config.model.seq_length
+    callbacks.append(LogMetrics(engine, monitor, meter, timed, progress, length, interval, stop))
+    if config.checkpoint.save is not None:
+        iterations = save_iterations(config.checkpoint, training.train_iters)
+        versions = recorded_versions(run.description)
+        callbacks.append(
+            SaveCheckpoints(
+                engine, iterations, progress, run.state, config, meter, stop, run_id=run_id, versions=versions
+            )
+        )
+    return train(engine, timed, progress, training, run.batch, run.guard, run.reader.context, callbacks)

@@ -1,0 +1,79 @@
+"""Tensor files: what is refused, and that nothing in them runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpointing.engine_files import EngineFiles, write_tensors
+from megatron.checkpointing.manifest import describe_file
+from megatron.checkpointing.safe_files import load_tensors
+from megatron.errors import CheckpointError
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def bomb(tmp_path: Path) -> Path:
+    path = tmp_path / "layer.pt"
+    torch.save({"weights": torch.zeros(2), "bomb": Bomb(tmp_path / "exploded")}, path)
+    return path
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_pickle_bomb_does_not_run(bomb: Path, mmap: bool) -> None:
+    with pytest.raises(CheckpointError, match=r"could run code: it is refused.*`allow_unsafe_load: true`"):
+        load_tensors(bomb, mmap=mmap)
+    assert not (bomb.parent / "exploded").exists()
+
+
+def test_deepspeed_is_not_given_a_pickle_bomb(bomb: Path) -> None:
+    with pytest.raises(CheckpointError, match="could run code"):
+        EngineFiles(allow_unsafe=False).load(str(bomb))
+    assert not (bomb.parent / "exploded").exists()
+
+
+def test_an_explicit_flag_loads_anything(bomb: Path) -> None:
+    loaded = EngineFiles(allow_unsafe=True).load(str(bomb))
+    assert torch.equal(loaded["weights"], torch.zeros(2))
+    assert (bomb.parent / "exploded").exists()
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("length", [0, 10, 0.5])
+def test_a_truncated_file_is_named(tmp_path: Path, mmap: bool, length: float) -> None:
+    path = tmp_path / "layer.pt"
+    torch.save(torch.arange(1000), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * length) if isinstance(length, float) else length])
+    with pytest.raises(CheckpointError, match=r"layer\.pt"):
+        load_tensors(path, mmap=mmap)
+
+
+def test_a_file_is_hashed_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "layer.pt"
+    tensors = {"a": torch.arange(100_000), "b": torch.zeros(3, dtype=torch.bfloat16)}
+    assert write_tensors(tensors, path) == describe_file(path)
+    loaded = load_tensors(path)
+    assert all(torch.equal(tensors[name], loaded[name]) for name in tensors)
+
+
+def test_a_file_that_cannot_be_written_is_told_afterwards(tmp_path: Path) -> None:
+    files = EngineFiles(allow_unsafe=False)
+    files.create(None)  # type: ignore[arg-type] # what DeepSpeed says of the save is not looked at
+    files.save({"a": torch.zeros(1)}, str(tmp_path / "first.pt"))
+    files.save({"a": torch.zeros(1)}, str(tmp_path / "missing" / "second.pt"))
+    files.save({"a": torch.zeros(1)}, str(tmp_path / "third.pt"))
+    with pytest.raises(CheckpointError, match=r"second\.pt: No such file or directory"):
+        files.taken()
+    assert not (tmp_path / "third.pt").exists()

@@ -1,0 +1,182 @@
+"""Which checkpoint is loaded, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.search import find_checkpoint
+from megatron.errors import CheckpointError
+from tests.helpers.checkpoints import CONFIG, STATE, save
+
+
+def found(folder: Path, iteration: int | None = None, level: str = "full") -> Checkpoint:
+    checkpoint = find_checkpoint(folder, iteration, level)  # type: ignore[arg-type]
+    assert checkpoint is not None
+    return checkpoint
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated tensors": (lambda path: truncate(path / "layer_00.pt"), r"layer_00\.pt has [\d,]+ bytes instead of"),
+    "deleted tensors": (lambda path: (path / "layer_00.pt").unlink(), r"layer_00\.pt is missing"),
+    "flipped byte in tensors": (lambda path: flip_byte(path / "layer_00.pt"), r"layer_00\.pt is damaged: its SHA-256"),
+    "flipped byte in state": (lambda path: flip_byte(path / "state.json"), r"state\.json"),
+    "flipped byte in config": (lambda path: flip_byte(path / "config.json"), r"config\.json is damaged: its SHA-256"),
+    "flipped byte in manifest": (lambda path: flip_byte(path / "manifest.json"), r"manifest\.json"),
+    "deleted state": (lambda path: (path / "state.json").unlink(), r"state\.json cannot be read"),
+    "deleted manifest": (lambda path: (path / "manifest.json").unlink(), r"no manifest\.json"),
+    "empty manifest": (lambda path: (path / "manifest.json").write_text(""), r"manifest\.json cannot be read"),
+    "foreign manifest": (lambda path: (path / "manifest.json").write_text("[1]"), r"manifest\.json cannot be read"),
+    "planted tensors": (lambda path: (path / "layer_01.pt").touch(), r"layer_01\.pt is not in its manifest"),
+    "empty folder": (lambda path: [file.unlink() for file in path.iterdir()] and None, r"no manifest\.json"),
+}
+
+
+def test_the_newest_is_found_and_read_back(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    checkpoint = found(tmp_path)
+    assert checkpoint.state == replace(STATE, iteration=20)
+    assert checkpoint.config == CONFIG
+    assert checkpoint.manifest.layout == {"tensor": 1, "pipe": 1, "data": 1}
+    assert checkpoint.manifest.files.keys() == {"layer_00.pt", "state.json", "config.json"}
+    assert (tmp_path / "latest").read_text() == "global_step20\n"
+
+
+def test_a_named_one_is_found(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    assert found(tmp_path, 10).state.iteration == 10
+    assert found(tmp_path / "global_step10").state.iteration == 10
+    (tmp_path / "best").symlink_to(tmp_path / "global_step10")
+    assert found(tmp_path / "best").state.iteration == 10
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, None, "full") is None
+    assert find_checkpoint(tmp_path / "missing", None, "full") is None
+    (tmp_path / ".global_step10.writing").mkdir()
+    (tmp_path / "global_step_notes").mkdir()
+    (tmp_path / "global_step10").touch()
+    assert find_checkpoint(tmp_path, None, "full") is None
+
+
+def test_a_named_one_that_is_not_there(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match=r"global_step15: no such checkpoint\. Iterations there: 10\."):
+        find_checkpoint(tmp_path, 15, "full")
+    with pytest.raises(CheckpointError, match="is not the checkpoint of iteration 15"):
+        find_checkpoint(tmp_path / "global_step10", 15, "full")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_an_older_one_taken(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inflict, message = DAMAGE[kind]
+    save(tmp_path, 10)
+    inflict(save(tmp_path, 20))
+    with caplog.at_level(logging.WARNING):
+        assert found(tmp_path).state.iteration == 10
+    assert f"{tmp_path}: passed over global_step20: " in caplog.text
+    assert "Going back to global_step10" in caplog.text
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoint(tmp_path, 20, "full")
+    shutil.rmtree(tmp_path / "global_step10")
+    with pytest.raises(
+        CheckpointError, match=rf"none of its checkpoints is whole\.\n  global_step20: (.|\n)*{message}"
+    ):
+        find_checkpoint(tmp_path, None, "full")
+
+
+def test_sizes_alone_do_not_tell_a_flipped_byte(tmp_path: Path) -> None:
+    flip_byte(save(tmp_path, 10) / "layer_00.pt")
+    assert found(tmp_path, level="sizes").state.iteration == 10
+    truncate(tmp_path / "global_step10" / "layer_00.pt")
+    with pytest.raises(CheckpointError, match="bytes instead of"):
+        find_checkpoint(tmp_path, None, "sizes")
+
+
+def test_damage_to_what_is_older_is_not_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    truncate(save(tmp_path, 10) / "layer_00.pt")
+    save(tmp_path, 20)
+    assert found(tmp_path).state.iteration == 20
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("content", ["global_step10", "global_step99", "../elsewhere", ""])
+def test_a_stale_latest_is_not_trusted(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "latest").write_text(content)
+    assert found(tmp_path).state.iteration == 20
+    assert f"`latest` says {content!r}, but the newest whole checkpoint is global_step20" in caplog.text
+    (tmp_path / "latest").unlink()
+    assert found(tmp_path).state.iteration == 20
+
+
+def test_the_newest_is_the_one_saved_last(tmp_path: Path) -> None:
+    """A run that went back to step 10 and saved step 15 goes on from there, not from its earlier step 20."""
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    save(tmp_path, 15)
+    assert found(tmp_path).state.iteration == 15
+
+
+@pytest.mark.parametrize("name", ["../outside.pt", "/etc/passwd", "sub/layer.pt", ".."])
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 10) / "manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][name] = content["files"].pop("layer_00.pt")
+    del content["sha256"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps(content | {"sha256": hashlib.sha256(canonical.encode()).hexdigest()}))
+    with pytest.raises(CheckpointError, match="is not a file of the checkpoint's folder"):
+        find_checkpoint(tmp_path, 10, "full")
+
+
+def test_a_file_of_a_checkpoint_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    file = save(tmp_path, 10) / "layer_00.pt"
+    file.rename(tmp_path / "elsewhere.pt")
+    file.symlink_to(tmp_path / "elsewhere.pt")
+    with pytest.raises(CheckpointError, match=r"layer_00\.pt leads out of the folder"):
+        find_checkpoint(tmp_path, 10, "sizes")
+
+
+def test_state_and_manifest_must_be_of_the_same_step(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    shutil.copy(tmp_path / "global_step10" / "state.json", tmp_path / "global_step20" / "state.json")
+    with pytest.raises(CheckpointError, match="its manifest is of step 20, its state of step 10"):
+        find_checkpoint(tmp_path, 20, "full")
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 2}', '{"format": 99}', "[]"])
+def test_a_foreign_state_is_named(tmp_path: Path, content: str) -> None:
+    (save(tmp_path, 10) / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"global_step10/state\.json"):
+        find_checkpoint(tmp_path, None, "full")
+
+
+def test_a_configuration_of_another_version_is_an_error(tmp_path: Path) -> None:
+    checkpoint_path = save(tmp_path, 10)
+    checkpoint = found(tmp_path)
+    (checkpoint_path / "config.json").write_text('{"unheard": "of"}')
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be understood"):
+        _ = checkpoint.config
