@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -101,7 +101,7 @@ def load_parameters(
                 parameter.copy_(local_shard(weights[name], parameter_spec(parameter).shard_dim, context))
 
 
-def write_layers(folder: Path, layouts: Iterable[LayerLayout], weights: Iterable[dict[str, Tensor]]) -> None:
+def write_layers(folder: Path, layouts: Iterable[LayerLayout], weights: Iterable[Mapping[str, Tensor]]) -> None:
     """Write merged layers, given by global name in the order of `layouts`, as the files of one tensor-parallel rank.
 
     Raises CheckpointError when a layer holds other parameters or shapes than its layout.

@@ -83,7 +83,7 @@ def to_settings(config: PretrainedConfig) -> dict[str, Any]:
     if rope["rope_type"] != "default":
         raise ConfigError(f"rope_parameters: rope_type {rope['rope_type']!r}; only 'default' is known here.")
     return FIELDS.to_ours(config) | {
-        "final_norm": None,
+        "final_norm": "layernorm",
         "activation": THEIR_ACTIVATIONS[config.hidden_act],
         "rotary_pct": rope["partial_rotary_factor"],
         "rotary_emb_base": rope["rope_theta"],

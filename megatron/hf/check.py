@@ -1,0 +1,41 @@
+"""Holds an exported folder, as transformers loads it, against the model that it was made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron.errors import CheckpointError
+
+TOLERANCE = 1e-5
+NUM_SEQUENCES, MAX_LENGTH = 2, 128
+
+
+def fixed_tokens(vocab_size: int, max_length: int) -> Tensor:
+    """Token ids [B, S] that every check of a vocabulary of this size uses."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (NUM_SEQUENCES, min(max_length, MAX_LENGTH)), generator=generator)
+
+
+def logit_difference(folder: Path, tokens: Tensor, our_logits: Tensor) -> float:
+    """Largest difference between the folder's float32 logits and ours [B, S, V], relative to the largest of ours where
+    that is above 1. Raises CheckpointError when a weight is missing, left over or of another shape there, or the
+    difference is above TOLERANCE."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {what: sorted(map(str, names)) for what, names in found.items() if names and what != "error_msgs"}
+    if wrong:
+        raise CheckpointError(f"{folder}: transformers does not find the weights that it expects: {wrong}.")
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+    if logits.shape != our_logits.shape:
+        raise CheckpointError(f"{folder}: transformers computes {tuple(logits.shape)} logits, not {our_logits.shape}.")
+    difference = float((logits - our_logits).abs().max() / our_logits.abs().max().clamp(min=1.0))
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{folder}: the logits of the exported model differ from those of the checkpoint by {difference:.1e}; at "
+            f"most {TOLERANCE:.0e} is rounding. The export is wrong: nothing was kept of it."
+        )
+    return difference

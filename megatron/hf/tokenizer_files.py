@@ -1,0 +1,114 @@
+"""A run's tokenizer as transformers loads it: tokenizer.json and its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron.config.data import TokenizerConfig
+from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
+from megatron.errors import DataError
+from megatron.registry import Registry
+
+PADDING = "<|padding|>"
+SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n    return x  # two  spaces,\ta tab\n\n",
+    "naïve café — 中文 русский 🙂 1234567890",
+)
+
+TOKENIZER_FILES: Registry[Callable[[TokenizerConfig, Tokenizer], tokenizers.Tokenizer]] = Registry(
+    "tokenizer with a form for transformers"
+)
+"""(configuration, the tokenizer built from it) -> the same for the tokenizers library."""
+
+
+@TOKENIZER_FILES.register("HFTokenizer")
+def _from_tokenizer_json(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(config.vocab_file))
+
+
+@TOKENIZER_FILES.register("GPT2BPETokenizer")
+def _from_vocab_and_merges(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
+    theirs = tokenizers.Tokenizer(BPE.from_file(str(config.vocab_file), str(config.merge_file)))
+    theirs.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    theirs.decoder = ByteLevelDecoder()
+    return theirs
+
+
+@TOKENIZER_FILES.register("CharLevelTokenizer")
+def _bytes(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
+    """Byte b is id b. The ids that no text produces have names, since every id of a tokenizer.json must."""
+    vocabulary = {_byte_character(byte): byte for byte in range(2, 256)}
+    vocabulary |= {END_OF_DOCUMENT: 0, PADDING: 1} | {f"<|unused{id_}|>": id_ for id_ in range(256, ours.vocab_size)}
+    theirs = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    theirs.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    theirs.decoder = ByteLevelDecoder()
+    return theirs
+
+
+def _byte_character(byte: int) -> str:
+    """The character by which byte-level BPE writes a byte (Radford et al. 2019): itself where printable, else the next
+    unused one above 255."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte) if byte in printable else chr(256 + sum(other not in printable for other in range(byte)))
+
+
+def write_tokenizer(folder: Path, config: TokenizerConfig, max_length: int) -> None:
+    """Write the configured tokenizer into `folder`, and see that transformers reads it and encodes as ours does.
+
+    `max_length` is the longest sequence that the model is meant for [tokens]. Raises DataError when the tokenizer is
+    missing or damaged, has no such form, or encodes samples otherwise there.
+    """
+    ours = build_tokenizer(config)
+    if config.type not in TOKENIZER_FILES:
+        raise DataError(
+            f"tokenizer_type: {config.type} has no tokenizer.json form; known: {', '.join(TOKENIZER_FILES)}. Export "
+            "without it (--no_save_tokenizer), and ship the tokenizer's own file."
+        )
+    library = TOKENIZER_FILES[config.type](config, ours)
+    padding = PADDING if library.token_to_id(PADDING) is not None else END_OF_DOCUMENT
+    library.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (END_OF_DOCUMENT, padding)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=library,
+        bos_token=END_OF_DOCUMENT,
+        eos_token=END_OF_DOCUMENT,
+        unk_token=END_OF_DOCUMENT,
+        pad_token=padding,
+        model_max_length=max_length,
+        padding_side="left",
+    ).save_pretrained(folder)
+    _name_the_class_for_all_versions(folder / "tokenizer_config.json")
+    _require_same(ours, folder, config.type)
+
+
+def _name_the_class_for_all_versions(path: Path) -> None:
+    """transformers 5 writes a name that older versions do not know for the same class."""
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def _require_same(ours: Tokenizer, folder: Path, kind: str) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for sample in SAMPLES:
+        want, got = ours.tokenize(sample), theirs(sample, verbose=False)["input_ids"]
+        if want != got:
+            raise DataError(
+                f"{kind}: transformers encodes {sample!r} as {got[:8]}..., training did as {want[:8]}.... Export "
+                "without it (--no_save_tokenizer), and ship the tokenizer's own file."
+            )
+    if (theirs.eos_token_id, len(theirs)) != (ours.eod, ours.vocab_size):
+        raise DataError(
+            f"{kind}: transformers has end of document {theirs.eos_token_id} among {len(theirs)} ids, training had "
+            f"{ours.eod} among {ours.vocab_size}."
+        )

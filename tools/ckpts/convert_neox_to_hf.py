@@ -1,0 +1,69 @@
+"""Turn a checkpoint into a Hugging Face folder that transformers loads; NeoX's flags, --trim-vocab, --max-shard-size.
+
+    python tools/ckpts/convert_neox_to_hf.py --input_dir runs/150M/global_step143000 \\
+        --config_file configs/tokenformer/150M.yml --output_dir exports/150M
+
+Any tensor- and pipeline-parallel layout. TokenFormer folders carry their modelling code; load them with
+trust_remote_code=True, or import megatron.hf first. Pythia becomes GPTNeoXForCausalLM. At the end transformers loads
+the folder and its logits are compared with ours; when they differ, or anything else fails, no folder is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.checkpointing.search import find_checkpoint
+from megatron.config.load import load_config
+from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.registry import require
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export as asked, then say what was written and how well it agrees."""
+    require("transformers", "convert_neox_to_hf.py", "Install it with `pip install -r requirements/hf.txt`.")
+    from megatron.hf.export import ExportOptions, export_checkpoint
+
+    args = parse_args(argv)
+    run = load_config(args.config_file).run
+    checkpoint = find_checkpoint(args.input_dir, None, run.checkpoint.verify_checkpoint)
+    if checkpoint is None:
+        raise CheckpointError(f"{args.input_dir} holds no checkpoint. Name a run's folder or a global_stepN folder.")
+    options = ExportOptions(
+        precision=args.precision,
+        trim_vocab=args.trim_vocab,
+        tokenizer=not args.no_save_tokenizer,
+        max_shard_bytes=args.max_shard_size,
+    )
+    difference = export_checkpoint(checkpoint, run, args.output_dir, options)
+    print(f"{args.output_dir}: {checkpoint.path}, logits within {difference:.1e} of ours")
+    return 0
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """NeoX's flags, with its defaults."""
+    from megatron.hf.export import DEFAULT_SHARD_BYTES, Precision
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
+    parser.add_argument("--config_file", type=Path, nargs="+", required=True, help="the run's YAML files")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="auto keeps the checkpoint's")
+    parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")
+    parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows of the vocabulary out")
+    parser.add_argument(
+        "--max-shard-size",
+        type=int,
+        default=DEFAULT_SHARD_BYTES,
+        help="bytes of a weights file (1 GB), at least a layer",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
