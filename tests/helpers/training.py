@@ -2,61 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
+import yaml
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.config.load import load_config
 from megatron.training import setup
-from megatron.training.progress import Step
 from tests.helpers.distributed import run_distributed
 
-
-@dataclass
-class History:
-    """What one rank saw, step by step."""
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    """Gradient norms before clipping."""
-    learning_rates: list[float] = field(default_factory=list)
+Curve = list[tuple[float, float]]
+"""(loss, gradient norm before clipping) per step."""
 
 
-def train_in_pool(config: Path, overrides: Sequence[str], world_size: int) -> list[History]:
-    """Train `config` with `overrides` on `world_size` ranks; their histories, by rank."""
-    return run_distributed(train_rank, world_size, config, list(overrides))
+class Probe:
+    """Watches the steps of a training run on one rank, from outside the engine; `result` goes back to the test."""
+
+    def __init__(self, engine: Any) -> None:
+        """Called before the first step."""
+        self.engine = engine
+        grid = engine.grid
+        self.tensor_rank: int = grid.get_slice_parallel_rank()
+        self.pipe_rank: int = grid.get_stage_id()
+        self.data_rank: int = grid.get_data_parallel_id()
+        self.steps_done = 0
+
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The micro batches that the engine is to read in the next step."""
+        return batches
+
+    def after_step(self, loss: float) -> None:
+        """Called after every step."""
+
+    def result(self) -> Any:
+        """What the test wants to know, to be pickled."""
+        raise NotImplementedError
 
 
-def train_rank(config: Path, overrides: list[str]) -> History:
+class CurveProbe(Probe):
+    """Its result is the rank's Curve."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.curve: Curve = []
+
+    def after_step(self, loss: float) -> None:
+        self.curve.append((loss, float(self.engine.get_global_grad_norm())))
+
+    def result(self) -> Any:
+        return self.curve
+
+
+def train_in_pool(
+    settings: dict[str, Any], folder: Path, world_size: int, probe: type[Probe] = CurveProbe, timeout: float = 240.0
+) -> list[Any]:
+    """Train with the YAML keys `settings` on `world_size` ranks; the probes' results, by rank.
+
+    The run's files go to a new folder in `folder`.
+    """
+    name = f"run{len(list(folder.glob('*.yml')))}"
+    config = folder / f"{name}.yml"
+    config.write_text(yaml.safe_dump(settings | {"log_dir": str(folder / name)}))
+    return run_distributed(train_on_this_rank, world_size, config, probe, timeout=timeout)
+
+
+def train_on_this_rank(config: Path, probe: type[Probe]) -> Any:
     deepspeed.init_distributed("gloo", verbose=False)
-    loaded = load_config([config], overrides)
-    batch = loaded.batch(torch.distributed.get_world_size())
-    history = History()
-    original = setup.train
+    loaded = load_config([config])
+    probes: list[Probe] = []
+    original = PipelineEngine.train_batch
 
-    def recorded(engine: Any, *arguments: Any) -> None:
-        *rest, callbacks = arguments
-        original(engine, *rest, [_Recorder(engine, history), *callbacks])
+    def train_batch(engine: Any, batches: Iterator[Any]) -> torch.Tensor:
+        if not probes:
+            probes.append(probe(engine))
+        loss = original(engine, probes[0].watch(batches))
+        probes[0].steps_done += 1
+        probes[0].after_step(float(loss.float()))
+        return loss
 
-    with mock.patch.object(setup, "train", recorded):
-        setup.pretrain_in_group(loaded.run, batch, loaded.run_folder)
-    return history
-
-
-@dataclass
-class _Recorder:
-    engine: Any
-    history: History
-
-    def before_training(self) -> None:
-        pass
-
-    def after_step(self, step: Step) -> None:
-        self.history.losses.append(float(step.loss))
-        self.history.norms.append(float(self.engine.get_global_grad_norm()))
-        self.history.learning_rates.append(step.learning_rate)
+    with mock.patch.object(PipelineEngine, "train_batch", train_batch):
+        setup.pretrain_in_group(loaded.run, loaded.batch(torch.distributed.get_world_size()), loaded.run_folder)
+    return probes[0].result()

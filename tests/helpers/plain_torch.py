@@ -1,0 +1,161 @@
+"""Training in plain torch and float64, sharing nothing with the engine but initial weights.
+
+Models, data order, loss, clipping, AdamW and learning rate are each written from the published description.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """The settings of a run, from the keys of its YAML, without accumulation or ranks."""
+
+    settings: dict[str, Any]
+    batch: int
+    """Samples per step."""
+    steps: int
+
+    def follow(self, weights: Weights, prefix: Path) -> Iterator[tuple[float, float]]:
+        """Yield (loss, gradient norm before clipping) of each step on the dataset at `prefix`."""
+        samples = sample_order(prefix, self.settings, self.steps * self.batch)
+        weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
+        first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        forward = {"tokenformer": tokenformer, "gpt_neox": pythia}[self.settings["architecture"]]
+        limit = self.settings["gradient_clipping"]
+        for step in range(self.steps):
+            tokens = torch.stack([next(samples) for _ in range(self.batch)])
+            logits = forward(weights, tokens[:, :-1], self.settings)
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+            norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
+            clip = min(1.0, limit / (norm + 1e-6))
+            rate = self.learning_rate(step)
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    gradient = gradients[name] * clip
+                    first[name] = 0.9 * first[name] + 0.1 * gradient
+                    second[name] = 0.95 * second[name] + 0.05 * gradient**2
+                    if not ("norm" in name or name.endswith("bias")):
+                        weight *= 1 - rate * self.settings["weight_decay"]
+                    m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
+                    weight -= rate * m / (v.sqrt() + 1e-8)
+            yield float(loss.detach()), norm
+
+    def learning_rate(self, step: int) -> float:
+        peak, lowest = self.settings["optimizer"]["params"]["lr"], self.settings["min_lr"]
+        end = self.settings["lr_decay_iters"]
+        warmup = self.settings["warmup"] * end
+        if step <= warmup:
+            return peak * step / warmup
+        return lowest + (peak - lowest) / 2 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    normal = centered / (centered.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    return normal if weight is None or bias is None else normal * weight + bias
+
+
+def rotate(x: Tensor, width: int) -> Tensor:
+    """Rotary embedding of the first `width` dimensions of [B, S, H, hd], pairs half a rotary width apart."""
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None] / 10000 ** (
+        torch.arange(0, width, 2, dtype=torch.float64) / width
+    )
+    cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+    first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Causal attention over [B, S, H, hd]."""
+    width = int(q.shape[-1] * settings["rotary_pct"])
+    scores = torch.einsum("bihd,bjhd->bhij", rotate(q, width), rotate(k, width)) / math.sqrt(q.shape[-1])
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(future, -math.inf).softmax(-1), v).flatten(2)
+
+
+def tokenformer(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
+    def pattention(x: Tensor, name: str) -> Tensor:
+        scores = x @ weights[f"{name}.key_tokens"].T
+        normal = scores / scores.pow(2).sum(-1, keepdim=True).sqrt() * math.sqrt(scores.shape[-1])
+        return normal * 0.5 * (1 + torch.erf(normal / math.sqrt(2))) @ weights[f"{name}.value_tokens"]
+
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    for i in range(settings["num_layers"]):
+        h = layer_norm(x)
+        q, k, v = (
+            pattention(h, f"layers.{i}.attention.{name}").unflatten(-1, (settings["num_attention_heads"], -1))
+            for name in ("query", "key", "value")
+        )
+        x = x + pattention(attend(q, k, v, settings), f"layers.{i}.attention.proj")
+        x = x + pattention(layer_norm(x), f"layers.{i}.mlp")
+    return logits(weights, x)
+
+
+def pythia(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
+    heads = settings["num_attention_heads"]
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    for i in range(settings["num_layers"]):
+        own = {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
+
+        def linear(x: Tensor, name: str, own: Weights = own) -> Tensor:
+            return x @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+
+        h = layer_norm(x, own["input_layernorm.weight"], own["input_layernorm.bias"])
+        q, k, v = linear(h, "attention.query_key_value").unflatten(-1, (heads, 3 * x.shape[-1] // heads)).chunk(3, -1)
+        attention = linear(attend(q, k, v, settings), "attention.dense")
+        h = layer_norm(x, own["post_attention_layernorm.weight"], own["post_attention_layernorm.bias"])
+        u = linear(h, "mlp.dense_h_to_4h")
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        x = x + attention + linear(u, "mlp.dense_4h_to_h")
+    return logits(weights, x)
+
+
+def logits(weights: Weights, x: Tensor) -> Tensor:
+    x = layer_norm(x, weights["final_norm.weight"], weights["final_norm.bias"])
+    head = weights["head.weight"] if "head.weight" in weights else weights["embedding.word_embeddings.weight"]
+    return x @ head.T
+
+
+def sample_order(prefix: Path, settings: dict[str, Any], num_samples: int) -> Iterator[Tensor]:
+    """Samples of the training split in GPT-NeoX's order: documents shuffled, joined, cut, samples shuffled."""
+    length = settings["seq_length"]
+    index = prefix.with_suffix(".idx").read_bytes()
+    count = int.from_bytes(index[18:26], "little")
+    sizes = np.frombuffer(index, np.int32, count, offset=34)
+    ends = np.cumsum(sizes)
+    stream = np.fromfile(prefix.with_suffix(".bin"), np.uint16)
+    documents = [stream[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    shares = [float(share) for share in settings["split"].split(",")]
+    boundaries = [0]
+    for share in shares:
+        boundaries.append(boundaries[-1] + round(share / sum(shares) * count))
+    excess = boundaries[-1] - count
+    train_documents = np.arange(boundaries[1] - excess, dtype=np.int32)
+
+    tokens = sum(len(documents[i]) for i in train_documents)
+    epochs = 1
+    while (epochs * tokens - 1) // length < num_samples:
+        epochs += 1
+    order = np.concatenate([train_documents] * epochs)
+    rng = np.random.RandomState(settings["seed"])
+    rng.shuffle(order)
+    joined = np.concatenate([documents[i] for i in order]).astype(np.int64)
+    shuffled = np.arange((len(joined) - 1) // length, dtype=np.uint32)
+    rng.shuffle(shuffled)
+    for i in shuffled.tolist():
+        yield torch.from_numpy(joined[i * length : (i + 1) * length + 1])

@@ -1,0 +1,194 @@
+"""Training in every layout gives the same losses and gradient norms: 20 steps in fp32, clipped in every step.
+
+Each run is held against one rank without accumulation or recomputation, and against plain torch in float64.
+`make test` runs a cover of all pairs of choices, `make test-full` all combinations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config.load import load_config
+from megatron.model.causal_lm import VocabSize, build_local
+from tests.helpers.configs import PYTHIA, TOKENFORMER, VOCAB_SIZE, write_dataset
+from tests.helpers.plain_torch import PlainRun
+from tests.helpers.training import Curve, train_in_pool
+
+STEPS, BATCH, CLIP = 20, 8, 0.5
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5
+BASES = {"tokenformer": TOKENFORMER, "pythia": PYTHIA}
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+"""(tensor, pipe, data) parallel sizes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    model: str
+    layout: tuple[int, int, int]
+    tied: bool
+    accumulation: int = 1
+    recomputed: bool = False
+    sequence_parallel: bool = False
+
+    def __str__(self) -> str:
+        words = [self.model, "tp{}-pp{}-dp{}".format(*self.layout), "tied" if self.tied else "untied"]
+        words += [f"accumulate{self.accumulation}"] * (self.accumulation > 1)
+        words += ["recomputed"] * self.recomputed + ["sequence"] * self.sequence_parallel
+        return "-".join(words)
+
+    def settings(self) -> dict[str, Any]:
+        """The YAML's keys. The global batch is the same in every layout."""
+        tensor, pipe, data = self.layout
+        return BASES[self.model] | {
+            "no_weight_tying": not self.tied,
+            "model_parallel_size": tensor,
+            "pipe_parallel_size": pipe,
+            "sequence_parallel": self.sequence_parallel,
+            "checkpoint_activations": self.recomputed,
+            "gradient_accumulation_steps": self.accumulation,
+            "train_micro_batch_size_per_gpu": BATCH // (data * self.accumulation),
+            "gradient_clipping": CLIP,
+            "train_iters": STEPS,
+            "eval_iters": 0,
+        }
+
+    @property
+    def ranks(self) -> int:
+        tensor, pipe, data = self.layout
+        return tensor * pipe * data
+
+
+ALL_CASES = [
+    Case(*choices)
+    for choices in product(BASES, LAYOUTS, [True, False], [1, 4], [False, True], [False, True])
+    if not choices[-1] or choices[1][0] > 1
+]
+
+
+def pairs(case: Case) -> set[Any]:
+    """Every two of the case's choices."""
+    return set(combinations(enumerate(astuple(case)), 2))
+
+
+def pairwise_cover(cases: list[Case]) -> list[Case]:
+    """Some of the cases that make every pair of choices that any of them makes; greedy, not the smallest."""
+    missing = set().union(*map(pairs, cases))
+    cover = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        cover.append(best)
+        missing -= pairs(best)
+    return cover
+
+
+COVER = pairwise_cover(ALL_CASES)
+
+
+@pytest.fixture(scope="module")
+def data_keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("dataset")
+    return {"data_path": str(write_dataset(folder / "text_document")), "index_cache_dir": str(folder / "index")}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory, data_keys: dict[str, str]) -> Callable[..., Curve]:
+    """Train a case, on all of its ranks alike; each case once."""
+    folder = tmp_path_factory.mktemp("runs")
+    done: dict[Any, Curve] = {}
+
+    def run(case: Case, **changes: Any) -> Curve:
+        key = (case, *changes.items())
+        if key not in done:
+            first, *others = train_in_pool(case.settings() | data_keys | changes, folder, case.ranks)
+            assert len(first) == STEPS
+            assert all(other == first for other in others), "losses and norms differ between ranks"
+            done[key] = first
+        return done[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain_curve(tmp_path_factory: pytest.TempPathFactory, data_keys: dict[str, str]) -> Callable[[str, bool], Curve]:
+    """The same training in float64, from the run's initial weights."""
+    done: dict[tuple[str, bool], Curve] = {}
+
+    def run(model: str, tied: bool) -> Curve:
+        if (model, tied) not in done:
+            settings = Case(model, (1, 1, 1), tied).settings() | data_keys
+            config = tmp_path_factory.mktemp("plain") / "config.yml"
+            config.write_text("\n".join(f"{key}: {value!r}" for key, value in settings.items()))
+            training = load_config([config]).run
+            whole = build_local(training.model, VocabSize(VOCAB_SIZE, VOCAB_SIZE), training.training.seed)
+            weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+            done[model, tied] = list(PlainRun(settings, BATCH, STEPS).follow(weights, Path(data_keys["data_path"])))
+        return done[model, tied]
+
+    return run
+
+
+def largest_differences(ours: Curve, theirs: Curve) -> tuple[float, float]:
+    """Of losses and of norms."""
+    losses, norms = zip(*((abs(a - c), abs(b - d)) for (a, b), (c, d) in zip(ours, theirs, strict=True)), strict=True)
+    return max(losses), max(norms)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=[] if case in COVER else pytest.mark.full) for case in ALL_CASES]
+)
+def test_curves_do_not_depend_on_the_layout(
+    case: Case, train: Callable[..., Curve], plain_curve: Callable[[str, bool], Curve]
+) -> None:
+    curve = train(case)
+    assert all(norm > CLIP for _, norm in curve), "clipping was not active"
+    assert curve[-1][0] < curve[0][0] - 0.1, "nothing was learned"
+    for reference in (train(Case(case.model, (1, 1, 1), case.tied)), plain_curve(case.model, case.tied)):
+        loss, norm = largest_differences(curve, reference)
+        assert loss <= LOSS_TOLERANCE
+        assert norm <= NORM_TOLERANCE
+
+
+def test_the_cover_has_every_pair_of_choices() -> None:
+    made = set().union(*map(pairs, COVER))
+    assert made == set().union(*map(pairs, ALL_CASES))
+    assert len(ALL_CASES) == 160
+    assert len(COVER) <= 20
+
+
+BF16_CASES = [
+    Case(model, layout, tied=model == "tokenformer", accumulation=2, sequence_parallel=layout[0] > 1)
+    for model, layout in product(BASES, LAYOUTS[1:])
+]
+BF16_COVER = [
+    case
+    for case in BF16_CASES
+    if (case.model, case.layout)
+    in {("tokenformer", (2, 2, 1)), ("tokenformer", (1, 2, 2)), ("pythia", (2, 1, 1)), ("pythia", (1, 1, 2))}
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=[] if case in BF16_COVER else pytest.mark.full) for case in BF16_CASES],
+)
+def test_bf16_curves_stay_in_their_band(case: Case, train: Callable[..., Curve]) -> None:
+    """Layouts round to bf16 at other points, so their curves differ from one another as much as from fp32.
+
+    The band is three times the largest difference between the curves in fp32 and in bf16 on one rank. A gradient that
+    is not summed over ranks moves the norm by a factor of at least sqrt(2), out of the band by far.
+    """
+    alone = Case(case.model, (1, 1, 1), case.tied)
+    exact = train(alone)
+    loss_unit, norm_unit = largest_differences(train(alone, precision="bfloat16"), exact)
+    assert loss_unit < 0.01 and norm_unit < 0.02
+    loss, norm = largest_differences(train(case, precision="bfloat16"), exact)
+    assert loss <= 3 * loss_unit
+    assert norm <= 3 * norm_unit
