@@ -227,6 +227,26 @@ def test_save_and_load_round_trip(variant: str, dtype: torch.dtype, tmp_path: Pa
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_device_map_places_layers_apart(tied: bool, tmp_path: Path) -> None:
+    """One layer on the CPU, one that comes from disk for each use; cached decoding included."""
+    model = pair(tiny_tokenformer(tie_embeddings=tied), scale=0.3)[1]
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=device_map | {"lm_head": "cpu"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert next(loaded.model.layers[0].parameters()).is_meta
+    tokens = random_tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=1e-6)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    assert loaded.generate(tokens, **settings).tolist() == model.generate(tokens, **settings).tolist()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
 def test_auto_classes_know_tokenformer_without_remote_code(tmp_path: Path) -> None:
     config = TokenFormerConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     config.save_pretrained(tmp_path)

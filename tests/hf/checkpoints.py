@@ -1,0 +1,93 @@
+"""Checkpoints of tiny models as DeepSpeed writes them in each layout, with weights that no initialization has."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import yaml
+from torch import Tensor, nn
+
+from megatron.checkpointing.folder import Checkpoint, read_checkpoint
+from megatron.checkpointing.save_load import save_checkpoint
+from megatron.config.load import load_config
+from megatron.config.run import RunConfig
+from megatron.data.datasets import SampleCounts
+from megatron.hf.export import ExportOptions, export_checkpoint
+from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import local_shard, parameter_spec
+from megatron.training import setup
+from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.distributed import run_distributed
+
+VOCAB = VocabSize(actual=512, padded=600)
+"""CharLevelTokenizer's ids, padded to a multiple of 100."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    **{theta: TOKENFORMER | {"norm_activation_type": theta} for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax")},
+    "pythia": PYTHIA,
+}
+
+
+def write_yaml(folder: Path, settings: dict[str, Any]) -> Path:
+    """The YAML of a tiny run whose vocabulary needs padding."""
+    path = folder / "run.yml"
+    path.write_text(yaml.safe_dump({"make_vocab_size_divisible_by": 100, "save": str(folder / "run")} | settings))
+    return path
+
+
+def read_run(config: Path) -> RunConfig:
+    """The configuration of a YAML file."""
+    return load_config([config]).run
+
+
+def make_checkpoint(config: Path, *, tensor: int = 1, pipe: int = 1, iteration: int = 7) -> Checkpoint:
+    """The checkpoint that a run of this layout saves after `iteration` steps of 8 samples, its weights set by
+    `set_unusual_weights`."""
+    return read_checkpoint(run_distributed(_save, tensor * pipe, config, tensor, pipe, iteration, timeout=120.0)[0])
+
+
+def export(checkpoint: Checkpoint, output: Path, **options: Any) -> Path:
+    """`output`, with the checkpoint's export by its own configuration."""
+    export_checkpoint(checkpoint, checkpoint.config, output, ExportOptions(**options))
+    return output
+
+
+def _save(config: Path, tensor: int, pipe: int, iteration: int) -> Path:
+    deepspeed.init_distributed("gloo", verbose=False)
+    loaded = load_config([config], [f"model_parallel_size={tensor}", f"pipe_parallel_size={pipe}"])
+    context = ParallelContext.create(tensor, pipe)
+    engine = setup.build_engine(loaded.run, loaded.batch(tensor * pipe), VOCAB, context)
+    set_unusual_weights(engine.module.global_parameters(), context)
+    state = setup.initial_state(SampleCounts(0, 0, 0), {}, VOCAB, context)
+    state = replace(state, iteration=iteration, consumed_train_samples=8 * iteration)
+    return save_checkpoint(engine, state, loaded.run, run_id="test", versions={"torch": torch.__version__})
+
+
+def set_unusual_weights(named: Iterable[tuple[str, nn.Parameter]], context: ParallelContext) -> None:
+    """Set this rank's share of weights that depend on the names alone; norms and biases are not at 1 and 0."""
+    with torch.no_grad():
+        for name, parameter in named:
+            spec = parameter_spec(parameter)
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+            full = 0.2 * torch.randn(spec.full_shape, generator=torch.Generator().manual_seed(seed))
+            full += 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.copy_(local_shard(full, spec.shard_dim, context))
+
+
+def whole_model(run: RunConfig) -> LocalCausalLM:
+    """The model that every layout's checkpoint holds, made without a checkpoint."""
+    model = build_local(run.model, VOCAB, seed=None)
+    set_unusual_weights(model.named_parameters(), ParallelContext.single())
+    return model.eval()
+
+
+def tokens() -> Tensor:
+    """Token ids [3, 16] of CharLevelTokenizer."""
+    return torch.randint(VOCAB.actual, (3, 16), generator=torch.Generator().manual_seed(4))

@@ -1,0 +1,90 @@
+"""Upload an exported folder, or all checkpoints of a run, to the Hugging Face hub.
+
+    python tools/ckpts/upload.py exports/150M my-org/tokenformer-150m [BRANCH]
+    python tools/ckpts/upload.py runs/150M my-org/tokenformer-150m --config_file configs/tokenformer/150M.yml --dry-run
+
+The second form exports every checkpoint of the run, one at a time, to the branch stepN, and the newest to main as well;
+started again, it goes on where it was interrupted. The token is that of HF_TOKEN or of `hf auth login`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.checkpointing.search import readable_checkpoints
+from megatron.config.load import load_config
+from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.registry import require
+
+
+def main(argv: Sequence[str]) -> int:
+    """Upload as asked, or say what would be uploaded."""
+    for package in ("transformers", "huggingface_hub"):
+        require(package, "upload.py", "Install it with `pip install -r requirements/hf.txt`.")
+    args = parse_args(argv)
+    if args.config_file is None:
+        upload_export(args)
+    else:
+        upload_checkpoints(args)
+    return 0
+
+
+def upload_export(args: argparse.Namespace) -> None:
+    """Upload one exported folder."""
+    from megatron.hf.upload import LAST_FILE, MAIN, describe_folder, repository, upload_folder
+
+    if not (args.folder / LAST_FILE).is_file():
+        raise CheckpointError(
+            f"{args.folder} is no exported folder: it has no {LAST_FILE}. For a run's folder, give its --config_file."
+        )
+    branch = args.branch or MAIN
+    if args.dry_run:
+        print(f"{args.repo}@{branch}: would get {describe_folder(args.folder)} from {args.folder}")
+        return
+    with repository(args.repo, private=args.private) as api:
+        upload_folder(api, args.folder, args.repo, branch, print)
+
+
+def upload_checkpoints(args: argparse.Namespace) -> None:
+    """Export and upload every checkpoint of a run."""
+    from megatron.hf.export import ExportOptions
+    from megatron.hf.upload import repository, step_branch, upload_run
+
+    run = load_config(args.config_file).run
+    checkpoints = readable_checkpoints(args.folder)
+    if not checkpoints:
+        raise CheckpointError(f"{args.folder} holds no checkpoints. Name a run's folder.")
+    if args.dry_run:
+        for checkpoint in sorted(checkpoints, key=lambda found: found.state.iteration):
+            print(f"{args.repo}@{step_branch(checkpoint)}: would get an export of {checkpoint.path}")
+        return
+    options = ExportOptions(precision=args.precision, trim_vocab=args.trim_vocab)
+    with repository(args.repo, private=args.private) as api:
+        upload_run(api, checkpoints, run, args.repo, options, print)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Folder, repository and branch as in NeoX; what an export needs."""
+    from megatron.hf.export import Precision
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an exported folder, or with --config_file a run's folder")
+    parser.add_argument("repo", help="repository, as in my-org/my-model; made if it is not there")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("branch", nargs="?", help="branch for an exported folder (main)")
+    which.add_argument("--config_file", type=Path, nargs="+", help="the run's YAML files")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="of a run's exports (auto)")
+    parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows out of a run's exports")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and reach for no network")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
