@@ -64,3 +64,16 @@ def write_dataset(prefix: Path) -> Path:
             steps = rng.choice([1, 1, 1, 2, 7], size=rng.integers(5, 120))
             writer.add_document(np.concatenate([32 + np.cumsum(steps) % 90, [0]]))
     return prefix
+
+
+def layout_keys(
+    tensor: int = 1, pipe: int = 1, data: int = 1, *, batch: int = 8, accumulation: int = 1
+) -> dict[str, Any]:
+    """Keys of a layout whose global batch is `batch` samples, without evaluation."""
+    return {
+        "model_parallel_size": tensor,
+        "pipe_parallel_size": pipe,
+        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": batch // (data * accumulation),
+        "eval_iters": 0,
+    }

@@ -16,7 +16,7 @@ import pytest
 
 from megatron.config.load import load_config
 from megatron.model.causal_lm import VocabSize, build_local
-from tests.helpers.configs import PYTHIA, TOKENFORMER, VOCAB_SIZE, write_dataset
+from tests.helpers.configs import PYTHIA, TOKENFORMER, VOCAB_SIZE, layout_keys, write_dataset
 from tests.helpers.plain_torch import PlainRun
 from tests.helpers.training import Curve, train_in_pool
 
@@ -46,19 +46,14 @@ class Case:
 
     def settings(self) -> dict[str, Any]:
         """The YAML's keys. The global batch is the same in every layout."""
-        tensor, pipe, data = self.layout
-        return BASES[self.model] | {
+        choices = {
             "no_weight_tying": not self.tied,
-            "model_parallel_size": tensor,
-            "pipe_parallel_size": pipe,
             "sequence_parallel": self.sequence_parallel,
             "checkpoint_activations": self.recomputed,
-            "gradient_accumulation_steps": self.accumulation,
-            "train_micro_batch_size_per_gpu": BATCH // (data * self.accumulation),
             "gradient_clipping": CLIP,
             "train_iters": STEPS,
-            "eval_iters": 0,
         }
+        return BASES[self.model] | layout_keys(*self.layout, batch=BATCH, accumulation=self.accumulation) | choices
 
     @property
     def ranks(self) -> int:
