@@ -37,6 +37,7 @@ FIELDS = FieldMap(
         "tie_embeddings": "tie_word_embeddings",
         "attention_dropout": "attention_dropout",
         "hidden_dropout": "hidden_dropout",
+        "init_method_std": "initializer_range",
     },
     fixed={"architecture": "gpt_neox", "norm": "layernorm", "use_bias_in_mlp": True, "pos_emb": "rotary"},
 )
@@ -66,7 +67,6 @@ def to_config(model: ModelConfig, vocab_rows: int) -> GPTNeoXConfig:
             "rope_theta": model.rotary_emb_base,
             "partial_rotary_factor": model.rotary_pct,
         },
-        initializer_range=model.init_method_std,
         **FIELDS.to_theirs(model, "GPTNeoXForCausalLM"),
     )
 

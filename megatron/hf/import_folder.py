@@ -25,7 +25,7 @@ from megatron.hf.new_folder import new_folder
 from megatron.hf.tensor_folder import TensorFolder, open_folder
 from megatron.model.causal_lm import VocabSize, build_local
 
-FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout"})
+FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})
 """What a folder's configuration says and the importing run may change."""
 
 

@@ -58,7 +58,7 @@ def _model_facts(run: RunConfig, vocab_rows: int, vocab_size: int) -> dict[str, 
         facts["Parameter tokens"] = f"{tokens.qkv} in q, k and v each, {tokens.proj} in proj, {tokens.ffn} in the MLP"
         bases = f"{tokens.qkv_scale_base}, {tokens.proj_scale_base}, {tokens.ffn_scale_base}"
         facts["Normalization of scores"] = f"{tokens.theta}, scaled for {bases} tokens"
-    unused = f", of which the last {vocab_rows - vocab_size} are padding" if vocab_rows > vocab_size else ""
+    unused = f", of which the last {vocab_rows - vocab_size:,} are padding" if vocab_rows > vocab_size else ""
     facts["Vocabulary"] = f"{vocab_rows:,} rows{unused}"
     if unused and model.mask_padded_vocab:
         facts["Vocabulary"] += " that training kept out of the softmax: leave their logits out"

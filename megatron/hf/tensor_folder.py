@@ -30,6 +30,8 @@ def write_shards(folder: Path, layers: Iterable[Mapping[str, Tensor]], max_shard
     total_size = 0
     for number, shard in enumerate(_grouped(layers, max_shard_bytes)):
         save_file(shard, _unnamed(folder, number), metadata={"format": "pt"})
+        # safetensors lets the owner alone read it; who may read the folder may read what is in it.
+        _unnamed(folder, number).chmod(folder.stat().st_mode & 0o666)
         shards.append(list(shard))
         total_size += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:

@@ -40,6 +40,7 @@ FIELDS = FieldMap(
         "tie_embeddings": "tie_word_embeddings",
         "attention_dropout": "attention_dropout",
         "hidden_dropout": "hidden_dropout",
+        "init_method_std": "initializer_range",
     },
     fixed={"architecture": "tokenformer"},
 )
@@ -51,7 +52,6 @@ def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
         vocab_size=vocab_rows,
         final_norm=model.final_norm or model.norm,
         rotary_pct=model.rotary_pct if model.pos_emb == "rotary" else 0.0,
-        initializer_range=model.init_method_std,
         **FIELDS.to_theirs(model, "TokenFormerForCausalLM"),
     )
 

@@ -23,7 +23,7 @@ from megatron.checkpointing.search import find_checkpoint
 from megatron.checkpointing.weights import read_weights
 from megatron.checkpointing.weights_only import is_weights_only
 from megatron.data.tokenizer import build_tokenizer
-from megatron.errors import CheckpointError, ConfigError, DataError
+from megatron.errors import CheckpointError, ConfigError, DataError, UserError, exit_on_user_error
 from megatron.hf.import_folder import import_folder
 from megatron.hf.tensor_folder import open_folder
 from tests.hf.checkpoints import MODELS, VOCAB, export, make_checkpoint, read_run, tokens, whole_model, write_yaml
@@ -276,12 +276,30 @@ def test_damaged_checkpoint_leaves_no_folder(damage: str, message: str, tmp_path
     ],
 )
 def test_wrong_configuration_leaves_no_folder(
-    changes: dict[str, Any], error: type[Exception], message: str, tokenformer: Checkpoint, tmp_path: Path
+    changes: dict[str, Any], error: type[UserError], message: str, tokenformer: Checkpoint, tmp_path: Path
 ) -> None:
     config = write_yaml(tmp_path, MODELS["l2_norm_gelu"] | changes)
     output = tmp_path / "hf"
     arguments = ["--input_dir", str(tokenformer.path), "--config_file", str(config), "--output_dir", str(output)]
     fails_without_folder(convert_neox_to_hf.main, arguments, output=output, error=error, match=message)
+    with pytest.raises(SystemExit) as stopped:
+        exit_on_user_error(lambda: convert_neox_to_hf.main(arguments))
+    assert stopped.value.code == error.exit_code
+
+
+def test_overflow_of_the_format_leaves_no_folder(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(write_yaml(tmp_path, MODELS["softmax"]))
+    file = checkpoint.path / "layer_01-model_00-model_states.pt"
+    layer = torch.load(file)
+    layer["attention.proj.value_tokens"][2, 5] = 7e4
+    torch.save(layer, file)
+    output = tmp_path / "hf"
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.attention\.proj\.value_tokens .* too large for torch\.float16"
+    ):
+        export(checkpoint, output, precision="fp16")
+    assert not output.exists()
+    export(checkpoint, output, precision="bf16")
 
 
 def test_wrong_arithmetic_is_found_by_the_check(
@@ -445,4 +463,11 @@ def test_old_pythia_folders_are_read(pythia: Checkpoint, tmp_path: Path) -> None
     del config["rope_parameters"], config["dtype"]
     (folder / "config.json").write_text(json.dumps(config | old))
     settings = yaml.safe_load((pythia.path.parents[1] / "run.yml").read_text()) | {"bias_gelu_fusion": False}
-    import_folder(folder, read_run(write_yaml(tmp_path, settings)), tmp_path / "imported")
+    run = read_run(write_yaml(tmp_path, settings))
+    import_folder(folder, run, tmp_path / "imported")
+
+    save_file(weights | {"lm_head.weight": weights["embed_out.weight"].clone()}, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight and embed_out\.weight are the same|embed_out\.weight and"
+    ):
+        import_folder(folder, run, tmp_path / "again")

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.search import find_checkpoint
 from megatron.checkpointing.weights import read_weights
+from megatron.errors import CheckpointError
 from megatron.hf.import_folder import import_folder
+from megatron.mpu.context import ParallelContext
+from megatron.training.resume import find_start
 from tests.helpers.configs import write_dataset
-from tests.helpers.distributed import RankFailedError
 from tests.helpers.training import train_in_pool
-from tests.hf.checkpoints import MODELS, export, tokens, whole_model
+from tests.hf.checkpoints import MODELS, export, read_run, tokens, whole_model, write_yaml
 
 
 class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -127,10 +129,6 @@ def test_training_starts_from_imported_weights_in_any_layout(
 
 def test_a_run_cannot_continue_from_imported_weights(exported: Path, tokenformer: Checkpoint, tmp_path: Path) -> None:
     import_folder(exported, tokenformer.config, tmp_path / "imported")
-    settings = MODELS["l2_norm_gelu"] | {
-        "make_vocab_size_divisible_by": 100,
-        "data_path": str(write_dataset(tmp_path / "text_document")),
-        "load": str(tmp_path / "imported"),
-    }
-    with pytest.raises(RankFailedError, match=r"CheckpointError.*finetune: true"):
-        train_in_pool(settings, tmp_path, 1)
+    config = write_yaml(tmp_path, MODELS["l2_norm_gelu"] | {"load": str(tmp_path / "imported")})
+    with pytest.raises(CheckpointError, match="finetune: true"):
+        find_start(read_run(config), ParallelContext.single())
