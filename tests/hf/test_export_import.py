@@ -471,3 +471,29 @@ def test_old_pythia_folders_are_read(pythia: Checkpoint, tmp_path: Path) -> None
         CheckpointError, match=r"lm_head\.weight and embed_out\.weight are the same|embed_out\.weight and"
     ):
         import_folder(folder, run, tmp_path / "again")
+
+
+def test_folders_that_cannot_be_described_leave_nothing(exported: Path, tmp_path: Path) -> None:
+    def convert(folder: Path) -> None:
+        names = {"--input_dir": folder, "--write-config": tmp_path / "new.yml", "--output_dir": tmp_path / "imported"}
+        convert_hf_to_neox.main([str(part) for pair in names.items() for part in pair])
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        convert(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match="model_type 'gpt2' cannot be imported; known: gpt_neox, tokenformer"):
+        convert(folder)
+    (folder / "config.json").write_text('{"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}')
+    (folder / "code.py").write_text("open('ran', 'w')")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        convert(folder)
+    (folder / "config.json").write_text((exported / "config.json").read_text())
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+        convert(folder)
+    (tmp_path / "new.yml").write_text("mine: 1\n")
+    with pytest.raises(ConfigError, match="it exists"):
+        convert(exported)
+    assert (tmp_path / "new.yml").read_text() == "mine: 1\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new.yml"]
