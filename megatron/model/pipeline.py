@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -61,6 +62,26 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         local_entries = entries[self._local_start : self._local_stop]
         self._segments = list(_segments(local_entries, checkpointed))
 
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """Decide each stage's layers.
+
+        Raises ConfigError, on all ranks alike, where that leaves a stage nothing to train, or no layer has the type.
+        """
+        names = [spec.typename.__name__ for spec in self._layer_specs]
+        kind, _, pattern = method.partition(":")
+        if kind == "type" and not any(re.search(pattern, name, re.IGNORECASE) for name in names):
+            raise ConfigError(
+                f"pipe_partition_method={method}: no layer has such a name, only {', '.join(dict.fromkeys(names))}. "
+                "Use type:transformer, which spreads the transformer layers evenly."
+            )
+        super()._partition_layers(method)
+        for stage, (start, stop) in enumerate(pairwise(self.parts)):
+            if not any(_has_parameters(spec) for spec in self._layer_specs[start:stop]):
+                raise ConfigError(
+                    f"pipe_partition_method={method} leaves stage {stage} of pipe_parallel_size={self.num_stages} "
+                    f"without parameters ({', '.join(names[start:stop])}). Use type:transformer, or fewer stages."
+                )
+
     def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
         x = forward_input
         for start, stop, recompute in self._segments:
@@ -114,6 +135,11 @@ def _layer_spec(entry: LayerEntry, tie_embeddings: bool) -> LayerSpec:
         forward_fn=forward,
         tied_weight_attr=["word_embeddings.weight"],
     )
+
+
+def _has_parameters(spec: LayerSpec) -> bool:
+    with torch.device("meta"):
+        return any(True for _ in spec.build().parameters())
 
 
 def _segments(entries: list[LayerEntry], checkpointed: CheckpointedActivations) -> Iterator[tuple[int, int, bool]]:

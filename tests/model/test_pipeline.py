@@ -1,57 +1,26 @@
-"""The pipeline module in DeepSpeed's engine, over layouts, against a plain float64 loop; and what it recomputes."""
+"""Which layers a pipeline stage has, and what it recomputes. What it computes is tested in tests/parallel."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.training import CheckpointedActivations
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import build_local
-from megatron.model.loss import CausalLMLoss
 from megatron.model.pipeline import CausalLMPipeline, build_pipeline
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
-STEPS, ACCUMULATION, GLOBAL_MICRO_BATCH, LENGTH = 3, 2, 4, 16
-LEARNING_RATE, CLIP = 1e-3, 0.5
-Micro = tuple[Tensor, tuple[Tensor, Tensor]]
-
-
-def micro_batches(rows: slice) -> Iterator[Micro]:
-    generator = torch.Generator().manual_seed(21)
-    while True:
-        tokens = torch.randint(VOCAB.actual, (GLOBAL_MICRO_BATCH, LENGTH + 1), generator=generator)[rows]
-        yield tokens[:, :-1], (tokens[:, 1:].contiguous(), torch.ones(tokens[:, 1:].shape))
-
-
-def plain_loop(model: ModelConfig) -> list[tuple[float, float]]:
-    """(loss, gradient norm before clipping) per step."""
-    module = build_local(model, VOCAB, seed=6).double()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
-    objective = CausalLMLoss(None, ParallelContext.single())
-    batches = micro_batches(slice(None))
-    history = []
-    for _ in range(STEPS):
-        losses = []
-        for _ in range(ACCUMULATION):
-            tokens, targets = next(batches)
-            losses.append(objective(module(tokens), targets) / ACCUMULATION)
-            losses[-1].backward()
-        norm = nn.utils.clip_grad_norm_(module.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append((float(sum(loss.item() for loss in losses)), float(norm)))
-    return history
+LENGTH = 16
 
 
 def build(model: ModelConfig, layout: dict[str, Any], recompute: CheckpointedActivations) -> CausalLMPipeline:
@@ -63,70 +32,7 @@ def build(model: ModelConfig, layout: dict[str, Any], recompute: CheckpointedAct
     return build_pipeline(model, VOCAB, parallel, context, seed=6, checkpointed=recompute)
 
 
-def engine_loop(
-    model: ModelConfig, layout: dict[str, Any], recompute: CheckpointedActivations
-) -> list[tuple[float, float]]:
-    module = build(model, layout, recompute)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
-    data_size = module.topology().get_dim("data")
-    rows = GLOBAL_MICRO_BATCH // data_size
-    config = {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True,
-        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
-        "steps_per_print": 1000,
-    }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    first = engine.grid.get_data_parallel_rank() * rows
-    batches = micro_batches(slice(first, first + rows))
-    return [(float(engine.train_batch(batches)), float(engine.get_global_grad_norm())) for _ in range(STEPS)]
-
-
-OFF, EACH, PAIRS = (
-    CheckpointedActivations(),
-    CheckpointedActivations(enabled=True),
-    CheckpointedActivations(enabled=True, num_layers=2),
-)
-TOKENFORMER, PYTHIA = tiny_tokenformer(num_layers=3), tiny_pythia(num_layers=3)
-CASES = {  # ranks, model, layout, recomputation
-    "one rank": (1, TOKENFORMER, {}, OFF),
-    "one rank, recomputed": (1, PYTHIA, {}, PAIRS),
-    "tensor 2, tied": (2, TOKENFORMER, {"model_parallel_size": 2}, EACH),
-    "tensor 2, sequence, untied": (2, PYTHIA, {"model_parallel_size": 2, "sequence_parallel": True}, OFF),
-    "pipe 2, tied": (2, TOKENFORMER, {"pipe_parallel_size": 2}, PAIRS),
-    "pipe 2, untied, by parameters": (
-        2,
-        PYTHIA,
-        {"pipe_parallel_size": 2, "pipe_partition_method": "parameters"},
-        EACH,
-    ),
-    "data 2": (2, PYTHIA, {}, OFF),
-    "tensor 2, pipe 2, sequence, tied": (
-        4,
-        TOKENFORMER,
-        {"model_parallel_size": 2, "pipe_parallel_size": 2, "sequence_parallel": True},
-        EACH,
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def plain_histories() -> dict[str, list[tuple[float, float]]]:
-    return {model.architecture: plain_loop(model) for model in (TOKENFORMER, PYTHIA)}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_layout_follows_the_plain_loop(case: str, plain_histories) -> None:
-    ranks, model, layout, recompute = CASES[case]
-    want = plain_histories[model.architecture]
-    assert all(norm > CLIP for _, norm in want)
-    for history in run_distributed(engine_loop, ranks, model, layout, recompute):
-        for (loss, norm), (want_loss, want_norm) in zip(history, want, strict=True):
-            assert loss == pytest.approx(want_loss, abs=1e-6)
-            assert norm == pytest.approx(want_norm, rel=1e-5)
+OFF, PAIRS = CheckpointedActivations(), CheckpointedActivations(enabled=True, num_layers=2)
 
 
 def recomputed_segments(layout: dict[str, Any], recompute: CheckpointedActivations) -> tuple[list[str], list[Any]]:
@@ -184,3 +90,50 @@ def too_many_stages() -> str:
 def test_more_stages_than_layers_are_refused() -> None:
     for message in run_distributed(too_many_stages, 2):
         assert "pipe_parallel_size=2 is more than num_layers=1" in message
+
+
+def layers_of_stage(model: ModelConfig, layout: dict[str, Any]) -> list[str]:
+    module = build(model, layout, OFF)
+    return [spec.typename.__name__ for spec in module._layer_specs[module._local_start : module._local_stop]]
+
+
+E, T, N, H = "TokenEmbedding", "TransformerLayer", "LayerNorm", "TiedHead"
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "stages"),
+    [
+        ("type:transformer", tiny_tokenformer(num_layers=4), [[E, T, T], [T, T, N, H]]),
+        ("type:transformer|mlp", tiny_tokenformer(num_layers=3), [[E, T, T], [T, N, H]]),
+        ("uniform", tiny_tokenformer(num_layers=2), [[E, T, T], [N, H]]),
+        # 256 rows of 32 for the embedding, 32 x 384 for each layer.
+        ("parameters", tiny_tokenformer(num_layers=4), [[E, T, T], [T, T, N, H]]),
+        ("parameters", tiny_pythia(num_layers=3, tie_embeddings=True), [[E, T, T], [T, N, H]]),
+    ],
+)
+def test_layers_are_spread_as_asked(method: str, model: ModelConfig, stages: list[list[str]]) -> None:
+    layout = {"pipe_parallel_size": 2, "pipe_partition_method": method}
+    assert run_distributed(layers_of_stage, 2, model, layout) == stages
+
+
+def refused(model: ModelConfig, layout: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as error:
+        build(model, layout, OFF)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "final_norm", "message"),
+    [
+        (
+            "type:mlp",
+            "layernorm",
+            "no layer has such a name, only TokenEmbedding, TransformerLayer, LayerNorm, TiedHead.",
+        ),
+        ("type:norm|head", "layernorm_nonparam", "leaves stage 2 of pipe_parallel_size=4 without parameters (NonParam"),
+    ],
+)
+def test_stages_without_anything_to_train_are_refused(method: str, final_norm: str, message: str) -> None:
+    layout = {"pipe_parallel_size": 4, "pipe_partition_method": method}
+    for error in run_distributed(refused, 4, tiny_tokenformer(num_layers=4, final_norm=final_norm), layout):
+        assert message in error
