@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PretrainedConfig
 
+from megatron.checkpointing.name_map import NameMap
 from megatron.config.model import ModelConfig
 from megatron.errors import ConfigError
-from megatron.hf.mapping import HF_ARCHITECTURES, FieldMap, HFArchitecture, NameMap
+from megatron.hf.mapping import HF_ARCHITECTURES, FieldMap, HFArchitecture
 
 NAMES = NameMap(
     prefixes=(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron.checkpointing.folder import read_checkpoint
 from megatron.checkpointing.layout import layer_layouts
+from megatron.checkpointing.name_map import our_names
 from megatron.checkpointing.weights import read_weights
 from megatron.checkpointing.weights_only import write_weights_only
 from megatron.config.model import ModelConfig
@@ -20,7 +21,7 @@ from megatron.config.run import RunConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.check import fixed_tokens, logit_difference
-from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture, our_names, read_field
+from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture, read_field
 from megatron.hf.new_folder import new_folder
 from megatron.hf.tensor_folder import TensorFolder, open_folder
 from megatron.model.causal_lm import VocabSize, build_local

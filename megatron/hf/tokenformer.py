@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
+from megatron.checkpointing.name_map import NameMap
 from megatron.config.model import ModelConfig
-from megatron.hf.mapping import HF_ARCHITECTURES, FieldMap, HFArchitecture, NameMap
+from megatron.hf.mapping import HF_ARCHITECTURES, FieldMap, HFArchitecture
 from megatron.hf.modeling_tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 
 NAMES = NameMap(
