@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron.config.batch import NEITHER_GIVEN
@@ -25,12 +26,33 @@ def nearest_multiple(value: int, divisor: int) -> int:
     return max(round(value / divisor), 1) * divisor
 
 
+def divisors(value: int) -> list[int]:
+    """What divides `value`, from 1 to itself."""
+    return [number for number in range(1, value + 1) if value % number == 0]
+
+
+def _nearest(valid: Iterable[int], value: int) -> int:
+    return min(valid, key=lambda number: abs(number - value))
+
+
+def _does_not_split(ranks: int) -> str:
+    return f"does not split over model_parallel_size {ranks}"
+
+
 def _heads(run: RunConfig) -> Iterator[Finding]:
     hidden, heads = run.model.hidden_size, run.model.num_attention_heads
-    if hidden % heads:
-        nearest = min((count for count in range(1, hidden + 1) if hidden % count == 0), key=lambda n: abs(n - heads))
+    ranks = run.parallel.model_parallel_size
+    if hidden % heads == 0 and heads % ranks == 0:
+        return
+    wrong = f"does not divide hidden_size {hidden}" if hidden % heads else _does_not_split(ranks)
+    valid = [count for count in divisors(hidden) if count % ranks == 0]
+    if valid:
+        yield Finding("model.num_attention_heads", f"{wrong}; nearest valid value: {_nearest(valid, heads)}")
+    else:
         yield Finding(
-            "model.num_attention_heads", f"does not divide hidden_size {hidden}; nearest valid value: {nearest}"
+            "parallel.model_parallel_size",
+            f"does not divide hidden_size {hidden}, so no number of heads splits over it; nearest valid value: "
+            f"{_nearest(divisors(hidden), ranks)}",
         )
 
 
@@ -80,26 +102,51 @@ def _tokenformer_has_no_mlp(run: RunConfig) -> Iterator[Finding]:
 
 def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
     model, ranks = run.model, run.parallel.model_parallel_size
-    sizes = {"model.num_attention_heads": model.num_attention_heads}
+    sizes = {}
     if model.param_tokens is not None:
         sizes["model.param_tokens.qkv"] = model.param_tokens.qkv
         sizes["model.param_tokens.proj"] = model.param_tokens.proj
         sizes["model.param_tokens.ffn"] = model.param_tokens.ffn
-    if run.parallel.sequence_parallel:
-        sizes["model.seq_length"] = model.seq_length
-    split = f"does not split over model_parallel_size {ranks}; nearest valid value:"
     for path, size in sizes.items():
         if size % ranks:
-            yield Finding(path, f"{split} {nearest_multiple(size, ranks)}")
-    if model.padded_vocab_size is not None and model.padded_vocab_size % ranks:
-        multiple = math.lcm(ranks, model.make_vocab_size_divisible_by)
-        yield Finding("model.padded_vocab_size", f"{split} {nearest_multiple(model.padded_vocab_size, multiple)}")
+            yield Finding(path, f"{_does_not_split(ranks)}; nearest valid value: {nearest_multiple(size, ranks)}")
+    if run.parallel.sequence_parallel and model.seq_length % ranks:
+        nearest = nearest_multiple(model.seq_length, ranks)
+        if nearest > max(model.max_position_embeddings, ranks):
+            nearest -= ranks
+        yield Finding(
+            "model.seq_length", f"{_does_not_split(ranks)}, as sequence_parallel asks; nearest valid value: {nearest}"
+        )
+
+
+def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
+    """The vocabulary's padding never depends on the layout, so it has to fit it."""
+    ranks, padded = run.parallel.model_parallel_size, run.model.padded_vocab_size
+    multiple = run.model.make_vocab_size_divisible_by
+    if padded is None and multiple % ranks:
+        yield Finding(
+            "parallel.model_parallel_size",
+            f"does not divide the multiple to which the vocabulary is padded, make_vocab_size_divisible_by {multiple}; "
+            f"nearest valid value: {_nearest(divisors(multiple), ranks)}, or give padded_vocab_size",
+        )
+    if padded is not None and padded % ranks:
+        nearest = nearest_multiple(padded, math.lcm(ranks, multiple))
+        yield Finding("model.padded_vocab_size", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
 
 
 def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
     stages, layers = run.parallel.pipe_parallel_size, run.model.num_layers
     if stages > layers:
-        yield Finding("parallel.pipe_parallel_size", f"is above num_layers {layers}; a stage needs a layer")
+        yield Finding(
+            "parallel.pipe_parallel_size",
+            f"is above num_layers {layers}, and each stage needs a layer; nearest valid value: {layers}",
+        )
+    kind, _, pattern = run.parallel.pipe_partition_method.partition(":")
+    if kind == "type":
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield Finding("parallel.pipe_partition_method", f"is no regular expression after type: ({error})")
 
 
 def _batch_is_given(run: RunConfig) -> Iterator[Finding]:
@@ -228,6 +275,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _padded_vocabulary,
     _tokenformer_has_no_mlp,
     _tensor_parallel_sizes,
+    _tensor_parallel_vocabulary,
     _pipeline_stages,
     _batch_is_given,
     _batch_divides,
