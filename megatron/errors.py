@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-
 STOPPED_ON_REQUEST = 75
 """Exit code of a run that a signal or a limit has ended, after it was saved: start it again to go on. It is the
 EX_TEMPFAIL of sysexits.h."""
