@@ -1,14 +1,13 @@
 """Runs test functions on several gloo ranks, in pools of worker processes that live as long as the test session.
 
-A worker costs seconds to start and milliseconds to use. A pool whose function fails, dies or hangs is killed, since
-its ranks may be waiting for each other; the next call starts a fresh one.
+A pool whose function fails, dies or hangs is killed, since its ranks may be waiting for each other; the next call
+starts a fresh one.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
 import os
 import pickle
 import sys
@@ -18,8 +17,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
+
+from tests.helpers.forkserver import CONTEXT, ENVIRONMENT
 
 HOST = "127.0.0.1"
 
@@ -49,13 +51,13 @@ class _Pool:
     def __init__(self, world_size: int) -> None:
         # The parent owns the rendezvous, on a port that the system picks, so no two pools can collide.
         self.store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        spawn = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(theirs, rank, world_size, self.store.port), daemon=True)
-            process.start()
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_work, args=(theirs, rank, world_size, self.store.port), daemon=True)
+            with mock.patch.dict(os.environ, ENVIRONMENT):
+                process.start()
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
@@ -104,8 +106,6 @@ class _Pool:
 
 def _work(connection: Connection, rank: int, world_size: int, port: int) -> None:
     os.environ.update(
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

@@ -1,0 +1,24 @@
+"""Processes forked from one that has imported torch and DeepSpeed.
+
+A process that starts afresh spends seconds on imports; a fork spends none of them, and is as separate as any other:
+it can be killed, and nothing of DeepSpeed's outlives it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+"""Must be set when a process is started, for the first start is also that of the process that is forked."""
+CONTEXT = multiprocessing.get_context("forkserver")
+# DeepSpeed and torch.optim import the last two when the first engine is made.
+CONTEXT.set_forkserver_preload(
+    ["megatron.training.setup", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
