@@ -1,7 +1,8 @@
 """Starts a script of this project on every rank: `python deepy.py train.py [-d DIR] a.yml b.yml key=value ...`
 
 The configuration is validated first, before torch is imported and before any rank starts. One rank replaces this
-process; several are supervised: signals are passed on to all of them, and when one fails the others are ended too.
+process; several are supervised: signals are passed on to all of them, and when one fails the others are ended too. A
+run that a signal or a limit has ended, after it was saved, ends with exit code 75 (megatron/errors.py).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 
 from megatron.config.cli import load_command_line
-from megatron.errors import ConfigError, exit_on_user_error
+from megatron.errors import STOPPED_ON_REQUEST, ConfigError, exit_on_user_error
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE_SECONDS = 30.0
+GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
 
@@ -42,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
     if ranks == 1:
         sys.stdout.flush()
         os.execve(worker[0], worker, environments[0])  # noqa: S606 - an argv list, no shell
-    return supervise([subprocess.Popen(worker, env=environment) for environment in environments])
+    workers: list[subprocess.Popen[bytes]] = []
+    pass_signals_to(workers)
+    workers.extend(subprocess.Popen(worker, env=environment) for environment in environments)
+    return supervise(workers)
 
 
 def visible_devices() -> int:
@@ -77,8 +81,8 @@ def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) 
     }
 
 
-def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all ranks and pass signals on. The first rank that fails ends the others; its exit code is returned."""
+def pass_signals_to(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Send every signal that this process gets to whatever is in `workers` then."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for worker in workers:
@@ -87,21 +91,29 @@ def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
 
     for number in FORWARDED_SIGNALS:
         signal.signal(number, forward)
+
+
+def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all ranks; returns 0, or STOPPED_ON_REQUEST where ranks have ended with that.
+
+    The first rank that fails ends the others, and its exit code is returned.
+    """
     while True:
         codes = [worker.poll() for worker in workers]
-        failed = next((code for code in codes if code), None)
+        failed = next((code for code in codes if code not in {None, 0, STOPPED_ON_REQUEST}), None)
         if failed is not None:
             rank = codes.index(failed)
             print(f"deepy.py: rank {rank} ended with exit code {failed}; ending the other ranks", file=sys.stderr)
             end(workers)
             return failed if failed > 0 else 128 - failed
-        if all(code == 0 for code in codes):
-            return 0
+        if None not in codes:
+            return max(code for code in codes if code is not None)
         time.sleep(POLL_SECONDS)
 
 
 def end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the ranks that still run to stop, and kill those that do not within the grace period."""
+    """Ask the ranks that still run to stop, and kill those that do not within the grace period: without one of them,
+    they could not save anyway."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()

@@ -121,7 +121,7 @@ class LogMetrics:
         """Collect the loss, and report its mean since the last record when it is time; steps left out do not count."""
         if not step.left_out:
             self.losses.append(step.loss)
-        ends = step.is_last or self.stop.agreed
+        ends = step.ends_run or self.stop.agreed
         if not (step.iteration % self.log_interval == 0 or step.metrics or ends):
             return
         loss = float(torch.stack(self.losses).double().mean()) if self.losses else math.nan
@@ -177,7 +177,7 @@ class SaveCheckpoints:
 
     def after_step(self, step: Step) -> None:
         """Save when it is time."""
-        if step.iteration in self.iterations or step.is_last or self.stop.agreed:
+        if step.iteration in self.iterations or step.ends_run or self.stop.agreed:
             self._save()
 
     def _save(self) -> None:

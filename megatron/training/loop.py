@@ -52,13 +52,21 @@ def train(
         progress.consumed_train_samples += batch.global_batch_size
         if must_roll_back(guard, progress, training.non_finite, batch):
             return Ending.ROLL_BACK
-        if training.exit_interval is not None and progress.iteration % training.exit_interval == 0:
-            stop.agreed = True
         is_last = progress.iteration == training.train_iters
-        left_out = guard.step_was_left_out
-        step = Step(progress.iteration, loss.detach().float(), learning_rate, is_last, left_out=left_out)
+        step = Step(
+            progress.iteration,
+            loss.detach().float(),
+            learning_rate,
+            is_last=is_last,
+            ends_run=is_last or _exits_at(progress.iteration, training.exit_interval),
+            left_out=guard.step_was_left_out,
+        )
         for callback in callbacks:
             callback.after_step(step)
-        if stop.agreed and not is_last:
+        if (step.ends_run or stop.agreed) and not is_last:
             return Ending.STOPPED
     return Ending.FINISHED
+
+
+def _exits_at(iteration: int, exit_interval: int | None) -> bool:
+    return exit_interval is not None and iteration % exit_interval == 0

@@ -41,6 +41,9 @@ class Step:
     is_last: bool
     """Whether it is the last of train_iters."""
 
+    ends_run: bool
+    """Whether it is the last, or `exit_interval` ends the run with it. Requests to stop come on top of that."""
+
     left_out: bool = False
     """Whether it changed no weight, because of NaN or infinity or while fp16 looks for its scale."""
 

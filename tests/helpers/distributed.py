@@ -47,6 +47,21 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         raise
 
 
+def run_on_new_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
+    """`run_distributed` on ranks that end with the call.
+
+    For what leaves groups behind, as DeepSpeed's engine does: each has threads of its own.
+    """
+    pool = _Pool(world_size)
+    try:
+        results = pool.call(fn, args, timeout)
+    except BaseException:
+        pool.kill()
+        raise
+    pool.close()
+    return results
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
         # The parent owns the rendezvous, on a port that the system picks, so no two pools can collide.

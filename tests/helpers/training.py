@@ -1,4 +1,4 @@
-"""Training runs of real configurations, data and loop, inside the pools of gloo workers."""
+"""Training runs of real configurations, data and loop, on gloo ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.config.load import load_config
 from megatron.training import setup
-from tests.helpers.distributed import run_distributed
+from tests.helpers.distributed import run_on_new_ranks
 
 Curve = list[tuple[float, float]]
 """(loss, gradient norm before clipping) per step."""
@@ -58,7 +58,7 @@ class CurveProbe(Probe):
         return self.curve
 
 
-def train_in_pool(
+def train_on_ranks(
     settings: dict[str, Any], folder: Path, world_size: int, probe: type[Probe] = CurveProbe, timeout: float = 240.0
 ) -> list[Any]:
     """Train with the YAML keys `settings` on `world_size` ranks; the probes' results, by rank.
@@ -68,7 +68,7 @@ def train_in_pool(
     name = f"run{len(list(folder.glob('*.yml')))}"
     config = folder / f"{name}.yml"
     config.write_text(yaml.safe_dump(settings | {"log_dir": str(folder / name)}))
-    return run_distributed(train_on_this_rank, world_size, config, probe, timeout=timeout)
+    return run_on_new_ranks(train_on_this_rank, world_size, config, probe, timeout=timeout)
 
 
 def train_on_this_rank(config: Path, probe: type[Probe]) -> Any:

@@ -18,7 +18,7 @@ from megatron.hf.import_folder import import_folder
 from megatron.mpu.context import ParallelContext
 from megatron.training.resume import find_start
 from tests.helpers.configs import write_dataset
-from tests.helpers.training import train_in_pool
+from tests.helpers.training import train_on_ranks
 from tests.hf.checkpoints import MODELS, export, read_run, tokens, whole_model, write_yaml
 
 
@@ -114,7 +114,7 @@ def test_training_starts_from_imported_weights_in_any_layout(
         "load": str(tmp_path / "imported"),
         "save": str(tmp_path / "run"),
     }
-    train_in_pool(settings | {"finetune": True}, tmp_path, 2)
+    train_on_ranks(settings | {"finetune": True}, tmp_path, 2)
     saved = find_checkpoint(tmp_path / "run", None, "full")
     assert saved is not None
     assert (saved.state.iteration, saved.state.tensor_parallel_size, saved.state.pipe_parallel_size) == (

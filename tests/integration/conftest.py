@@ -1,4 +1,4 @@
-"""Tiny datasets and runs through the commands that users type."""
+"""Tiny datasets and configurations, commands as users type them, and what runs leave."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers.configs import PYTHIA, SEQ_LENGTH, TINY, TOKENFORMER, VOCAB_SIZE, write_dataset
-
-__all__ = ["PYTHIA", "SEQ_LENGTH", "TINY", "TOKENFORMER", "VOCAB_SIZE"]
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.configs import write_dataset
+from tests.helpers.runs import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +47,6 @@ def run_command(arguments: Sequence[str], **environment: str) -> subprocess.Comp
         timeout=300,
         check=False,
     )
-
-
-def train(config: Path, *overrides: str) -> None:
-    """`python deepy.py train.py CONFIG OVERRIDES`; fails with the run's output when it fails."""
-    finished = run_command(["deepy.py", "train.py", str(config), *overrides])
-    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 def records(run: Path, key: str) -> dict[int, float]:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PYTHIA, TOKENFORMER, records, train
+from tests.integration.conftest import records
 
+from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.plain_torch import PlainRun, Weights
+from tests.helpers.runs import train
 
 STEPS = 30
 

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PYTHIA, TOKENFORMER, run_command
+from tests.integration.conftest import run_command
 
 from megatron.data.indexed_dataset import IndexedDatasetWriter
+from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.runs import run_ranks, train
 
 
-def fails_with(config: Path, *overrides: str, code: int = 1) -> str:
-    finished = run_command(["deepy.py", "train.py", str(config), *overrides])
-    assert finished.returncode == code, finished.stdout + finished.stderr
-    assert "Traceback" not in finished.stderr
+def fails_with(config: Path, *overrides: str) -> str:
+    finished = run_ranks(config, *overrides)
+    assert finished.code == 1, finished.output
+    assert "Traceback" not in finished.output
     assert not list(config.with_suffix("").glob("*global_step*"))
-    return finished.stderr
+    return finished.output
 
 
 def test_a_wrong_key_fails_before_torch_is_imported(write_config: Callable[..., Path]) -> None:
@@ -31,7 +33,7 @@ def test_a_wrong_key_fails_before_torch_is_imported(write_config: Callable[..., 
 
 def test_fp16_on_a_cpu(write_config: Callable[..., Path]) -> None:
     config = write_config(TOKENFORMER, fp16={"enabled": True})
-    assert run_command(["deepy.py", "train.py", str(config), "--check"]).returncode == 0
+    assert run_ranks(config, "--check").code == 0
     assert "precision: bfloat16" in fails_with(config)
 
 
@@ -83,8 +85,7 @@ def test_a_dataset_too_small_for_its_split(write_config: Callable[..., Path], tm
 
 def test_a_checkpoint_of_another_model(write_config: Callable[..., Path]) -> None:
     config = write_config(TOKENFORMER, train_iters=1)
-    finished = run_command(["deepy.py", "train.py", str(config)])
-    assert finished.returncode == 0, finished.stderr
+    train(config)
     other = write_config(PYTHIA, "other", train_iters=1)
     error = fails_with(other, f"load={config.with_suffix('')}")
     assert "architecture: checkpoint tokenformer, configuration gpt_neox" in error

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOKENFORMER, run_command, train
+from tests.integration.conftest import run_command
 
 from megatron.data.batch_hash import batch_hash, sample_digests
+from tests.helpers.configs import TOKENFORMER
+from tests.helpers.runs import train
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -20,13 +22,12 @@ def test_hashes_of_a_run_are_those_of_the_viewers_tokens(
     config = write_config(
         TOKENFORMER,
         train_iters=4,
-        num_gpus=ranks,
         train_batch_size=16,
         train_micro_batch_size_per_gpu=4,
         gradient_accumulation_steps=None,
         log_batch_hashes=True,
     )
-    train(config)
+    train(config, ranks=ranks)
     lines = (config.with_suffix("") / "batch_hashes.jsonl").read_text().splitlines()
     recorded = {record["iteration"]: record["sha256"] for record in map(json.loads, lines)}
     array = tmp_path / "batches.npy"

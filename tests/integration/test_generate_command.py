@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import TOKENFORMER, run_command, train
+from tests.integration.conftest import run_command
+
+from tests.helpers.configs import TOKENFORMER
+from tests.helpers.runs import run_ranks, train
 
 
 def test_samples_follow_their_prompts(write_config: Callable[..., Path], tmp_path: Path) -> None:
@@ -23,11 +26,11 @@ def test_samples_follow_their_prompts(write_config: Callable[..., Path], tmp_pat
     records = [json.loads(line) for line in first.splitlines()]
     assert [record["context"] for record in records] == ["Two words"] * 2 + ["three more words"] * 2
     assert len({record["text"] for record in records}) > 1
-    assert run_command(command).returncode == 0
+    assert run_ranks(config, *command[3:], script="generate").code == 0
     assert output.read_text() == first, "the same seed samples the same text"
 
 
 def test_nothing_to_sample_from(write_config: Callable[..., Path]) -> None:
-    finished = run_command(["deepy.py", "generate.py", str(write_config(TOKENFORMER))])
-    assert finished.returncode == 1
-    assert "holds no checkpoint to sample from" in finished.stderr and "Traceback" not in finished.stderr
+    finished = run_ranks(write_config(TOKENFORMER), script="generate")
+    assert finished.code == 1
+    assert "holds no checkpoint to sample from" in finished.output and "Traceback" not in finished.output

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ROOT, run_command
+from tests.integration.conftest import ROOT, run_command
 
 sys.path.insert(0, str(ROOT))
 import deepy

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import records, run_command
+from tests.integration.conftest import records, run_command
 
 from tests.helpers.configs import TOKENFORMER
 

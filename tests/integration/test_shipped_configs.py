@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import records, run_command
+from tests.integration.conftest import records
+
+from tests.helpers.runs import ROOT, train
 
 SMALL = [
     "train_batch_size=2",
@@ -23,8 +25,7 @@ SMALL = [
 @pytest.mark.parametrize("recipe", ["tokenformer/150M", "pythia/14M"])
 def test_two_steps(recipe: str, dataset: Path, tmp_path: Path) -> None:
     folders = [f"data_path={dataset}", f"log_dir={tmp_path}", f"index_cache_dir={tmp_path}"]
-    finished = run_command(["deepy.py", "train.py", "-d", "configs", recipe, *SMALL, *folders])
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    train(ROOT / "configs" / f"{recipe}.yml", *SMALL, *folders, output=tmp_path)
     losses = records(tmp_path, "train/lm_loss")
     # Untrained models over 50,304 tokens: near ln 50304 = 10.83.
     assert list(losses) == [1, 2]

@@ -23,7 +23,7 @@ from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training.setup import build_engine
 from tests.helpers.configs import PYTHIA, SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, layout_keys
-from tests.helpers.distributed import run_distributed
+from tests.helpers.distributed import run_on_new_ranks
 
 STEPS, POISONED = 4, 2
 EMBEDDING, FINAL_NORM = "embedding.word_embeddings.weight", "final_norm.weight"
@@ -117,7 +117,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_step_on_all(
     tmp_path: Path,
 ) -> None:
     settings = base | layout_keys(**layout) | {"precision": precision, "gradient_clipping": clipping}
-    ranks = run_distributed(take_steps, math.prod(layout.values()), write(tmp_path, settings), rank, parameter)
+    ranks = run_on_new_ranks(take_steps, math.prod(layout.values()), write(tmp_path, settings), rank, parameter)
     for seen in ranks:
         assert seen.skipped == 1
         assert [math.isfinite(norm) for norm in seen.norms] == [step != POISONED for step in range(1, STEPS + 1)]
@@ -135,7 +135,7 @@ def test_a_rank_without_a_gradient_of_its_own_still_counts(tmp_path: Path) -> No
     norms = {}
     for name, layout in {"alone": layout_keys(), "split": two_stages}.items():
         config = write(tmp_path, TOKENFORMER | layout | {"precision": "bfloat16"})
-        ranks = run_distributed(take_steps, 4 if name == "split" else 1, config, None, "")
+        ranks = run_on_new_ranks(take_steps, 4 if name == "split" else 1, config, None, "")
         norms[name] = ranks[0].norms
         if name == "split":
             assert set(ranks[2].weights[0]) == {EMBEDDING, FINAL_NORM, "final_norm.bias"}
@@ -145,7 +145,7 @@ def test_a_rank_without_a_gradient_of_its_own_still_counts(tmp_path: Path) -> No
 def test_tied_gradients_are_summed_where_they_accumulate_beside_the_weights(tmp_path: Path) -> None:
     """As fp16 does, which needs a GPU: DeepSpeed's own sum of tied gradients does not find them there."""
     alone, stages = (
-        run_distributed(take_steps, count, write(tmp_path, settings), None, "", True)
+        run_on_new_ranks(take_steps, count, write(tmp_path, settings), None, "", True)
         for count, settings in (
             (1, TOKENFORMER | layout_keys(accumulation=2) | {"precision": "bfloat16"}),
             (2, TOKENFORMER | layout_keys(pipe=2, accumulation=2) | {"precision": "bfloat16"}),

@@ -18,7 +18,7 @@ from megatron.config.load import load_config
 from megatron.model.causal_lm import VocabSize, build_local
 from tests.helpers.configs import PYTHIA, TOKENFORMER, VOCAB_SIZE, layout_keys, write_dataset
 from tests.helpers.plain_torch import PlainRun
-from tests.helpers.training import Curve, train_in_pool
+from tests.helpers.training import Curve, train_on_ranks
 
 STEPS, BATCH, CLIP = 20, 8, 0.5
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5
@@ -102,7 +102,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, data_keys: dict[str, str]) -
     def run(case: Case, **changes: Any) -> Curve:
         key = (case, *changes.items())
         if key not in done:
-            first, *others = train_in_pool(case.settings() | data_keys | changes, folder, case.ranks)
+            first, *others = train_on_ranks(case.settings() | data_keys | changes, folder, case.ranks)
             assert len(first) == STEPS
             assert all(other == first for other in others), "losses and norms differ between ranks"
             done[key] = first

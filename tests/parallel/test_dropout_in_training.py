@@ -11,7 +11,7 @@ import torch
 
 from megatron.model.layer import HiddenDropout
 from tests.helpers.configs import PYTHIA, TOKENFORMER, layout_keys, write_dataset
-from tests.helpers.training import Curve, CurveProbe, train_in_pool
+from tests.helpers.training import Curve, CurveProbe, train_on_ranks
 
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2, "train_iters": 4}
 
@@ -43,7 +43,7 @@ def test_replicated_activations_are_alike(
 ) -> None:
     settings = base | data_keys | layout_keys(tensor=2, accumulation=2) | DROPOUT
     settings |= {"checkpoint_activations": recomputed}
-    (curve, first), (other_curve, second) = train_in_pool(settings, tmp_path, 2, Dropped)
+    (curve, first), (other_curve, second) = train_on_ranks(settings, tmp_path, 2, Dropped)
     assert curve == other_curve
     # One after the embedding and two in each of two layers, two micro batches, four steps. The layers' come again in
     # the backward pass when recomputed, but for the last of each, after which there is nothing to compute.
@@ -70,7 +70,7 @@ def test_recomputation_changes_no_number(
     settings = base | data_keys | layout_keys(**layout, accumulation=2) | {"sequence_parallel": sequence_parallel}
     ranks = math.prod(layout.values())
     kept, recomputed, whole = (
-        train_in_pool(settings | changes, tmp_path, ranks)
+        train_on_ranks(settings | changes, tmp_path, ranks)
         for changes in (DROPOUT, DROPOUT | {"checkpoint_activations": True}, {"train_iters": 4})
     )
     assert kept == recomputed

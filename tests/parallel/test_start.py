@@ -17,7 +17,7 @@ from megatron.config.load import load_config
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.mpu.parameters import parameter_spec
 from tests.helpers.configs import PYTHIA, SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, layout_keys, write_dataset
-from tests.helpers.training import CurveProbe, Probe, train_in_pool
+from tests.helpers.training import CurveProbe, Probe, train_on_ranks
 from tools.datasets import batch_viewer
 
 LAYOUTS = [
@@ -60,7 +60,7 @@ def test_full_weights_are_those_of_the_seed(
     settings = base | data_keys | layout_keys(**layout) | {"train_iters": 1}
     found: dict[str, dict[int, torch.Tensor]] = {}
     split_dims: dict[str, int | None] = {}
-    for shares in train_in_pool(settings, tmp_path, math.prod(layout.values()), InitialWeights):
+    for shares in train_on_ranks(settings, tmp_path, math.prod(layout.values()), InitialWeights):
         for name, dim, tensor_rank, values in shares:
             split_dims[name] = dim
             # Data-parallel ranks, and the stages of a tied embedding, hold the same.
@@ -108,7 +108,7 @@ def test_ranks_read_what_the_batch_viewer_shows(
     settings = TOKENFORMER | data_keys | layout_keys(**layout, batch=batch, accumulation=accumulation)
     # So few documents that the steps take more than one epoch.
     settings |= {"train_iters": steps, "split": "2, 90, 8"}
-    ranks = train_in_pool(settings, tmp_path, math.prod(layout.values()), Tokens)
+    ranks = train_on_ranks(settings, tmp_path, math.prod(layout.values()), Tokens)
     config, output = tmp_path / "config.yml", tmp_path / "batches.npy"
     del settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]
     config.write_text(yaml.safe_dump(settings | {"train_batch_size": batch}))
@@ -148,7 +148,7 @@ def test_optimizer_state_is_partitioned(
 ) -> None:
     settings = PYTHIA | data_keys | layout_keys(**layout) | {"train_iters": 1, "precision": precision}
     data_size = layout["data"]
-    for _, weights, kept in train_in_pool(settings, tmp_path, math.prod(layout.values()), OptimizerState):
+    for _, weights, kept in train_on_ranks(settings, tmp_path, math.prod(layout.values()), OptimizerState):
         for elements in kept.values():
             # Each of the two parameter groups is padded to two elements per rank.
             assert weights / data_size <= elements <= weights / data_size + 4
