@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.integration.conftest import records
 
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.plain_torch import PlainRun, Weights
 from tests.helpers.runs import train
+from tests.integration.conftest import records
 
 STEPS = 30
 

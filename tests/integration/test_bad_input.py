@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.integration.conftest import run_command
 
 from megatron.data.indexed_dataset import IndexedDatasetWriter
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.runs import run_ranks, train
+from tests.integration.conftest import run_command
 
 
 def fails_with(config: Path, *overrides: str) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.integration.conftest import run_command
 
 from megatron.data.batch_hash import batch_hash, sample_digests
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import train
+from tests.integration.conftest import run_command
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

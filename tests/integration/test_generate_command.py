@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.integration.conftest import run_command
-
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import run_ranks, train
+from tests.integration.conftest import run_command
 
 
 def test_samples_follow_their_prompts(write_config: Callable[..., Path], tmp_path: Path) -> None:

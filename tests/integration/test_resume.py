@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.integration.conftest import records
 
 from megatron.data.indexed_dataset import IndexedDatasetWriter
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.runs import run_ranks, train
 from tests.helpers.tensor_files import assert_same_checkpoint
+from tests.integration.conftest import records
 
 CURVES = ("train/lm_loss", "train/grad_norm", "train/learning_rate", "valid/lm_loss", "test/lm_loss", "consumed_tokens")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.integration.conftest import records, run_command
 
 from tests.helpers.configs import TOKENFORMER
+from tests.integration.conftest import records, run_command
 
 
 def test_tensor_parallel_ranks_train_what_one_rank_trains(write_config: Callable[..., Path]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.integration.conftest import records
 
 from tests.helpers.runs import ROOT, train
+from tests.integration.conftest import records
 
 SMALL = [
     "train_batch_size=2",

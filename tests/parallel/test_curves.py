@@ -159,7 +159,13 @@ def test_the_cover_has_every_pair_of_choices() -> None:
 
 
 BF16_CASES = [
-    Case(model, layout, tied=model == "tokenformer", accumulation=2, sequence_parallel=layout[0] > 1)
+    Case(
+        model,
+        layout,
+        tied=model == "tokenformer",
+        accumulation=1 if layout[0] > 1 else 4,
+        sequence_parallel=layout[0] > 1,
+    )
     for model, layout in product(BASES, LAYOUTS[1:])
 ]
 BF16_COVER = [

@@ -52,8 +52,11 @@ class InitialWeights(Probe):
         return self.shares
 
 
-@pytest.mark.parametrize("base", [TOKENFORMER, PYTHIA], ids=["tokenformer", "pythia"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("base", "layout"),
+    [*zip([TOKENFORMER, PYTHIA] * 3, LAYOUTS, strict=True), (PYTHIA, {"tensor": 2}), (TOKENFORMER, {"pipe": 2})],
+    ids=lambda value: value.get("architecture") or str(value),
+)
 def test_full_weights_are_those_of_the_seed(
     base: dict[str, Any], layout: dict[str, int], data_keys: dict[str, str], tmp_path: Path
 ) -> None:
@@ -141,8 +144,17 @@ class OptimizerState(CurveProbe):
         return self.data_rank, weights, kept
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
-@pytest.mark.parametrize("layout", [{"data": 1}, {"data": 2}, {"data": 4}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    [
+        ("fp32", {"data": 1}),
+        ("fp32", {"data": 4}),
+        ("fp32", {"data": 2, "tensor": 2}),
+        ("bfloat16", {"data": 2}),
+        ("bfloat16", {"data": 2, "pipe": 2}),
+    ],
+    ids=str,
+)
 def test_optimizer_state_is_partitioned(
     layout: dict[str, int], precision: str, data_keys: dict[str, str], tmp_path: Path
 ) -> None:
