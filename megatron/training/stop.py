@@ -24,6 +24,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DUPLICATE_SECONDS = 0.5
 """A launcher may pass on a signal that the ranks have got already; within this time it is the same request."""
 
+_END = b"\0"  # no signal has this number
+
 
 class StopRequest:
     """Whether the run should end. `requested` is this rank's own view, `agreed` is common to all ranks."""
@@ -70,8 +72,10 @@ def signals_request(stop: StopRequest) -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        theirs.close()
+        # Closing it would not do: loader workers hold copies.
+        theirs.send(_END)
         listener.join()
+        theirs.close()
         ours.close()
 
 
@@ -81,8 +85,8 @@ def _ignore(number: int, frame: object) -> None:
 
 def _listen(source: socket.socket, stop: StopRequest) -> None:
     first: float | None = None
-    while numbers := source.recv(1):
-        number = numbers[0]
+    while (received := source.recv(1)) != _END:
+        number = received[0]
         if number not in STOP_SIGNALS:
             continue
         now = time.monotonic()
