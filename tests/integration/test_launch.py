@@ -48,7 +48,10 @@ def test_signals_reach_every_rank(tmp_path: Path) -> None:
     script = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 import deepy, pathlib, test_launch
-sys.exit(deepy.supervise(test_launch.start(pathlib.Path({str(tmp_path)!r}), "none")))
+workers = []
+deepy.pass_signals_to(workers)
+workers.extend(test_launch.start(pathlib.Path({str(tmp_path)!r}), "none"))
+sys.exit(deepy.supervise(workers))
 """
     supervisor = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     deadline = time.monotonic() + 60

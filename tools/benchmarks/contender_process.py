@@ -45,7 +45,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
 def build_task(settings: Settings) -> Task:
     """What both train, on one rank; the tokenizer is read only where its vocabulary size is not given."""
     loaded = load_config(settings.command.files, settings.command.overrides)
-    require_hardware(loaded.run.training.precision)
+    require_hardware(loaded.run)
     actual = settings.vocab_size or build_tokenizer(loaded.run.data.tokenizer).vocab_size
     return Task(loaded.run, loaded.batch(1), VocabSize(actual, padded_vocab_size(loaded.run.model, actual)))
 
