@@ -10,7 +10,7 @@ from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
 
 class CausalLMLoss:
-    """Mean cross entropy over the positions that count.
+    """Weighted mean of the cross entropy over a micro batch's positions.
 
     The losses are float32 (float64 for float64 logits), their mean is float64: layouts sum them in different orders,
     over positions here and over micro batches and ranks in the engine, which must not show in the curve.
@@ -23,10 +23,7 @@ class CausalLMLoss:
         self.context = context
 
     def __call__(self, logits_BSV: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        """logits [B, S, V/tp]; targets: labels [B, S] and loss mask [B, S], 1 where a position counts and 0 elsewhere.
-
-        A micro batch in which nothing counts has loss 0.
-        """
-        labels_BS, mask_BS = targets
+        """logits [B, S, V/tp]; targets: labels [B, S], and weights [B, S] whose mean over the step is 1."""
+        labels_BS, weights_BS = targets
         losses_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, self.num_valid, self.context)
-        return (losses_BS * mask_BS).sum(dtype=torch.float64) / mask_BS.sum(dtype=torch.float64).clamp(min=1)
+        return (losses_BS * weights_BS).mean(dtype=torch.float64)

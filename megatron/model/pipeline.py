@@ -28,7 +28,7 @@ from megatron.mpu.parameters import initialize_parameters
 class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
     """This rank's pipeline stage. Between stages goes one tensor, the residual stream [B, S or S/tp, D].
 
-    Token ids [B, S] in, logits [B, S, V/tp] out; the loss takes (labels [B, S], loss mask [B, S]) as targets.
+    Token ids [B, S] in, logits [B, S, V/tp] out; the loss takes (labels [B, S], weights [B, S]) as targets.
 
     Recomputation is done here, by torch.utils.checkpoint without reentrance, and DeepSpeed's own stays off
     (activation_checkpoint_interval 0): that one counts layers from the stage's first, so at intervals above 1 it

@@ -33,6 +33,15 @@ def max_over_ranks(x: Tensor, context: ParallelContext) -> Tensor:
     return _all_reduce(x, context, dist.ReduceOp.MAX)
 
 
+def sum_over_data_ranks(x: Tensor, context: ParallelContext) -> Tensor:
+    """Sum over the data-parallel ranks, outside autograd; `x` may be on the CPU."""
+    if context.data_size == 1:
+        return x
+    total = x.cuda() if dist.get_backend(context.data_group) == dist.Backend.NCCL else x.clone()
+    dist.all_reduce(total, group=context.data_group)
+    return total.to(x.device)
+
+
 def copy(x: Tensor, context: ParallelContext) -> Tensor:
     """Replicated to replicated, for consumers that differ by rank: the gradient is partial and is summed."""
     return _exchange(x, context, _same, partial(sum_over_ranks, context=context))

@@ -24,6 +24,8 @@ class ParallelContext:
     data_rank: int = 0
     tensor_group: dist.ProcessGroup | None = None
     """Ranks that share this rank's pipe and data coordinates; None when tensor_size is 1."""
+    data_group: dist.ProcessGroup | None = None
+    """Ranks that share this rank's pipe and tensor coordinates; None when data_size is 1."""
     sequence_parallel: bool = False
     """Whether the residual stream is split over the tensor-parallel ranks by sequence."""
 
@@ -46,19 +48,32 @@ class ParallelContext:
                 f"divide the {world_size} ranks of this run. Start a multiple of {tensor * pipe} ranks."
             )
         data = world_size // (tensor * pipe)
-        group = None
-        if tensor > 1:
-            for first in range(0, world_size, tensor):
-                candidate = dist.new_group(list(range(first, first + tensor)))
-                if first <= rank < first + tensor:
-                    group = candidate
+        stage = tensor * data
         return ParallelContext(
             tensor_size=tensor,
             pipe_size=pipe,
             data_size=data,
             tensor_rank=rank % tensor,
             data_rank=rank // tensor % data,
-            pipe_rank=rank // (tensor * data),
-            tensor_group=group,
+            pipe_rank=rank // stage,
+            tensor_group=_own_group([range(first, first + tensor) for first in range(0, world_size, tensor)]),
+            data_group=_own_group(
+                [
+                    range(first, first + stage, tensor)
+                    for start in range(0, world_size, stage)
+                    for first in range(start, start + tensor)
+                ]
+            ),
             sequence_parallel=sequence_parallel and tensor > 1,
         )
+
+
+def _own_group(members: list[range]) -> dist.ProcessGroup | None:
+    """The group of `members`, all of one size, that has this rank; None for groups of one."""
+    own = None
+    for ranks in members:
+        if len(ranks) > 1:
+            # Collective over all ranks, also over those that are not in the group.
+            group = dist.new_group(list(ranks))
+            own = group if dist.get_rank() in ranks else own
+    return own

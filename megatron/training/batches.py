@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from megatron.config.training import BatchConfig
 from megatron.data.batch import to_inputs_and_labels
 from megatron.data.loader import micro_batches
+from megatron.mpu.collectives import sum_over_data_ranks
 from megatron.mpu.context import ParallelContext
 
 
@@ -26,7 +28,11 @@ class BatchReader:
     """Input token whose position does not count in the loss (`eod_mask_loss`); None masks nothing."""
 
     def read(self, dataset: Dataset[Any], consumed_samples: int) -> Iterator[Any]:
-        """Endless (inputs, (labels, loss mask)), from `consumed_samples` on, which counts all ranks' samples."""
+        """Endless (inputs, (labels, loss weights)), from `consumed_samples` on, which counts all ranks' samples.
+
+        Weights are 1 where nothing is masked. Otherwise they are 0 at masked positions, and at the others what makes
+        their mean 1 over all micro batches and ranks of a step; reading is then collective over data-parallel ranks.
+        """
         tokens = micro_batches(
             dataset,
             consumed_samples=consumed_samples,
@@ -35,4 +41,16 @@ class BatchReader:
             data_size=self.context.data_size,
             num_workers=self.num_workers,
         )
-        return map(partial(to_inputs_and_labels, eod_token=self.masked_token), tokens)
+        batches = map(partial(to_inputs_and_labels, eod_token=self.masked_token), tokens)
+        return batches if self.masked_token is None else self._weighted(batches)
+
+    def _weighted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        # A mean over each micro batch's own positions would weigh a position by how the step is cut up.
+        num_batches = self.batch.gradient_accumulation_steps
+        while True:
+            step = [next(batches) for _ in range(num_batches)]
+            masks = torch.stack([mask for _, (_, mask) in step]).double()
+            counted = sum_over_data_ranks(masks.sum(), self.context)
+            masks *= masks.numel() * self.context.data_size / counted.clamp(min=1)
+            for (inputs, (labels, _)), weights in zip(step, masks, strict=True):
+                yield inputs, (labels, weights)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+END_OF_DOCUMENT = 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class PlainRun:
         for step in range(self.steps):
             tokens = torch.stack([next(samples) for _ in range(self.batch)])
             logits = forward(weights, tokens[:, :-1], self.settings)
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            counted = tokens[:, :-1] != END_OF_DOCUMENT if self.settings.get("eod_mask_loss") else ...
+            loss = F.cross_entropy(logits[counted].flatten(0, -2), tokens[:, 1:][counted].flatten())
             gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
             norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
             clip = min(1.0, limit / (norm + 1e-6))

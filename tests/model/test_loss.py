@@ -16,17 +16,18 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(2, 5, 24, generator=generator, dtype=torch.float64)
     labels = torch.randint(20, (2, 5), generator=generator)
-    mask = (torch.rand(2, 5, generator=generator) < 0.6).float()
-    return logits.to(dtype).requires_grad_(), labels, mask
+    counted = torch.rand(2, 5, generator=generator) < 0.6
+    weights = counted.double() * counted.numel() / counted.sum()
+    return logits.to(dtype).requires_grad_(), labels, weights
 
 
 @pytest.mark.parametrize("num_valid", [None, 20])
 def test_masked_mean_cross_entropy_and_its_gradient(num_valid: int | None) -> None:
-    logits, labels, mask = batch()
-    loss = CausalLMLoss(num_valid, SINGLE)(logits, (labels, mask))
+    logits, labels, weights = batch()
+    loss = CausalLMLoss(num_valid, SINGLE)(logits, (labels, weights))
     loss.backward()
     reference = logits.detach().clone().requires_grad_()
-    counted = mask.bool()
+    counted = weights.bool()
     want = F.cross_entropy(reference[counted][:, :num_valid], labels[counted])
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-13, atol=1e-13)
@@ -54,17 +55,17 @@ def test_many_losses_are_averaged_without_rounding() -> None:
 
 
 def test_extreme_logits_stay_finite() -> None:
-    logits, labels, mask = batch(torch.float32)
+    logits, labels, weights = batch(torch.float32)
     large = (logits * 1e6).detach().requires_grad_()
-    loss = CausalLMLoss(None, SINGLE)(large, (labels, mask))
+    loss = CausalLMLoss(None, SINGLE)(large, (labels, weights))
     loss.backward()
     assert loss.isfinite()
     assert large.grad.isfinite().all()
 
 
 def test_a_batch_in_which_nothing_counts_has_no_loss_and_no_gradient() -> None:
-    logits, labels, mask = batch()
-    loss = CausalLMLoss(None, SINGLE)(logits, (labels, torch.zeros_like(mask)))
+    logits, labels, weights = batch()
+    loss = CausalLMLoss(None, SINGLE)(logits, (labels, torch.zeros_like(weights)))
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -14,18 +16,18 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
 
-def place(tensor: int, pipe: int) -> tuple[ParallelContext, list[int]]:
+def place(tensor: int, pipe: int) -> tuple[ParallelContext, dict[str, list[int]]]:
     context = ParallelContext.create(tensor, pipe, sequence_parallel=True)
-    group = [] if context.tensor_group is None else dist.get_process_group_ranks(context.tensor_group)
-    fields = {name: getattr(context, name) for name in ParallelContext.__dataclass_fields__ if name != "tensor_group"}
-    return ParallelContext(**fields), group
+    groups = {axis: getattr(context, f"{axis}_group") for axis in ("tensor", "data")}
+    ranks = {axis: [] if group is None else dist.get_process_group_ranks(group) for axis, group in groups.items()}
+    return replace(context, tensor_group=None, data_group=None), ranks
 
 
 @pytest.mark.parametrize(("tensor", "pipe"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
 def test_ranks_stand_where_deepspeed_puts_them(tensor: int, pipe: int) -> None:
     data = 4 // (tensor * pipe)
     topology = PipeModelDataParallelTopology(num_pp=pipe, num_mp=tensor, num_dp=data)
-    for rank, (context, group) in enumerate(run_distributed(place, 4, tensor, pipe)):
+    for rank, (context, groups) in enumerate(run_distributed(place, 4, tensor, pipe)):
         assert (context.tensor_size, context.pipe_size, context.data_size) == (tensor, pipe, data)
         coordinates = topology.get_coord(rank)
         assert (context.pipe_rank, context.data_rank, context.tensor_rank) == (
@@ -33,7 +35,9 @@ def test_ranks_stand_where_deepspeed_puts_them(tensor: int, pipe: int) -> None:
             coordinates.data,
             coordinates.model,
         )
-        assert group == ([] if tensor == 1 else next(g for g in topology.get_axis_comm_lists("model") if rank in g))
+        for axis, size, theirs in (("tensor", tensor, "model"), ("data", data, "data")):
+            together = [] if size == 1 else next(g for g in topology.get_axis_comm_lists(theirs) if rank in g)
+            assert groups[axis] == together
         assert context.sequence_parallel == (tensor > 1)
 
 

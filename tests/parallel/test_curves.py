@@ -112,20 +112,21 @@ def train(tmp_path_factory: pytest.TempPathFactory, data_keys: dict[str, str]) -
 
 
 @pytest.fixture(scope="module")
-def plain_curve(tmp_path_factory: pytest.TempPathFactory, data_keys: dict[str, str]) -> Callable[[str, bool], Curve]:
+def plain_curve(tmp_path_factory: pytest.TempPathFactory, data_keys: dict[str, str]) -> Callable[..., Curve]:
     """The same training in float64, from the run's initial weights."""
-    done: dict[tuple[str, bool], Curve] = {}
+    done: dict[Any, Curve] = {}
 
-    def run(model: str, tied: bool) -> Curve:
-        if (model, tied) not in done:
-            settings = Case(model, (1, 1, 1), tied).settings() | data_keys
+    def run(model: str, tied: bool, **changes: Any) -> Curve:
+        key = (model, tied, *changes.items())
+        if key not in done:
+            settings = Case(model, (1, 1, 1), tied).settings() | data_keys | changes
             config = tmp_path_factory.mktemp("plain") / "config.yml"
             config.write_text("\n".join(f"{key}: {value!r}" for key, value in settings.items()))
             training = load_config([config]).run
             whole = build_local(training.model, VocabSize(VOCAB_SIZE, VOCAB_SIZE), training.training.seed)
             weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
-            done[model, tied] = list(PlainRun(settings, BATCH, STEPS).follow(weights, Path(data_keys["data_path"])))
-        return done[model, tied]
+            done[key] = list(PlainRun(settings, BATCH, STEPS).follow(weights, Path(data_keys["data_path"])))
+        return done[key]
 
     return run
 
@@ -140,7 +141,7 @@ def largest_differences(ours: Curve, theirs: Curve) -> tuple[float, float]:
     "case", [pytest.param(case, id=str(case), marks=[] if case in COVER else pytest.mark.full) for case in ALL_CASES]
 )
 def test_curves_do_not_depend_on_the_layout(
-    case: Case, train: Callable[..., Curve], plain_curve: Callable[[str, bool], Curve]
+    case: Case, train: Callable[..., Curve], plain_curve: Callable[..., Curve]
 ) -> None:
     curve = train(case)
     assert all(norm > CLIP for _, norm in curve), "clipping was not active"
@@ -156,6 +157,36 @@ def test_the_cover_has_every_pair_of_choices() -> None:
     assert made == set().union(*map(pairs, ALL_CASES))
     assert len(ALL_CASES) == 160
     assert len(COVER) <= 20
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("tokenformer", (1, 1, 1), tied=True),
+        Case("tokenformer", (1, 1, 2), tied=True, accumulation=4),
+        Case("pythia", (2, 1, 1), tied=False, accumulation=2),
+        Case("pythia", (1, 2, 2), tied=False),
+    ],
+    ids=str,
+)
+def test_positions_that_count_weigh_the_same_in_every_layout(
+    case: Case, train: Callable[..., Curve], plain_curve: Callable[..., Curve]
+) -> None:
+    """With eod_mask_loss, micro batches and ranks differ in how many positions count."""
+    masked = {"eod_mask_loss": True}
+    curve, reference = train(case, **masked), plain_curve(case.model, case.tied, **masked)
+    loss, norm = largest_differences(curve, reference)
+    assert loss <= LOSS_TOLERANCE
+    assert norm <= NORM_TOLERANCE
+    assert largest_differences(reference, plain_curve(case.model, case.tied))[0] > 1e-3, "nothing was masked"
+
+
+@pytest.mark.parametrize("method", ["uniform", "parameters"])
+def test_how_layers_are_spread_does_not_matter(method: str, train: Callable[..., Curve]) -> None:
+    alone, staged = (Case("tokenformer", (1, pipe, 1), tied=True) for pipe in (1, 2))
+    loss, norm = largest_differences(train(staged, pipe_partition_method=method), train(alone))
+    assert loss <= LOSS_TOLERANCE
+    assert norm <= NORM_TOLERANCE
 
 
 BF16_CASES = [

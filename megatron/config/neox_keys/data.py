@@ -47,7 +47,9 @@ DATA_KEYS: dict[str, Entry] = {
     "data_impl": MapsTo("data.impl", _data_impl, difference="infer means mmap"),
     "num_workers": MapsTo("data.num_workers"),
     "index_cache_dir": MapsTo("data.index_cache_dir", difference="not a NeoX key; there, beside the dataset"),
-    "eod_mask_loss": MapsTo("data.eod_mask_loss"),
+    "eod_mask_loss": MapsTo(
+        "data.eod_mask_loss", difference="the mean is over a step's counted tokens, not over each micro batch's"
+    ),
     "reset_position_ids": absent_flag(_BOUNDARIES, "use reset_position_ids: false"),
     "reset_attention_mask": absent_flag(_BOUNDARIES, "use reset_attention_mask: false"),
     "tokenizer_type": MapsTo("data.tokenizer.type", _tokenizer_type),
