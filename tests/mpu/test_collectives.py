@@ -121,3 +121,14 @@ def test_one_rank_communicates_with_nobody() -> None:
         assert function(x, single) is x
     for function in (collectives.gather, collectives.gather_output, collectives.reduce_scatter):
         assert function(x, 1, single) is x
+
+
+def summed_over_data_ranks(tensor: int) -> tuple[int, float]:
+    context = ParallelContext.create(tensor, 1)
+    own = torch.tensor(10.0**context.data_rank + context.tensor_rank)
+    return context.tensor_rank, float(collectives.sum_over_data_ranks(own, context))
+
+
+def test_sums_over_data_ranks_stay_on_their_tensor_rank() -> None:
+    assert run_distributed(summed_over_data_ranks, WORLD, 2) == [(0, 11.0), (1, 13.0), (0, 11.0), (1, 13.0)]
+    assert run_distributed(summed_over_data_ranks, WORLD, 4) == [(rank, 1.0 + rank) for rank in range(WORLD)]
