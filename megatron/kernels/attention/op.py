@@ -16,7 +16,7 @@ CausalAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(q, k, v [B, S, H, E], dropout on the probabilities) -> [B, S, H, E]."""
 
 
-def causal_attention(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: float) -> Tensor:
+def causal_attention(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over earlier and equal positions; `dropout` on the probabilities.
 
     Reference: megatron/kernels/attention/reference.py
