@@ -1,4 +1,4 @@
-"""What a run starts from does not depend on the layout: full weights, order of the data, shares of optimizer state."""
+"""What ranks hold and read: full weights and data order that no layout changes, replicas, shares of optimizer state."""
 
 from __future__ import annotations
 
@@ -80,6 +80,40 @@ def test_full_weights_are_those_of_the_seed(
             assert all(torch.equal(share, whole[name]) for share in shares)
         else:
             assert torch.equal(torch.cat(shares, dim), whole[name])
+
+
+class FinalWeights(Probe):
+    """(data rank, tensor rank, the rank's weights after the last step by global name, which of them are split)."""
+
+    def result(self) -> tuple[int, int, dict[str, torch.Tensor], set[str]]:
+        parameters = dict(self.engine.module.global_parameters())
+        split = {name for name, parameter in parameters.items() if parameter_spec(parameter).shard_dim is not None}
+        weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        return self.data_rank, self.tensor_rank, weights, split
+
+
+@pytest.mark.parametrize(
+    ("base", "layout", "changes"),
+    [
+        (TOKENFORMER, {"tensor": 2, "pipe": 2}, {}),
+        (TOKENFORMER, {"tensor": 2, "pipe": 2}, {"sequence_parallel": True, "precision": "bfloat16"}),
+        (PYTHIA, {"tensor": 2, "data": 2}, {"sequence_parallel": True}),
+        (PYTHIA, {"pipe": 2, "data": 2}, {"no_weight_tying": False, "precision": "bfloat16"}),
+    ],
+    ids=["tensor, pipe", "tensor, pipe, sequence, bf16", "tensor, data, sequence", "pipe, data, bf16"],
+)
+def test_replicas_stay_replicas(
+    base: dict[str, Any], layout: dict[str, int], changes: dict[str, Any], data_keys: dict[str, str], tmp_path: Path
+) -> None:
+    """Weights that several ranks hold are the same bits after some steps with dropout."""
+    settings = base | data_keys | layout_keys(**layout) | {"train_iters": 6, "hidden_dropout": 0.1} | changes
+    holders: dict[tuple[str, int | None], list[torch.Tensor]] = {}
+    for _, tensor_rank, weights, split in train_on_ranks(settings, tmp_path, 4, FinalWeights):
+        for name, weight in weights.items():
+            holders.setdefault((name, tensor_rank if name in split else None), []).append(weight)
+    assert sum(len(copies) > 1 for copies in holders.values()) >= 3
+    for name, copies in holders.items():
+        assert all(torch.equal(copy, copies[0]) for copy in copies), name
 
 
 class Tokens(Probe):
