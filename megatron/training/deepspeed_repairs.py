@@ -21,6 +21,9 @@ from megatron.mpu.parameters import parameter_spec
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
+WIDENED_AT_ONCE = 2**24
+"""Gradient elements of which a float64 copy is made at a time."""
+
 
 def repair(engine: PipelineEngine, context: ParallelContext) -> None:
     """Make gradient norms, overflow decisions and tied gradients those of the whole model, on every rank."""
@@ -69,7 +72,8 @@ def _local_norm(
     for parameter, gradient in gradients:
         first = parameter_spec(parameter).shard_dim is not None or context.tensor_rank == 0
         counts = first and not getattr(parameter, PIPE_REPLICATED)
-        square += float(counts) * torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        for part in gradient.flatten().split(WIDENED_AT_ONCE):
+            square += float(counts) * torch.linalg.vector_norm(part, dtype=torch.float64).square()
     return square.sqrt()
 
 
