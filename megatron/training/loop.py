@@ -37,11 +37,10 @@ def train(
 ) -> Ending:
     """Take optimizer steps until train_iters, calling every callback after each; `progress` is kept up to date.
 
-    Raises NonFiniteError for a step that is not finite, as far as the policy says so.
+    A request to stop takes effect after a step, so that every start makes progress. Raises NonFiniteError for a step
+    that is not finite, as far as the policy says so.
     """
     stop = guard.stop
-    if progress.iteration < training.train_iters and stop.agree(engine.device):
-        return Ending.STOPPED
     for callback in callbacks:
         callback.before_training()
     while progress.iteration < training.train_iters:

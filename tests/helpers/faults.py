@@ -1,0 +1,157 @@
+"""What goes wrong from outside: kills, signals, NaN, full disks. Given to `start_ranks` as `before`, on every rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+WATCHED_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def this_rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def kill_all_ranks() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def at_step(step: int, action: Callable[[], None]) -> None:
+    """Call `action` when the run begins its step number `step`, counted from 1 in this process."""
+    from megatron.training import loop
+
+    original, calls = loop.seed_dropout, iter(range(1, sys.maxsize))
+
+    def counted(*arguments: Any) -> None:
+        if next(calls) == step:
+            action()
+        original(*arguments)
+
+    loop.seed_dropout = counted
+
+
+def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
+    """From the moment that the save of `iteration` begins, write what rank 0 does to files in the run's folder to
+    `log`, one line each; or kill all ranks when it is about to do the thing number `kill_at`, counted from 0."""
+    if this_rank() != 0:
+        return
+    folder = ""
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal folder, count
+        if event not in WATCHED_EVENTS or not isinstance(arguments[0], str | os.PathLike):
+            return
+        path = os.fspath(arguments[0])
+        if event == "os.mkdir" and path.endswith(f"/.global_step{iteration}.writing"):
+            folder = str(Path(path).parent)
+        if not folder or not path.startswith(f"{folder}/") or path.endswith("metrics.jsonl"):
+            return
+        if kill_at == count:
+            kill_all_ranks()
+        count += 1
+        if log is not None:
+            opened = f" {arguments[1]}" if event == "open" else ""
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(descriptor, f"{event}{opened} {path.removeprefix(folder)}\n".encode())
+            os.close(descriptor)
+
+    sys.addaudithook(hook)
+
+
+def kill_in_the_middle_of_a_file(iteration: int, rank: int) -> None:
+    """Kill all ranks when `rank` has written half of its largest write in the save of `iteration`."""
+    from megatron.checkpointing import engine_files
+
+    def write(self: Any, data: bytes) -> int:
+        if f".global_step{iteration}.writing" in self.file.name and len(data) > 10_000 and this_rank() == rank:
+            self.file.write(bytes(data)[: len(data) // 2])
+            self.file.flush()
+            kill_all_ranks()
+        return original(self, data)
+
+    original = engine_files._HashedFile.write
+    engine_files._HashedFile.write = write
+
+
+def limit_file_size(step: int, rank: int, size: int) -> None:
+    """From `step` on, no file of `rank` can grow beyond `size` bytes, as on a full disk."""
+    if this_rank() == rank:
+        at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def signal_at_step(step: int, rank: int, numbers: list[int]) -> None:
+    """`rank` gets signals at the beginning of its step number `step`."""
+    if this_rank() == rank:
+        at_step(step, lambda: [os.kill(os.getpid(), number) for number in numbers] and None)
+
+
+def signal_in_evaluation(batch: int, rank: int, number: int) -> None:
+    """`rank` gets a signal before its evaluation batch `batch`, counted from 1 in this process."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    original, calls = PipelineEngine.eval_batch, iter(range(1, sys.maxsize))
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        if next(calls) == batch and this_rank() == rank:
+            os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    PipelineEngine.eval_batch = counted
+
+
+def hang_at_step(step: int, rank: int) -> None:
+    """`rank` never begins its step number `step`, while the others wait for it."""
+    if this_rank() == rank:
+        at_step(step, lambda: time.sleep(600))
+
+
+def not_finite(kind: str, steps: list[int], rank: int) -> None:
+    """In these steps of `rank`: "loss", its second micro batch's loss is NaN and its gradients are not; "infinite
+    loss", the same with infinity; "gradient", an element of a gradient is NaN and the losses are not."""
+    from megatron.training import run
+
+    original = run.train
+    if this_rank() != rank:
+        return
+    step = 0
+
+    def count(batches: Iterator[Any], accumulation: int) -> Iterator[Any]:
+        nonlocal step
+        for number, batch in enumerate(batches):
+            step = 1 + number // accumulation
+            yield batch
+
+    def train(engine: Any, batches: Iterator[Any], *rest: Any) -> Any:
+        if kind == "gradient":
+            weight = next(parameter for parameter in engine.module.parameters() if parameter.requires_grad)
+
+            def poison(gradient: Any) -> Any:
+                if step in steps:
+                    gradient = gradient.clone()
+                    gradient.view(-1)[-1] = math.nan
+                return gradient
+
+            weight.register_hook(poison)
+        else:
+            loss_fn, previous = engine.module.loss_fn, 0
+
+            def loss(*arguments: Any) -> Any:
+                nonlocal previous
+                second, previous = step == previous, step
+                value = loss_fn(*arguments)
+                if step in steps and second and engine.module.training:
+                    value = value + (math.nan if kind == "loss" else math.inf)
+                return value
+
+            engine.module.loss_fn = loss
+        return original(engine, count(batches, engine.gradient_accumulation_steps()), *rest)
+
+    run.train = train
