@@ -72,7 +72,7 @@ def _local_norm(
     for parameter, gradient in gradients:
         first = parameter_spec(parameter).shard_dim is not None or context.tensor_rank == 0
         counts = first and not getattr(parameter, PIPE_REPLICATED)
-        for part in gradient.flatten().split(WIDENED_AT_ONCE):
+        for part in torch.split(gradient.flatten(), WIDENED_AT_ONCE):
             square += float(counts) * torch.linalg.vector_norm(part, dtype=torch.float64).square()
     return square.sqrt()
 
