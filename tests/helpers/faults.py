@@ -114,44 +114,41 @@ def hang_at_step(step: int, rank: int) -> None:
 
 
 def not_finite(kind: str, steps: list[int], rank: int) -> None:
-    """In these steps of `rank`: "loss", its second micro batch's loss is NaN and its gradients are not; "infinite
-    loss", the same with infinity; "gradient", an element of a gradient is NaN and the losses are not."""
+    """In these steps of `rank`, counted from 1 in this process: "loss", its second micro batch's loss is NaN and its
+    gradients are not; "infinite loss", the same with infinity; "gradient", an element of a gradient is NaN and the
+    losses are not."""
     from megatron.training import run
 
     original = run.train
     if this_rank() != rank:
         return
-    step = 0
+    step, micro_batch = 0, 0
 
     def count(batches: Iterator[Any], accumulation: int) -> Iterator[Any]:
-        nonlocal step
+        nonlocal step, micro_batch
         for number, batch in enumerate(batches):
-            step = 1 + number // accumulation
+            micro_batch = number % accumulation
+            step += micro_batch == 0
             yield batch
 
+    def poison(gradient: Any) -> Any:
+        if step in steps:
+            gradient = gradient.clone()
+            gradient.view(-1)[-1] = math.nan
+        return gradient
+
+    def spoil(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(*arguments: Any) -> Any:
+            value = loss_fn(*arguments)
+            return value + (math.nan if kind == "loss" else math.inf) if step in steps and micro_batch == 1 else value
+
+        return loss
+
     def train(engine: Any, batches: Iterator[Any], *rest: Any) -> Any:
-        if kind == "gradient":
-            weight = next(parameter for parameter in engine.module.parameters() if parameter.requires_grad)
-
-            def poison(gradient: Any) -> Any:
-                if step in steps:
-                    gradient = gradient.clone()
-                    gradient.view(-1)[-1] = math.nan
-                return gradient
-
-            weight.register_hook(poison)
-        else:
-            loss_fn, previous = engine.module.loss_fn, 0
-
-            def loss(*arguments: Any) -> Any:
-                nonlocal previous
-                second, previous = step == previous, step
-                value = loss_fn(*arguments)
-                if step in steps and second and engine.module.training:
-                    value = value + (math.nan if kind == "loss" else math.inf)
-                return value
-
-            engine.module.loss_fn = loss
+        if step == 0 and kind == "gradient":
+            next(weight for weight in engine.module.parameters() if weight.requires_grad).register_hook(poison)
+        elif step == 0:
+            engine.module.loss_fn = spoil(engine.module.loss_fn)
         return original(engine, count(batches, engine.gradient_accumulation_steps()), *rest)
 
     run.train = train
