@@ -22,7 +22,7 @@ from megatron.config.json_schema import ANYTHING, DICTIONARY, Schema, describe  
 from megatron.config.neox_keys.data import DATA_KEYS  # noqa: E402
 from megatron.config.neox_keys.entries import Entry, Inert, MapsTo, Rejected  # noqa: E402
 from megatron.config.neox_keys.model import MODEL_KEYS  # noqa: E402
-from megatron.config.neox_keys.output import CHECKPOINT_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
+from megatron.config.neox_keys.output import CHECKPOINT_KEYS, EVALUATION_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
 from megatron.config.neox_keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS  # noqa: E402
 from megatron.config.neox_keys.speedups import SPEEDUP_KEYS  # noqa: E402
 from megatron.config.neox_keys.table import NEOX_KEYS, NESTED, key_of  # noqa: E402
@@ -36,6 +36,7 @@ THEMES: dict[str, Mapping[str, Entry]] = {
     "Checkpoints": CHECKPOINT_KEYS,
     "Monitoring": MONITOR_KEYS,
     "Generation": GENERATION_KEYS,
+    "Evaluation": EVALUATION_KEYS,
     "Parallelism": PARALLEL_KEYS,
     "Launching": LAUNCH_KEYS,
     "Speed-ups": SPEEDUP_KEYS,

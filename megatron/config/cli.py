@@ -1,8 +1,9 @@
-"""The command line that deepy.py, train.py and generate.py share."""
+"""The command line that deepy.py, train.py, generate.py and eval.py share."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,18 @@ from megatron.config.load import LoadedConfig, load_config
 from megatron.config.sources import OVERRIDE
 
 SUFFIXES = (".yml", ".yaml", ".json")
+
+EVALUATION_FLAGS = {
+    "--eval_results_prefix": "eval_results_prefix",
+    "--eval_num_fewshot": "eval_num_fewshot",
+    "--eval_task_limit": "eval_task_limit",
+    "--limit": "eval_task_limit",
+    "--eval_batch_size": "eval_batch_size",
+    "--include_path": "eval_include_path",
+    "--output": "eval_output",
+    "--hf_model": "eval_hf_model",
+}
+"""Flags of NeoX and of lm-eval, and the key that each sets."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,8 @@ class CommandLine:
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Parse `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]`.
+    """Parse `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]` and the flags of
+    evaluation, each of which is an override by another name.
 
     As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. Exits with code 2 and a usage
     line when the arguments make no sense.
@@ -46,14 +60,47 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
     parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
     parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
+    _add_evaluation_flags(parser)
     options = parser.parse_intermixed_args(argv)
     overrides = [word for word in options.words if OVERRIDE.fullmatch(word)]
     files = [options.conf_dir / _with_suffix(word) for word in options.words if word not in overrides]
     if not files:
-        parser.error("at least one YAML file is needed")
+        parser.error("at least one YAML file is needed; it stands before --eval_tasks")
+    overrides += _evaluation_overrides(options)
     return CommandLine(
         tuple(files), tuple(overrides), options.check, options.world_size, options.print_effective_config
     )
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_tasks", "--eval-tasks", nargs="*", metavar="TASK", help="tasks of lm-eval")
+    group.add_argument(
+        "--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py"
+    )
+    for flag, key in EVALUATION_FLAGS.items():
+        group.add_argument(flag, flag.replace("_", "-"), dest=key, metavar="VALUE", help=f"{key}=VALUE")
+
+
+def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
+    """The flags as overrides. A key=value after a list of values is an override of its own."""
+    overrides = []
+    for key in dict.fromkeys(EVALUATION_FLAGS.values()):
+        value = getattr(options, key)
+        if value is not None:
+            overrides.append(f"{key}={value}")
+    for name, values in (("eval_tasks", options.eval_tasks), ("iteration", options.iteration)):
+        own = [value for value in values or () if not OVERRIDE.fullmatch(value)]
+        overrides += [value for value in values or () if value not in own]
+        if name == "eval_tasks" and values is not None:
+            overrides.append(f"eval_tasks={json.dumps(own)}")
+        elif own == ["all"]:
+            overrides.append("eval_iterations=all")
+        elif len(own) > 1:
+            overrides.append(f"eval_iterations=[{', '.join(own)}]")
+        elif own:
+            overrides.append(f"iteration={own[0]}")
+    return overrides
 
 
 def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:

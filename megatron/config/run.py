@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.config.data import DataConfig
+from megatron.config.evaluation import EvaluationConfig
 from megatron.config.generation import GenerationConfig
 from megatron.config.launch import LaunchConfig
 from megatron.config.model import ModelConfig
@@ -25,6 +26,7 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
     speedups: SpeedupsConfig = SpeedupsConfig()
     generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 def config_text(run: RunConfig) -> str:

@@ -85,3 +85,40 @@ def test_configuration_imports_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "overrides"),
+    [
+        (["--eval_tasks", "piqa", "arc_easy", "seed=1"], {"seed=1", 'eval_tasks=["piqa", "arc_easy"]'}),
+        (["--eval-tasks", "--limit", "0.5"], {"eval_tasks=[]", "eval_task_limit=0.5"}),
+        (["--iteration", "7"], {"iteration=7"}),
+        (["--iteration", "1", "20", "load=a"], {"eval_iterations=[1, 20]", "load=a"}),
+        (["--iteration", "all"], {"eval_iterations=all"}),
+        (["--eval_batch_size=auto", "--hf-model", "a/b"], {"eval_batch_size=auto", "eval_hf_model=a/b"}),
+        (["--eval_num_fewshot", "5", "--eval_task_limit", "9"], {"eval_num_fewshot=5", "eval_task_limit=9"}),
+        (
+            ["--include_path", "t", "--output", "o", "--eval_results_prefix", "p"],
+            {"eval_include_path=t", "eval_output=o", "eval_results_prefix=p"},
+        ),
+    ],
+)
+def test_flags_of_evaluation_are_overrides(flags: list[str], overrides: set[str]) -> None:
+    command = parse_command_line(["a.yml", *flags])
+    assert command.files == (Path("a.yml"),)
+    assert set(command.overrides) == overrides
+
+
+def test_evaluation_flags_set_values() -> None:
+    flags = ["--eval_tasks", "piqa", "--iteration", "1", "20", "--limit", "0.5", "--eval_batch_size", "4"]
+    _, loaded = load_command_line([TOKENFORMER, *flags])
+    evaluation = loaded.run.evaluation
+    assert (evaluation.tasks, evaluation.iterations) == (["piqa"], [1, 20])
+    assert (evaluation.task_limit, evaluation.batch_size) == (0.5, 4)
+
+
+@pytest.mark.parametrize("flag", [["--iteration", "1", "x"], ["--limit", "1.5"], ["--eval_batch_size", "0"]])
+def test_wrong_values_of_flags_are_named_by_their_keys(flag: list[str]) -> None:
+    key = {"--iteration": "eval_iterations", "--limit": "eval_task_limit"}.get(flag[0], flag[0].strip("-"))
+    with pytest.raises(ConfigError, match=key):
+        load_command_line([TOKENFORMER, *flag])

@@ -106,10 +106,22 @@ GENERATION_KEYS: dict[str, Entry] = {
     "recompute": Inert(BOOL, "chooses whether earlier keys and values are cached; the text is the same"),
     "return_logits": absent_flag("generated samples hold no logits"),
     "precompute_model_name": Rejected("activations are not precomputed"),
-    "eval_tasks": Rejected("evaluation harness tasks are not implemented yet", accepts=LIST),
-    "eval_results_prefix": Inert(TEXT, "only read with eval_tasks, which is refused"),
     "serve_model_weights": absent_flag("weights are not served over the network"),
     "weight_server_port": Inert(ANYTHING, "only read with serve_model_weights: true, which is refused"),
 }
 
-OUTPUT_KEYS: dict[str, Entry] = CHECKPOINT_KEYS | MONITOR_KEYS | GENERATION_KEYS
+EVALUATION_KEYS: dict[str, Entry] = {
+    "eval_tasks": MapsTo("evaluation.tasks"),
+    "eval_results_prefix": MapsTo("evaluation.results_prefix"),
+    "eval_num_fewshot": MapsTo("evaluation.num_fewshot", difference="a NeoX flag, not a key"),
+    "eval_task_limit": MapsTo("evaluation.task_limit", difference="a NeoX flag, not a key"),
+    "eval_batch_size": MapsTo("evaluation.batch_size", difference="not a NeoX key; there, the micro batch"),
+    "eval_include_path": MapsTo("evaluation.include_path", difference="not a NeoX key"),
+    "eval_iterations": MapsTo("evaluation.iterations", difference="not a NeoX key"),
+    "eval_output": MapsTo("evaluation.output", difference="not a NeoX key; there, the current folder"),
+    "eval_cache": MapsTo("evaluation.cache", difference="not a NeoX key"),
+    "eval_hf_model": MapsTo("evaluation.hf_model", difference="not a NeoX key"),
+    "eval_trust_remote_code": MapsTo("evaluation.trust_remote_code", difference="not a NeoX key"),
+}
+
+OUTPUT_KEYS: dict[str, Entry] = CHECKPOINT_KEYS | MONITOR_KEYS | GENERATION_KEYS | EVALUATION_KEYS
