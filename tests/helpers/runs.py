@@ -1,8 +1,4 @@
-"""Runs of train.py and generate.py as users start them, in forks of a process that has imported everything.
-
-A process that starts afresh spends seconds on imports; a fork spends none of them, and is as separate as any other:
-it can be killed, and nothing of DeepSpeed's outlives it.
-"""
+"""Runs of train.py and generate.py as users start them, in forks of a process that has imported everything."""
 
 from __future__ import annotations
 
@@ -22,18 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
-}
-_context = multiprocessing.get_context("forkserver")
-# DeepSpeed and torch.optim import the last two when the first engine is made.
-_context.set_forkserver_preload(
-    ["megatron.training.setup", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-)
+from tests.helpers.forkserver import CONTEXT, ENVIRONMENT, ROOT
 
 
 @dataclass(frozen=True)
@@ -118,7 +103,7 @@ def start_ranks(
             outputs.append(folder / f"output{number}.rank{rank}")
             leader = processes[0].pid if processes else 0
             argv = [str(config), *overrides]
-            process = _context.Process(
+            process = CONTEXT.Process(
                 target=_rank,
                 args=(environment, outputs[-1], leader, list(sys.path), script, argv, before, arguments),
             )
