@@ -6,7 +6,7 @@ For tensors that have the same shape and element order on both sides: a map is a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from megatron.errors import CheckpointError
@@ -46,10 +46,17 @@ def _rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     raise KeyError(name)
 
 
-def our_names(names: NameMap, theirs: Iterable[str], expected: Iterable[str], where: str) -> dict[str, str]:
+def our_names(
+    names: NameMap,
+    theirs: Iterable[str],
+    expected: Iterable[str],
+    where: str,
+    describe: Callable[[str], str] = str,
+) -> dict[str, str]:
     """Our name to theirs, for all tensors of a folder. Every tensor and every parameter is accounted for.
 
     Raises CheckpointError, naming `where`, for unknown tensors, missing parameters, and parameters given twice.
+    `describe` says more of one of their names.
     """
     found: dict[str, str] = {}
     unknown: list[str] = []
@@ -63,15 +70,23 @@ def our_names(names: NameMap, theirs: Iterable[str], expected: Iterable[str], wh
         if ours is None:
             continue
         if ours in found:
-            raise CheckpointError(f"{where}: {name} and {found[ours]} are the same parameter, {ours}.")
+            raise CheckpointError(
+                f"{where}: {describe(name)} and {describe(found[ours])} are the same parameter, {ours}."
+            )
         if ours not in expected:
             unknown.append(name)
         else:
             found[ours] = name
-    missing = sorted(names.to_theirs(name) for name in expected - found.keys())
+    missing = [names.to_theirs(name) for name in expected - found.keys()]
     if unknown or missing:
         raise CheckpointError(
-            f"{where}: its tensors are not those of the configured model. Missing: {', '.join(missing) or 'none'}. "
-            f"Left over: {', '.join(sorted(unknown)) or 'none'}."
+            f"{where}: its tensors are not those of the configured model. Missing: {_listed(missing, describe)}. "
+            f"Left over: {_listed(unknown, describe)}."
         )
     return found
+
+
+def _listed(names: list[str], describe: Callable[[str], str], at_most: int = 8) -> str:
+    shown = ", ".join(describe(name) for name in sorted(names)[:at_most])
+    more = len(names) - at_most
+    return (f"{shown} and {more} more" if more > 0 else shown) or "none"

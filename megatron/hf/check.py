@@ -20,16 +20,17 @@ def fixed_tokens(vocab_size: int, max_length: int) -> Tensor:
     return torch.randint(vocab_size, (NUM_SEQUENCES, min(max_length, MAX_LENGTH)), generator=generator)
 
 
-def logit_difference(folder: Path, tokens: Tensor, our_logits: Tensor) -> float:
-    """Largest difference between the folder's float32 logits and ours [B, S, V], relative to the largest of ours where
-    that is above 1. Raises CheckpointError when a weight is missing, left over or of another shape there, or the
-    difference is above TOLERANCE."""
+def logit_difference(folder: Path, tokens: Tensor, our_logits: Tensor, rows: int) -> float:
+    """Largest difference between the folder's float32 logits and ours [B, S, V] for the first `rows` tokens of the
+    vocabulary, relative to the largest of ours where that is above 1. Raises CheckpointError when a weight is missing,
+    left over or of another shape there, or the difference is above TOLERANCE."""
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {what: sorted(map(str, names)) for what, names in found.items() if names and what != "error_msgs"}
     if wrong:
         raise CheckpointError(f"{folder}: transformers does not find the weights that it expects: {wrong}.")
     with torch.no_grad():
-        logits = model.eval()(tokens).logits
+        logits = model.eval()(tokens).logits[..., :rows]
+    our_logits = our_logits[..., :rows]
     if logits.shape != our_logits.shape:
         raise CheckpointError(f"{folder}: transformers computes {tuple(logits.shape)} logits, not {our_logits.shape}.")
     difference = float((logits - our_logits).abs().max() / our_logits.abs().max().clamp(min=1.0))

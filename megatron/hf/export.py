@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.new_folder import new_folder
 from megatron.checkpointing.same_model import model_differences
+from megatron.checkpointing.tensor_folder import write_shards
 from megatron.checkpointing.weights import read_layers, vocab_size
 from megatron.config.data import TokenizerConfig
 from megatron.config.run import RunConfig
@@ -21,8 +23,6 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.check import fixed_tokens, logit_difference
 from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture
 from megatron.hf.model_card import Publication, model_card
-from megatron.hf.new_folder import new_folder
-from megatron.hf.tensor_folder import write_shards
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.model.causal_lm import build_local
 
@@ -79,7 +79,7 @@ def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, opti
         card = model_card(checkpoint, publication, str(weights.dtype).removeprefix("torch."), rows)
         (folder / "README.md").write_text(card, encoding="utf-8")
         tokens = fixed_tokens(checkpoint.state.vocab_size, model.seq_length)
-        return logit_difference(folder, tokens, weights.logits(tokens))
+        return logit_difference(folder, tokens, weights.logits(tokens), rows)
 
 
 class ExportedWeights:

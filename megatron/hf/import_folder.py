@@ -12,18 +12,18 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron.checkpointing.folder import read_checkpoint
+from megatron.checkpointing.imported_weights import fit_vocabulary, imported_vocabulary, require_finite
 from megatron.checkpointing.layout import layer_layouts
 from megatron.checkpointing.name_map import our_names
+from megatron.checkpointing.new_folder import new_folder
+from megatron.checkpointing.tensor_folder import TensorFolder, open_folder
 from megatron.checkpointing.weights import read_weights
 from megatron.checkpointing.weights_only import write_weights_only
 from megatron.config.model import ModelConfig
 from megatron.config.run import RunConfig
-from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.check import fixed_tokens, logit_difference
 from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture, read_field
-from megatron.hf.new_folder import new_folder
-from megatron.hf.tensor_folder import TensorFolder, open_folder
 from megatron.model.causal_lm import VocabSize, build_local
 
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})
@@ -47,28 +47,28 @@ def read_config(folder: Path) -> PretrainedConfig:
 def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
     """Write `output`/global_step0 from a Hugging Face folder; the largest difference between the two models' logits.
 
-    The numbers keep their format. Vocabulary rows that the configuration adds are zero. Each tensor of the folder is
-    one parameter of the configured model, or it is an error. Where anything fails, no folder is left. Raises
-    ConfigError when the configuration describes another model, CheckpointError for damaged, unsafe or unknown tensors,
-    DataError without the configured tokenizer.
+    The numbers keep their format. With `mask_padded_vocab`, padding rows of the vocabulary are cut off, or added as
+    zeros, as the configuration asks. Each tensor of the folder is one parameter of the configured model, or it is an
+    error. Where anything fails, no folder is left. Raises ConfigError when the configuration describes another model,
+    CheckpointError for damaged, unsafe or unknown tensors, DataError without the configured tokenizer.
     """
     config = read_config(folder)
     architecture = HF_ARCHITECTURES[config.model_type]
     _require_same_model(folder, architecture.to_settings(config), run.model)
-    vocab = _vocabulary(folder, config, run)
-    tensors = open_folder(folder)
+    vocab = imported_vocabulary(config.vocab_size, run, str(folder))
+    tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
     with new_folder(output) as temporary:
         versions = {package: version(package) for package in ("torch", "transformers", "safetensors")}
         layers = _layers(folder, tensors, architecture, run.model, vocab)
         path = write_weights_only(temporary, layers, run, vocab, versions)
-        tokens = fixed_tokens(min(vocab.actual, config.vocab_size), run.model.seq_length)
+        tokens = fixed_tokens(vocab.actual, run.model.seq_length)
         with torch.device("meta"):
             model = build_local(run.model, vocab, seed=None)
         weights = {name: tensor.float() for name, tensor in read_weights(read_checkpoint(path)).items()}
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
-            logits = model.eval()(tokens)[..., : config.vocab_size]
-        return logit_difference(folder, tokens, logits)
+            logits = model.eval()(tokens)
+        return logit_difference(folder, tokens, logits, rows=min(vocab.padded, config.vocab_size))
 
 
 def _require_same_model(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
@@ -95,48 +95,16 @@ def _setting(model: ModelConfig, path: str) -> Any:
     return read_field(model, path)
 
 
-def _vocabulary(folder: Path, config: PretrainedConfig, run: RunConfig) -> VocabSize:
-    tokenizer = build_tokenizer(run.data.tokenizer)
-    vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(run.model, tokenizer.vocab_size))
-    rows: int = config.vocab_size
-    if rows < vocab.actual:
-        raise ConfigError(
-            f"{folder} has a vocabulary of {rows} rows, and the configured tokenizer {vocab.actual} ids. Configure the "
-            "folder's tokenizer (`vocab_file`, `tokenizer_type`)."
-        )
-    if vocab.padded < rows:
-        raise ConfigError(
-            f"padded_vocab_size: {folder} has a vocabulary of {rows} rows, the configured model {vocab.padded}. Set "
-            f"`padded_vocab_size: {rows}`."
-        )
-    if vocab.padded > rows and not run.model.mask_padded_vocab:
-        raise ConfigError(
-            f"padded_vocab_size: {folder} has a vocabulary of {rows} rows, the configured model {vocab.padded}; the "
-            f"rows added would take part in the softmax. Set `padded_vocab_size: {rows}`, or `mask_padded_vocab: true`."
-        )
-    return vocab
-
-
 def _layers(
     folder: Path, tensors: TensorFolder, architecture: HFArchitecture, model: ModelConfig, vocab: VocabSize
 ) -> Iterator[dict[str, Tensor]]:
-    """The folder's weights by our global names, a layer at a time, the vocabulary padded with zeros."""
+    """The folder's weights by our global names, a layer at a time, with the configured vocabulary rows."""
     layouts = layer_layouts(model, vocab)
     expected = [layout.global_name(name) for layout in layouts for name in layout.parameters]
     theirs = our_names(architecture.names, tensors.files, expected, str(folder))
     for layout in layouts:
         wanted = {layout.global_name(name): theirs[layout.global_name(name)] for name in layout.parameters}
         found = tensors.read(wanted.values())
-        yield {ours: _finite(folder, name, _padded(ours, found[name], vocab)) for ours, name in wanted.items()}
-
-
-def _padded(name: str, tensor: Tensor, vocab: VocabSize) -> Tensor:
-    if name not in ("embedding.word_embeddings.weight", "head.weight"):
-        return tensor
-    return torch.cat((tensor, tensor.new_zeros(max(0, vocab.padded - len(tensor)), *tensor.shape[1:])))
-
-
-def _finite(folder: Path, name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{folder}: {name} holds NaN or infinity.")
-    return tensor
+        for name, tensor in found.items():
+            require_finite(tensor, f"{folder}: {name}")
+        yield {ours: fit_vocabulary(ours, found[name], vocab) for ours, name in wanted.items()}

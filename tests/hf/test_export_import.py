@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.tensor_folder import open_folder
 from megatron.checkpointing.weights import read_weights
 from megatron.checkpointing.weights_only import is_weights_only
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError, exit_on_user_error
 from megatron.hf.import_folder import import_folder
-from megatron.hf.tensor_folder import open_folder
 from tests.hf.checkpoints import MODELS, VOCAB, export, make_checkpoint, read_run, tokens, whole_model, write_yaml
 from tools.ckpts import convert_hf_to_neox, convert_neox_to_hf
 

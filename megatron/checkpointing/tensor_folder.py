@@ -1,19 +1,20 @@
-"""Tensors of a Hugging Face folder: writes safetensors shards; reads them and, without running code, .bin files."""
+"""Tensors of a folder as Hugging Face and DeepSpeed's zero_to_fp32 lay them out: safetensors or .bin, perhaps sharded.
+
+Written as safetensors. Reading runs no code that may be in a .bin file, unless that is asked for.
+"""
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron.checkpointing.safe_files import load_tensors
 from megatron.errors import CheckpointError
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -68,27 +69,38 @@ class TensorFolder:
 
     files: dict[str, Path]
     """Tensor name to the file that holds it."""
+    allow_unsafe: bool
+    """Read .bin files that hold more than tensors, which may run any code."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, on the CPU. Raises CheckpointError for a damaged or unsafe file."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
-        return {name: tensor for file, wanted in by_file.items() for name, tensor in _read_file(file, wanted).items()}
+        return {
+            name: tensor
+            for file, wanted in by_file.items()
+            for name, tensor in _read_file(file, wanted, self.allow_unsafe).items()
+        }
 
 
-def open_folder(folder: Path) -> TensorFolder:
+def open_folder(folder: Path, *, allow_unsafe: bool = False) -> TensorFolder:
     """Find the tensors of a folder. Raises CheckpointError when there are none, or a file is missing or damaged."""
     for name in INDEX_FILES:
         if (folder / name).is_file():
-            return TensorFolder(_indexed_files(folder / name))
+            return TensorFolder(_indexed_files(folder / name, allow_unsafe), allow_unsafe)
     for name in SINGLE_FILES:
         if (folder / name).is_file():
-            return TensorFolder(dict.fromkeys(_tensor_names(folder / name), folder / name))
+            return open_file(folder / name, allow_unsafe=allow_unsafe)
     raise CheckpointError(f"{folder} holds no weights: none of {', '.join((*SINGLE_FILES, *INDEX_FILES))} is there.")
 
 
-def _indexed_files(index: Path) -> dict[str, Path]:
+def open_file(file: Path, *, allow_unsafe: bool = False) -> TensorFolder:
+    """The same for one file that holds all tensors."""
+    return TensorFolder(dict.fromkeys(_tensor_names(file, allow_unsafe), file), allow_unsafe)
+
+
+def _indexed_files(index: Path, allow_unsafe: bool) -> dict[str, Path]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / file for name, file in weight_map.items()}
@@ -97,16 +109,16 @@ def _indexed_files(index: Path) -> dict[str, Path]:
     for file in set(weight_map.values()):
         if Path(file).name != file:
             raise CheckpointError(f"{index} names {file!r}, which is not a file of its folder.")
-        there = set(_tensor_names(index.parent / file))
+        there = set(_tensor_names(index.parent / file, allow_unsafe))
         listed = {name for name in weight_map if weight_map[name] == file}
         if there != listed:
             raise CheckpointError(f"{index.parent / file} and {index.name} disagree about {sorted(there ^ listed)[0]}.")
     return files
 
 
-def _tensor_names(file: Path) -> list[str]:
+def _tensor_names(file: Path, allow_unsafe: bool) -> list[str]:
     if file.suffix != ".safetensors":
-        return list(_read_bin(file))
+        return list(_read_bin(file, allow_unsafe))
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
@@ -114,9 +126,9 @@ def _tensor_names(file: Path) -> list[str]:
         raise _unreadable(file, error) from error
 
 
-def _read_file(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+def _read_file(file: Path, names: Iterable[str], allow_unsafe: bool) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
-        content = _read_bin(file)
+        content = _read_bin(file, allow_unsafe)
         return {name: content[name] for name in names}
     try:
         with safe_open(file, framework="pt") as opened:
@@ -125,17 +137,13 @@ def _read_file(file: Path, names: Iterable[str]) -> dict[str, Tensor]:
         raise _unreadable(file, error) from error
 
 
-def _read_bin(file: Path) -> dict[str, Tensor]:
-    """A pickle of tensors, memory-mapped, read without running what may be in it."""
-    try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} holds more than tensors, and loading it could run code: it is refused. Ask its author for "
-            f"safetensors. ({str(error).splitlines()[0]})"
-        ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise _unreadable(file, error) from error
+def _read_bin(file: Path, allow_unsafe: bool) -> dict[str, Tensor]:
+    """A pickle of tensors, memory-mapped."""
+    return named_tensors(load_tensors(file, allow_unsafe=allow_unsafe), file)
+
+
+def named_tensors(content: object, file: Path) -> dict[str, Tensor]:
+    """`content`, which was read from `file`. Raises CheckpointError when it is no dictionary of tensors."""
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold named tensors.")
     return content
