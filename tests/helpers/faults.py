@@ -38,8 +38,8 @@ def at_step(step: int, action: Callable[[], None]) -> None:
 
 
 def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
-    """From the moment that the save of `iteration` begins, write what rank 0 does to files in the run's folder to
-    `log`, one line each; or kill all ranks when it is about to do the thing number `kill_at`, counted from 0."""
+    """While the checkpoint of `iteration` is saved, write what rank 0 does to files in the run's folder to `log`, one
+    line each; or kill all ranks when it is about to do the thing number `kill_at`, counted from 0."""
     if this_rank() != 0:
         return
     folder = ""
@@ -50,9 +50,12 @@ def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
         if event not in WATCHED_EVENTS or not isinstance(arguments[0], str | os.PathLike):
             return
         path = os.fspath(arguments[0])
-        if event == "os.mkdir" and path.endswith(f"/.global_step{iteration}.writing"):
-            folder = str(Path(path).parent)
-        if not folder or not path.startswith(f"{folder}/") or path.endswith("metrics.jsonl"):
+        if not path.startswith("/") and isinstance(arguments[-1], int) and arguments[-1] >= 0:
+            # shutil.rmtree names what it deletes by the open folder that it lies in.
+            path = str(Path(f"/proc/self/fd/{arguments[-1]}").readlink() / path)
+        if event == "os.mkdir" and path.endswith(".writing"):
+            folder = str(Path(path).parent) if path.endswith(f"/.global_step{iteration}.writing") else ""
+        if not folder or not f"{path}/".startswith(f"{folder}/") or path.endswith("metrics.jsonl"):
             return
         if kill_at == count:
             kill_all_ranks()
@@ -60,7 +63,7 @@ def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
         if log is not None:
             opened = f" {arguments[1]}" if event == "open" else ""
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.write(descriptor, f"{event}{opened} {path.removeprefix(folder)}\n".encode())
+            os.write(descriptor, f"{event}{opened} .{path.removeprefix(folder)}\n".encode())
             os.close(descriptor)
 
     sys.addaudithook(hook)
