@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed
 
 from megatron.config.run import RunConfig
@@ -19,6 +17,7 @@ from megatron.config.training import BatchConfig
 from megatron.model.causal_lm import VocabSize
 from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
+from megatron.monitor.provenance import device_name, git_commit
 from megatron.monitor.throughput import Throughput
 from megatron.monitor.writers import Monitor, build_monitor
 
@@ -40,22 +39,6 @@ def describe_run(config: RunConfig, batch: BatchConfig, vocab: VocabSize, name: 
         "packages": {package: version(package) for package in RECORDED_PACKAGES},
         "config": config.model_dump(mode="json"),
     }
-
-
-def device_name() -> str:
-    """The accelerator's name as torch reports it, or "cpu"."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this file belongs to; None outside one, or without git."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def recorded_versions(description: dict[str, Any]) -> dict[str, str | None]:

@@ -14,9 +14,9 @@ from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.model.causal_lm import VocabSize
 from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
+from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
 from megatron.training.distributed import process_group
-from megatron.training.record import device_name
 from megatron.training.setup import require_hardware
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 
