@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from megatron.checkpointing.durable import write_durably
 from megatron.checkpointing.manifest import Manifest, read_manifest
 from megatron.checkpointing.state import RunState, read_state
@@ -39,9 +41,20 @@ class Checkpoint:
     def config(self) -> RunConfig:
         """The configuration of the run that wrote it. Raises CheckpointError when this version does not know it."""
         try:
-            return RunConfig.model_validate_json((self.path / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path / CONFIG_FILE} cannot be understood: {error}") from error
+            return RunConfig.model_validate_json((self.path / CONFIG_FILE).read_bytes())
+        except (OSError, ValidationError) as error:
+            reasons = _reasons(error) if isinstance(error, ValidationError) else str(error.strerror)
+            writer = self.manifest.versions.get("code") or "an unknown commit"
+            raise CheckpointError(
+                f"{self.path / CONFIG_FILE} cannot be understood: {reasons}. The checkpoint was written by {writer}. "
+                "Load it with that version of the code, or, if the file was changed, restore it."
+            ) from error
+
+
+def _reasons(error: ValidationError) -> str:
+    found = error.errors(include_url=False)
+    shown = [": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in found[:3]]
+    return "; ".join(shown) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def checkpoint_name(iteration: int) -> str:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,9 +175,39 @@ def test_a_foreign_state_is_named(tmp_path: Path, content: str) -> None:
         find_checkpoint(tmp_path, None, "full")
 
 
-def test_a_configuration_of_another_version_is_an_error(tmp_path: Path) -> None:
-    checkpoint_path = save(tmp_path, 10)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda content: content | {"unheard": "of"}, "unheard: Extra inputs are not permitted. The"),
+        (lambda content: {**content, "model": content["model"] | {"norm": "future"}}, "model.norm: Input should be"),
+        (lambda content: {key: content[key] for key in content if key != "model"}, "model: Field required. The"),
+        (lambda content: content | dict.fromkeys("abcde", 1), "c: Extra inputs are not permitted; and 2 more. The"),
+        (lambda content: [content], "Input should be an object. The"),
+        (lambda content: None, "Input should be an object. The"),
+    ],
+    ids=["unknown key", "unknown value", "missing section", "many", "list", "null"],
+)
+def test_a_configuration_of_another_version_is_an_error(
+    change: Callable[[Any], Any], reason: str, tmp_path: Path
+) -> None:
+    file = save(tmp_path, 10) / "config.json"
     checkpoint = found(tmp_path)
-    (checkpoint_path / "config.json").write_text('{"unheard": "of"}')
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be understood"):
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(CheckpointError) as caught:
+        _ = checkpoint.config
+    assert "global_step10/config.json cannot be understood: " in str(caught.value)
+    assert reason in str(caught.value)
+    assert "written by an unknown commit. Load it with that version of the code" in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", None])
+def test_a_malformed_configuration_is_an_error(content: bytes | None, tmp_path: Path) -> None:
+    file = save(tmp_path, 10) / "config.json"
+    checkpoint = found(tmp_path)
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be understood: .*, or, if the file was changed"):
         _ = checkpoint.config
