@@ -1,72 +1,150 @@
-"""Samples text from a model: one token at a time, by temperature, top-k and top-p."""
+"""Continues prompts, a batch at a time, whatever their lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron.config.generation import GenerationConfig
+from megatron.inference.inference_model import InferenceModel
+from megatron.inference.sampling import choose, uniform_numbers
+from megatron.model.kv_cache import KeyValueCache
+from megatron.mpu.collectives import max_over_ranks
 
-Logits = Callable[[Tensor], Tensor]
-"""Token ids [B, S] -> logits [B, S, V]."""
+Ending = Literal["stopped", "maximum_tokens", "context_full"]
 
 
-def generate(
-    model: Logits,
-    prompt: list[int],
+@dataclass(frozen=True)
+class Continuation:
+    """What was generated after one prompt."""
+
+    tokens: list[int]
+    """New tokens, without the stop token."""
+    ending: Ending
+    """A stop token or `should_stop`, `maximum_tokens`, or a sequence as long as the model's context."""
+    prompt_tokens: int
+    """Tokens of the prompt that the model has seen: the last ones of a prompt that was too long."""
+    logits: Tensor | None = None
+    """float32 logits [tokens, vocab.actual] that each new token was chosen from, on the CPU, if asked for."""
+
+
+@dataclass
+class _Sample:
+    """A sequence on its way."""
+
+    index: int
+    prompt: Sequence[int]
+    budget: int
+    """Tokens to generate at most."""
+    numbers: Tensor
+    """A random number for each of them."""
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def runs(self) -> bool:
+        return not self.stopped and len(self.tokens) < self.budget
+
+    def ending(self, maximum_tokens: int) -> Ending:
+        if self.stopped:
+            return "stopped"
+        return "maximum_tokens" if self.budget == maximum_tokens else "context_full"
+
+
+def generate_tokens(
+    model: InferenceModel,
+    prompts: Sequence[Sequence[int]],
     sampling: GenerationConfig,
     *,
-    num_samples: int,
-    eod: int,
-    vocab_size: int,
-    context_length: int,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Iterator[list[int]]:
-    """Continue `prompt` `num_samples` times, by at most `sampling.maximum_tokens` tokens each.
+    start_token: int,
+    stop_tokens: Collection[int],
+    seeds: Sequence[tuple[int, ...]] | None = None,
+    should_stop: Callable[[int, list[int]], bool] | None = None,
+    use_cache: bool = True,
+    return_logits: bool = False,
+) -> list[Continuation]:
+    """Continue each prompt by at most `sampling.maximum_tokens` tokens; one batch, results in the prompts' order.
 
-    Yields only the new tokens, up to and without the end-of-document token. The model sees the last `context_length`
-    tokens; padding rows of the vocabulary, ids from `vocab_size` on, are never chosen. An empty prompt continues an
-    end of document, as the first token of a document does in training.
+    An empty prompt is continued from `start_token`, as the first token of a document is in training. Sequences end
+    where the model's context does; `fit_to_context` says what happens to prompts that leave no room. Padding rows of
+    the vocabulary are never chosen. A sample follows from its prompt and its seed, the prompt's index unless given,
+    and not from the rest of the batch. `should_stop(i, new tokens)` is asked after each token of prompt i; true on any
+    tensor-parallel rank ends it, that token included. Without the cache, every token costs a pass over the sequence.
     """
-    tokens = torch.tensor([prompt or [eod]] * num_samples, dtype=torch.long, device=device)
-    start = tokens.shape[1]
-    finished = torch.zeros(num_samples, dtype=torch.bool, device=device)
-    with torch.no_grad():
-        for _ in range(sampling.maximum_tokens):
-            logits = model(tokens[:, -context_length:])[:, -1, :vocab_size].float()
-            chosen = choose(logits, sampling, generator).masked_fill(finished, eod)
-            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-            finished |= chosen == eod
-            if bool(finished.all()):
-                break
-    for row in tokens[:, start:].tolist():
-        yield row[: row.index(eod)] if eod in row else row
+    samples = []
+    for index, prompt in enumerate(prompts):
+        kept, budget = fit_to_context(prompt or [start_token], sampling.maximum_tokens, model.context_length)
+        numbers = uniform_numbers((index,) if seeds is None else seeds[index], budget)
+        samples.append(_Sample(index, kept, budget, numbers))
+    running = [sample for sample in samples if sample.runs]
+    cache = _cache_for(model, running) if use_cache and running else None
+    while running:
+        logits_BV = _next_logits(model, running, cache)
+        numbers_B = torch.stack([sample.numbers[len(sample.tokens)] for sample in running])
+        # All ranks have the same logits up to rounding, and must go on with the same tokens.
+        chosen_B = max_over_ranks(choose(logits_BV, sampling, numbers_B), model.context).tolist()
+        for sample, token, logits_V in zip(running, chosen_B, logits_BV, strict=True):
+            if token in stop_tokens:
+                sample.stopped = True
+                continue
+            sample.tokens.append(token)
+            if return_logits:
+                sample.logits.append(logits_V.cpu())
+        if should_stop is not None:
+            _ask_to_stop(running, should_stop, model)
+        going_on = [row for row, sample in enumerate(running) if sample.runs]
+        if cache is not None and 0 < len(going_on) < len(running):
+            cache.keep(going_on)
+        running = [running[row] for row in going_on]
+    return [
+        Continuation(
+            sample.tokens,
+            sample.ending(sampling.maximum_tokens),
+            len(sample.prompt) if prompt else 0,
+            torch.stack(sample.logits) if sample.logits else None,
+        )
+        for sample, prompt in zip(samples, prompts, strict=True)
+    ]
 
 
-def choose(logits: Tensor, sampling: GenerationConfig, generator: torch.Generator) -> Tensor:
-    """One token id per row of `logits` [B, V]; greedy at temperature 0. Returns [B]."""
-    if sampling.temperature == 0.0:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k > 0:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p > 0.0:
-        logits = keep_top_p(logits, sampling.top_p)
-    return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+def fit_to_context(prompt: Sequence[int], maximum_tokens: int, context_length: int) -> tuple[Sequence[int], int]:
+    """The part of a prompt that is used, and how many tokens may follow it: together at most `context_length`.
+
+    A prompt loses tokens on the left to make room for `maximum_tokens`, but no more than to free half of the context.
+    """
+    room = min(maximum_tokens, max(context_length // 2, 1))
+    kept = prompt[-max(context_length - room, 1) :]
+    return kept, min(maximum_tokens, context_length - len(kept))
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest of each row to -inf."""
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth, float("-inf"))
+def _cache_for(model: InferenceModel, samples: list[_Sample]) -> KeyValueCache:
+    lengths = torch.tensor([len(sample.prompt) for sample in samples])
+    longest = int(lengths.max())
+    capacity = longest + max(sample.budget for sample in samples)
+    return model.new_cache(len(samples), capacity, longest - lengths)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Set all but the smallest set of tokens that reaches probability p to -inf (Holtzman et al. 2020, nucleus)."""
-    ordered, indices = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    return logits.scatter(-1, indices, ordered.masked_fill(before >= p, float("-inf")))
+def _next_logits(model: InferenceModel, samples: list[_Sample], cache: KeyValueCache | None) -> Tensor:
+    """float32 logits [B, vocab.actual] of the next token of each sample."""
+    if cache is None:
+        sequences = [[*sample.prompt, *sample.tokens] for sample in samples]
+        lengths = [len(sequence) for sequence in sequences]
+        padded = [sequence + [0] * (max(lengths) - len(sequence)) for sequence in sequences]
+        return model.next_logits(torch.tensor(padded), lengths_B=torch.tensor(lengths))
+    if cache.seen:
+        return model.next_logits(torch.tensor([sample.tokens[-1:] for sample in samples]), cache)
+    longest = max(len(sample.prompt) for sample in samples)
+    return model.next_logits(torch.tensor([[0] * (longest - len(s.prompt)) + [*s.prompt] for s in samples]), cache)
+
+
+def _ask_to_stop(samples: list[_Sample], should_stop: Callable[[int, list[int]], bool], model: InferenceModel) -> None:
+    """Stop the samples that any rank wants to stop."""
+    wishes_B = [sample.stopped or should_stop(sample.index, sample.tokens) for sample in samples]
+    agreed_B = max_over_ranks(torch.tensor(wishes_B, dtype=torch.long, device=model.device), model.context)
+    for sample, stop in zip(samples, agreed_B.tolist(), strict=True):
+        sample.stopped = bool(stop)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpointing.search import find_checkpoint
-from megatron.checkpointing.weights import load_local_model
 from megatron.config.generation import GenerationConfig
-from megatron.config.output import CheckpointConfig
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import build_tokenizer
-from megatron.errors import CheckpointError, ConfigError, DataError
-from megatron.inference.generate import generate
+from megatron.errors import ConfigError, DataError
+from megatron.inference.generate import generate_tokens
+from megatron.inference.inference_model import checkpoint_to_read, load_inference_model
+from megatron.mpu.context import ParallelContext
 
 
 def sample_text(config: RunConfig) -> Iterator[dict[str, str]]:
@@ -23,39 +22,21 @@ def sample_text(config: RunConfig) -> Iterator[dict[str, str]]:
 
     Raises CheckpointError without a checkpoint to sample from, DataError without a readable prompt file.
     """
-    checkpoint = find_checkpoint(
-        _checkpoint_folder(config.checkpoint), config.checkpoint.iteration, config.checkpoint.verify_checkpoint
-    )
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{_checkpoint_folder(config.checkpoint)} holds no checkpoint to sample from. Name a run's folder with "
-            "`load=...`."
-        )
+    checkpoint = checkpoint_to_read(config.checkpoint)
     tokenizer = build_tokenizer(config.data.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_local_model(checkpoint, device)
-    generator = torch.Generator().manual_seed(config.training.seed)
-    for prompt, num_samples in _prompts(config.generation):
-        samples = generate(
+    model = load_inference_model(config, checkpoint, ParallelContext.single(), device)
+    for number, (prompt, num_samples) in enumerate(_prompts(config.generation)):
+        continuations = generate_tokens(
             model,
-            tokenizer.tokenize(prompt),
+            [tokenizer.tokenize(prompt)] * num_samples,
             config.generation,
-            num_samples=num_samples,
-            eod=tokenizer.eod,
-            vocab_size=checkpoint.state.vocab_size,
-            context_length=config.model.seq_length,
-            generator=generator,
-            device=device,
+            start_token=tokenizer.eod,
+            stop_tokens={tokenizer.eod},
+            seeds=[(config.training.seed, number, sample) for sample in range(num_samples)],
         )
-        for tokens in samples:
-            yield {"context": prompt, "text": tokenizer.detokenize(tokens)}
-
-
-def _checkpoint_folder(config: CheckpointConfig) -> Path:
-    folder = config.load or config.save
-    if folder is None:
-        raise ConfigError("load: no checkpoint is named to sample from. Add `load=FOLDER` to the command.")
-    return Path(folder)
+        for continuation in continuations:
+            yield {"context": prompt, "text": tokenizer.detokenize(continuation.tokens)}
 
 
 def _prompts(generation: GenerationConfig) -> Iterator[tuple[str, int]]:

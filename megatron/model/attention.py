@@ -8,6 +8,7 @@ from megatron.config.model import ModelConfig
 from megatron.errors import ConfigError
 from megatron.kernels.attention.op import CausalAttention, causal_attention
 from megatron.model.init_methods import input_initializer, output_initializer
+from megatron.model.kv_cache import LayerCache
 from megatron.model.positions import RotaryEmbedding
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear
@@ -35,10 +36,16 @@ class SelfAttention(nn.Module):
         self.core_attention: CausalAttention = causal_attention
         self.rotary = RotaryEmbedding(model)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """With a cache, the tokens follow those that it has seen."""
         q_BSHE, k_BSHE, v_BSHE = self.project_heads(x_BSD)
-        q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE)
-        return self.project_output(self.attend(q_BSHE, k_BSHE, v_BSHE).flatten(2))
+        if cache is None:
+            q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE)
+            o_BSHE = self.attend(q_BSHE, k_BSHE, v_BSHE)
+        else:
+            q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE, cache.positions)
+            o_BSHE = cache.attend(q_BSHE, k_BSHE, v_BSHE, self.core_attention)
+        return self.project_output(o_BSHE.flatten(2))
 
     def attend(self, q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
         """Causal attention over this rank's heads."""

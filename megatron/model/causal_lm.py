@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.config.model import ModelConfig
 from megatron.model.architectures import gpt_neox, tokenformer  # noqa: F401 - they register themselves
 from megatron.model.embedding import Head, TiedHead, TokenEmbedding, tied_logits
+from megatron.model.kv_cache import KeyValueCache
 from megatron.model.layer import TransformerLayer
 from megatron.model.norms import NORMS
 from megatron.mpu.collectives import gather_output
@@ -95,12 +96,21 @@ class LocalCausalLM(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Token ids [B, S] to logits [B, S, V] over the padded vocabulary, whole on every tensor-parallel rank."""
-        x_BSD = self.embedding(tokens_BS)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD)
-        x_BSD = self.final_norm(x_BSD)
-        logits_BSV = tied_logits(self.embedding, x_BSD) if self.head is None else self.head(x_BSD)
-        return gather_output(logits_BSV, -1, self.context)
+        return gather_output(self.local_logits(self.hidden_states(tokens_BS)), -1, self.context)
+
+    def hidden_states(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Token ids [B, S] to what the head reads [B, S, D]; with a cache, they follow the tokens that it has seen."""
+        if cache is not None:
+            cache.begin(tokens_BS.shape[1])
+        x_BSD: Tensor = self.embedding(tokens_BS)
+        for index, layer in enumerate(self.layers):
+            x_BSD = layer(x_BSD) if cache is None else layer(x_BSD, cache.layers[index])
+        normalized_BSD: Tensor = self.final_norm(x_BSD)
+        return normalized_BSD
+
+    def local_logits(self, x_BSD: Tensor) -> Tensor:
+        """What the head reads to this rank's share of the logits [B, S, V/tp]."""
+        return tied_logits(self.embedding, x_BSD) if self.head is None else self.head(x_BSD)
 
 
 def build_local(
@@ -120,13 +130,15 @@ def build_local(
 def global_parameters(
     named_parameters: Iterator[tuple[str, nn.Parameter]], model: ModelConfig
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Rename a DeepSpeed PipelineModule's parameters to their global names.
-
-    Its own names are `{layer index}.{local name}`, and `tied_modules.embedding.{local name}` for tied layers.
-    """
+    """Rename a DeepSpeed PipelineModule's parameters to their global names."""
     for name, parameter in named_parameters:
-        index, _, local = name.partition(".")
-        yield (
-            local if index == "tied_modules" else global_name(int(index), local, model),
-            parameter,
-        )
+        yield from_engine_name(name, model), parameter
+
+
+def from_engine_name(name: str, model: ModelConfig) -> str:
+    """Global name of a parameter by its name in a DeepSpeed PipelineModule, the same in every layout.
+
+    That is `{layer index}.{local name}`, and `tied_modules.embedding.{local name}` for tied layers.
+    """
+    index, _, local = name.partition(".")
+    return local if index == "tied_modules" else global_name(int(index), local, model)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.model.kv_cache import LayerCache
 from megatron.model.spec import ARCHITECTURES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import split_activations
@@ -30,8 +31,8 @@ class TransformerLayer(nn.Module):
         self.mlp = spec.mlp(model, context)
         self.dropout = HiddenDropout(model.hidden_dropout, context)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        attended_BSD = x_BSD + self.dropout(self.attention(self.input_layernorm(x_BSD)))
+    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        attended_BSD = x_BSD + self.dropout(self.attention(self.input_layernorm(x_BSD), cache))
         mlp_input_BSD = x_BSD if self.parallel_residual else attended_BSD
         y_BSD: Tensor = attended_BSD + self.dropout(self.mlp(self.post_attention_layernorm(mlp_input_BSD)))
         return y_BSD

@@ -29,16 +29,20 @@ class RotaryEmbedding(nn.Module):
         self.base = model.rotary_emb_base
         self._table: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, q_BSHE: Tensor, k_BSHE: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BSHE: Tensor, k_BSHE: Tensor, positions_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Positions [B or 1, S] count from 0 along the sequence unless given."""
         if self.num_rotated == 0:
             return q_BSHE, k_BSHE
-        cos_SHE, sin_SHE = self._cos_sin(q_BSHE.shape[1], q_BSHE.device)
-        return self._rotate(q_BSHE, cos_SHE, sin_SHE), self._rotate(k_BSHE, cos_SHE, sin_SHE)
+        if positions_BS is None:
+            cos, sin = self._cos_sin(q_BSHE.shape[1], q_BSHE.device)
+        else:
+            cos, sin = self._tables(positions_BS)
+        return self._rotate(q_BSHE, cos, sin), self._rotate(k_BSHE, cos, sin)
 
-    def _rotate(self, x_BSHE: Tensor, cos_SHE: Tensor, sin_SHE: Tensor) -> Tensor:
+    def _rotate(self, x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rotated, kept = x_BSHE.tensor_split([self.num_rotated], dim=-1)
         first, second = rotated.chunk(2, dim=-1)
-        turned = rotated * cos_SHE + torch.cat((-second, first), dim=-1) * sin_SHE
+        turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
         return torch.cat((turned.to(x_BSHE.dtype), kept), dim=-1)
 
     def _cos_sin(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -46,8 +50,12 @@ class RotaryEmbedding(nn.Module):
         if self._table is None or self._table[0].shape[0] != length or self._table[0].device != device:
             # Tables made under inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
-                exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=device) / self.num_rotated
-                positions = torch.arange(length, dtype=torch.float32, device=device)
-                angles = torch.outer(positions, 1.0 / self.base**exponents).repeat(1, 2).unsqueeze(1)
-                self._table = (angles.cos(), angles.sin())
+                self._table = self._tables(torch.arange(length, device=device))
         return self._table
+
+    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Each [..., S, 1, r] for positions [..., S]."""
+        exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=positions.device)
+        frequencies = 1.0 / self.base ** (exponents / self.num_rotated)
+        angles = (positions.unsqueeze(-1).float() * frequencies).repeat(*[1] * positions.dim(), 2).unsqueeze(-2)
+        return angles.cos(), angles.sin()

@@ -32,4 +32,4 @@ def test_samples_follow_their_prompts(write_config: Callable[..., Path], tmp_pat
 def test_nothing_to_sample_from(write_config: Callable[..., Path]) -> None:
     finished = run_ranks(write_config(TOKENFORMER), script="generate")
     assert finished.code == 1
-    assert "holds no checkpoint to sample from" in finished.output and "Traceback" not in finished.output
+    assert "holds no checkpoint to read" in finished.output and "Traceback" not in finished.output

@@ -25,6 +25,15 @@ def causal_attention(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: fl
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
 
 
+def cached_attention(q_BSHE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask_B1ST: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v over the T keys that the boolean mask lets in; None lets all in. Returns [B, S, H, E].
+
+    Reference: the last S rows of megatron/kernels/attention/reference.py
+    """
+    output_BHSE = F.scaled_dot_product_attention(q_BSHE.transpose(1, 2), k_BHTE, v_BHTE, attn_mask=mask_B1ST)
+    return output_BHSE.transpose(1, 2)
+
+
 def flash_attention() -> CausalAttention:
     """The same function through flash-attn: on NVIDIA GPUs, in bf16 or fp16.
 

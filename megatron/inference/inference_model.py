@@ -1,0 +1,159 @@
+"""A trained model ready to be asked: next tokens, logits, and the log-probabilities of given tokens.
+
+B batch, S sequence, V padded vocabulary. Batches are padded to a rectangle by whoever asks. On the right, what fills
+them up needs no mask: no token sees a later one. On the left, a cache knows the padding. All ranks of a
+tensor-parallel group must make the same calls, and get the same answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.same_model import model_differences
+from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.weights import load_parameters, vocab_size
+from megatron.config.output import CheckpointConfig
+from megatron.config.run import RunConfig
+from megatron.errors import CheckpointError, ConfigError
+from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
+from megatron.model.kv_cache import KeyValueCache
+from megatron.mpu.collectives import gather_output, max_over_ranks
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_ASKED = -100
+"""A target that `InferenceModel.score` passes over."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model thinks of given tokens, [B, S] each."""
+
+    log_probs: Tensor
+    """log softmax(logits)[target], natural, float32; 0 where the target is NOT_ASKED."""
+    greedy: Tensor
+    """Whether the target is the likeliest token; False where it is NOT_ASKED."""
+
+
+class InferenceModel:
+    """A model without its engine: evaluation mode, no gradients, tensor parallel, one pipeline stage."""
+
+    def __init__(self, model: LocalCausalLM, config: RunConfig, vocab: VocabSize) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.model_config = config.model
+        self.vocab = vocab
+        self.context = model.context
+        weight = model.embedding.word_embeddings.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.context_length = config.model.seq_length
+        """Longest sequence to give it [tokens]."""
+
+    def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
+        """An empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
+        return KeyValueCache(
+            self.model_config,
+            self.context,
+            batch=batch,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            padding_B=padding_B,
+        )
+
+    @torch.inference_mode()
+    def logits(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits [B, S, V] in the model's format; with a cache, the tokens follow those that it has seen."""
+        hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache)
+        return gather_output(self.model.local_logits(hidden_BSD), -1, self.context)
+
+    @torch.inference_mode()
+    def next_logits(
+        self, tokens_BS: Tensor, cache: KeyValueCache | None = None, *, lengths_B: Tensor | None = None
+    ) -> Tensor:
+        """float32 logits [B, vocab.actual] of the token after the last one, or after the first `lengths_B` of a row."""
+        hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache)
+        if lengths_B is None:
+            last_B1D = hidden_BSD[:, -1:]
+        else:
+            rows_B = torch.arange(len(hidden_BSD), device=self.device)
+            last_B1D = hidden_BSD[rows_B, lengths_B.to(self.device) - 1].unsqueeze(1)
+        logits_B1V = gather_output(self.model.local_logits(last_B1D), -1, self.context)
+        return logits_B1V[:, 0, : self.vocab.actual].float()
+
+    @torch.inference_mode()
+    def score(self, tokens_BS: Tensor, targets_BS: Tensor) -> Scores:
+        """How likely each target [B, S] is as the token after tokens [B, S, on the right anything]; on the CPU.
+
+        Softmax and maximum run over what training's softmax ran over: the padded vocabulary, or without its padding
+        rows under `mask_padded_vocab`. The vocabulary is not gathered, and the head sees wanted positions alone.
+        """
+        hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device))
+        targets_BS = targets_BS.to(self.device)
+        wanted_BS = targets_BS != NOT_ASKED
+        targets_1N = targets_BS[wanted_BS].unsqueeze(0)
+        logits_1NV = self.model.local_logits(hidden_BSD[wanted_BS].unsqueeze(0))
+        num_valid = self.vocab.actual if self.model_config.mask_padded_vocab else None
+        losses_1N = vocab_parallel_cross_entropy(logits_1NV, targets_1N, num_valid, self.context)
+        likeliest_1N = vocab_parallel_argmax(logits_1NV, num_valid, self.context)
+        log_probs_BS = torch.zeros(targets_BS.shape, dtype=losses_1N.dtype, device=self.device)
+        log_probs_BS[wanted_BS] = -losses_1N[0]
+        greedy_BS = torch.zeros_like(wanted_BS)
+        greedy_BS[wanted_BS] = (likeliest_1N == targets_1N)[0]
+        return Scores(log_probs_BS.cpu(), greedy_BS.cpu())
+
+
+def vocab_parallel_argmax(logits: Tensor, num_valid: int | None, context: ParallelContext) -> Tensor:
+    """Index of the largest of logits [..., V/tp] over all ranks' shares, the first of equals; [...], replicated.
+
+    Rows from `num_valid` on are left out; None lets all in.
+    """
+    first = context.tensor_rank * logits.shape[-1]
+    if num_valid is not None:
+        padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= num_valid
+        logits = logits.masked_fill(padding, -torch.inf)
+    values, indices = logits.max(-1)
+    elsewhere = values < max_over_ranks(values, context)
+    # The smallest index is the largest of the negated ones.
+    return -max_over_ranks((-indices - first).masked_fill(elsewhere, torch.iinfo(indices.dtype).min), context)
+
+
+def checkpoint_to_read(config: CheckpointConfig, iteration: int | None = None) -> Checkpoint:
+    """The checkpoint that `load`, or else `save`, holds: of `iteration`, of the configured one, or the newest.
+
+    Collective over all ranks. Raises ConfigError when no folder is named, CheckpointError when it holds nothing whole.
+    """
+    folder = config.load or config.save
+    if folder is None:
+        raise ConfigError("load: no checkpoint is named. Add `load=FOLDER` to the command.")
+    iteration = config.iteration if iteration is None else iteration
+    checkpoint = find_checkpoint(Path(folder), iteration, config.verify_checkpoint)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
+    return checkpoint
+
+
+def load_inference_model(
+    config: RunConfig, checkpoint: Checkpoint, context: ParallelContext, device: torch.device
+) -> InferenceModel:
+    """This rank's share of a trained model, whatever layout wrote it, in the configured precision.
+
+    Raises ConfigError when the configuration describes another model than the checkpoint's, or one that does not split
+    over the ranks of `context`; CheckpointError for damaged weights.
+    """
+    differences = model_differences(checkpoint.config.model, config.model)
+    if differences:
+        raise ConfigError(
+            f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. Give "
+            "the configuration that it was trained with."
+        )
+    vocab = vocab_size(checkpoint)
+    with device:
+        model = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
+    load_parameters(model.named_parameters(), checkpoint, context)
+    return InferenceModel(model, config, vocab)
