@@ -7,8 +7,8 @@ tensor-parallel group must make the same calls, and get the same answers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,18 +27,16 @@ from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOT_ASKED = -100
-"""A target that `InferenceModel.score` passes over."""
+LOGITS_AT_A_TIME = 2**26
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the model thinks of given tokens, [B, S] each."""
+class Scores(NamedTuple):
+    """What the model thinks of given tokens; on the CPU."""
 
-    log_probs: Tensor
-    """log softmax(logits)[target], natural, float32; 0 where the target is NOT_ASKED."""
-    greedy: Tensor
-    """Whether the target is the likeliest token; False where it is NOT_ASKED."""
+    log_probs_N: Tensor
+    """log softmax(logits)[token], natural, float32."""
+    greedy_N: Tensor
+    """Whether the token is the likeliest one, the first of equals."""
 
 
 class InferenceModel:
@@ -87,25 +85,25 @@ class InferenceModel:
         return logits_B1V[:, 0, : self.vocab.actual].float()
 
     @torch.inference_mode()
-    def score(self, tokens_BS: Tensor, targets_BS: Tensor) -> Scores:
-        """How likely each target [B, S] is as the token after tokens [B, S, on the right anything]; on the CPU.
+    def score_tokens(self, tokens_BS: Tensor, wanted_N3: Tensor) -> Scores:
+        """How likely each wanted (row, position, token) is: that token, after the row's tokens up to that position.
 
-        Softmax and maximum run over what training's softmax ran over: the padded vocabulary, or without its padding
-        rows under `mask_padded_vocab`. The vocabulary is not gathered, and the head sees wanted positions alone.
+        Rows are filled up with anything on the right. Softmax and maximum run over what training's softmax ran over:
+        the padded vocabulary, or without its padding rows under `mask_padded_vocab`. The head sees the wanted positions
+        alone, a few at a time, and the vocabulary is not gathered.
         """
         hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device))
-        targets_BS = targets_BS.to(self.device)
-        wanted_BS = targets_BS != NOT_ASKED
-        targets_1N = targets_BS[wanted_BS].unsqueeze(0)
-        logits_1NV = self.model.local_logits(hidden_BSD[wanted_BS].unsqueeze(0))
+        rows_N, positions_N, targets_N = wanted_N3.to(self.device).unbind(1)
+        hidden_ND = hidden_BSD[rows_N, positions_N]
         num_valid = self.vocab.actual if self.model_config.mask_padded_vocab else None
-        losses_1N = vocab_parallel_cross_entropy(logits_1NV, targets_1N, num_valid, self.context)
-        likeliest_1N = vocab_parallel_argmax(logits_1NV, num_valid, self.context)
-        log_probs_BS = torch.zeros(targets_BS.shape, dtype=losses_1N.dtype, device=self.device)
-        log_probs_BS[wanted_BS] = -losses_1N[0]
-        greedy_BS = torch.zeros_like(wanted_BS)
-        greedy_BS[wanted_BS] = (likeliest_1N == targets_1N)[0]
-        return Scores(log_probs_BS.cpu(), greedy_BS.cpu())
+        step = max(LOGITS_AT_A_TIME * self.context.tensor_size // self.vocab.padded, 1)
+        log_probs, greedy = [], []
+        for hidden_nD, targets_n in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
+            logits_1nV = self.model.local_logits(hidden_nD.unsqueeze(0))
+            losses_1n = vocab_parallel_cross_entropy(logits_1nV, targets_n.unsqueeze(0), num_valid, self.context)
+            log_probs.append(-losses_1n[0])
+            greedy.append(vocab_parallel_argmax(logits_1nV, num_valid, self.context)[0] == targets_n)
+        return Scores(torch.cat(log_probs).cpu(), torch.cat(greedy).cpu())
 
 
 def vocab_parallel_argmax(logits: Tensor, num_valid: int | None, context: ParallelContext) -> Tensor:
