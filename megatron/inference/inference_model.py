@@ -33,10 +33,10 @@ LOGITS_AT_A_TIME = 2**26
 class Scores(NamedTuple):
     """What the model thinks of given tokens; on the CPU."""
 
-    log_probs_N: Tensor
-    """log softmax(logits)[token], natural, float32."""
-    greedy_N: Tensor
-    """Whether the token is the likeliest one, the first of equals."""
+    log_probs: Tensor
+    """log softmax(logits)[token] [N], natural, float32."""
+    greedy: Tensor
+    """Whether the token is the likeliest one, the first of equals [N]."""
 
 
 class InferenceModel:
@@ -98,7 +98,7 @@ class InferenceModel:
         num_valid = self.vocab.actual if self.model_config.mask_padded_vocab else None
         step = max(LOGITS_AT_A_TIME * self.context.tensor_size // self.vocab.padded, 1)
         log_probs, greedy = [], []
-        for hidden_nD, targets_n in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
+        for hidden_nD, targets_n in zip(torch.split(hidden_ND, step), torch.split(targets_N, step), strict=True):
             logits_1nV = self.model.local_logits(hidden_nD.unsqueeze(0))
             losses_1n = vocab_parallel_cross_entropy(logits_1nV, targets_n.unsqueeze(0), num_valid, self.context)
             log_probs.append(-losses_1n[0])
