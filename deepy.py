@@ -20,6 +20,8 @@ from types import FrameType
 from megatron.config.cli import load_command_line
 from megatron.errors import STOPPED_ON_REQUEST, ConfigError, exit_on_user_error
 
+TRAINING_SCRIPT = "train.py"
+"""Every other script runs a trained model, which has no batch triangle and no pipeline."""
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
@@ -36,7 +38,10 @@ def main(argv: Sequence[str]) -> int:
     if command.answered:
         return 0
     ranks = loaded.run.launch.num_gpus or visible_devices()
-    loaded.batch(ranks)
+    if script.name == TRAINING_SCRIPT:
+        loaded.batch(ranks)
+    else:
+        loaded.replicas(ranks)
     worker = [sys.executable, str(script), *arguments]
     port = loaded.run.launch.master_port or free_port()
     environments = [rank_environment(os.environ, rank, ranks, port) for rank in range(ranks)]

@@ -39,6 +39,13 @@ class LoadedConfig:
         """The batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""
         return resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)
 
+    def replicas(self, world_size: int) -> int:
+        """Copies of the model that `world_size` ranks hold at run time, where there is always one pipeline stage.
+
+        Raises ConfigError when model_parallel_size does not divide the ranks.
+        """
+        return data_parallel_size(self.run.parallel.model_copy(update={"pipe_parallel_size": 1}), world_size)
+
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read, merge, translate and check YAML files and `key=value` overrides.

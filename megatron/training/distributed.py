@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron.errors import EnvironmentSetupError
+from megatron.mpu.context import ParallelContext
 
 # What each launcher calls the rank, the number of ranks and the rank within the machine. Step-level Slurm variables
 # describe the srun that started this process; job-level ones may describe a bigger allocation.
@@ -81,6 +82,23 @@ def process_group() -> Iterator[None]:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     try:
         yield
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def inference_ranks(tensor_parallel_size: int) -> Iterator[ParallelContext]:
+    """The ranks that the environment announces, as tensor- and data-parallel ranks of one pipeline stage.
+
+    Needs no DeepSpeed. Raises ConfigError when the tensor-parallel size does not divide the ranks.
+    """
+    if os.environ["WORLD_SIZE"] == "1" and tensor_parallel_size == 1:
+        yield ParallelContext.single()
+        return
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield ParallelContext.create(tensor_parallel_size, pipe=1)
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
