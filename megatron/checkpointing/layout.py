@@ -75,3 +75,19 @@ def merge(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
         if not torch.equal(part, parts[0]):
             raise CheckpointError(f"tensor-parallel ranks 0 and {rank} have different values of a replicated parameter")
     return parts[0]
+
+
+def fit_vocabulary(whole: Tensor, spec: ParameterSpec, vocab_size: int) -> Tensor:
+    """A whole parameter with as many vocabulary rows as `spec` says: tokens' `vocab_size` rows as they are, and zeros.
+
+    Anything without such rows comes back as it is. The padding must be masked in the model, or its rows count. Raises
+    CheckpointError when the shapes differ in anything else.
+    """
+    if tuple(whole.shape) == spec.full_shape:
+        return whole
+    rows, *row = spec.full_shape
+    if list(whole.shape[1:]) != row or min(rows, whole.shape[0]) < vocab_size:
+        raise CheckpointError(f"a parameter has shape {tuple(whole.shape)}; this run's has {spec.full_shape}")
+    fitted = whole.new_zeros(spec.full_shape)
+    fitted[:vocab_size] = whole[:vocab_size]
+    return fitted

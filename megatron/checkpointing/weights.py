@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.layout import LayerLayout, layer_layouts, merge
+from megatron.checkpointing.layout import LayerLayout, fit_vocabulary, layer_layouts, merge
 from megatron.checkpointing.safe_files import load_tensors
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local, pipeline_location
@@ -85,8 +85,8 @@ def load_parameters(
 ) -> None:
     """Copy a checkpoint's weights into this rank's parameters, given by global name, whatever layout wrote them.
 
-    The checkpoint's model must be that of the parameters, up to what does not change their meaning. A layer is in
-    memory at a time. Raises what `read_layer` raises.
+    The checkpoint's model must be that of the parameters, up to what does not change their meaning, such as masked
+    padding of the vocabulary. A layer is in memory at a time. Raises what `read_layer` raises.
     """
     model = checkpoint.config.model
     wanted: dict[int, list[tuple[str, nn.Parameter]]] = {}
@@ -98,7 +98,9 @@ def load_parameters(
         weights = read_layer(checkpoint, layout)
         with torch.no_grad():
             for name, parameter in wanted[layout.index]:
-                parameter.copy_(local_shard(weights[name], parameter_spec(parameter).shard_dim, context))
+                spec = parameter_spec(parameter)
+                whole = fit_vocabulary(weights[name], spec, checkpoint.state.vocab_size)
+                parameter.copy_(local_shard(whole, spec.shard_dim, context))
 
 
 def write_layers(folder: Path, layouts: Iterable[LayerLayout], weights: Iterable[Mapping[str, Tensor]]) -> None:

@@ -19,7 +19,6 @@ from megatron.config.training import TrainingConfig
 from megatron.data.fingerprint import differences
 from megatron.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.context import ParallelContext
 from megatron.training.progress import Progress
 
 
@@ -43,7 +42,7 @@ class Start:
     """Whether the optimizer's state comes from the checkpoint."""
 
 
-def find_start(config: RunConfig, context: ParallelContext) -> Start:
+def find_start(config: RunConfig) -> Start:
     """Decide where to start. Collective; the same on every rank.
 
     `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
@@ -58,7 +57,7 @@ def find_start(config: RunConfig, context: ParallelContext) -> Start:
     start = _locate(config.checkpoint)
     if start.checkpoint is not None:
         _require_same_model(config, start.checkpoint)
-        _require_layout(start, start.checkpoint, context)
+        _require_optimizer_state(start, start.checkpoint)
     return start
 
 
@@ -142,23 +141,11 @@ def _require_same_model(config: RunConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_layout(start: Start, checkpoint: Checkpoint, context: ParallelContext) -> None:
-    """The optimizer's state can only be loaded in the layout that wrote it; weights in any."""
-    if not start.loads_optimizer:
-        return
-    if is_weights_only(checkpoint):
+def _require_optimizer_state(start: Start, checkpoint: Checkpoint) -> None:
+    if start.loads_optimizer and is_weights_only(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path} holds weights alone, and a run cannot go on from those. Set `finetune: true` to start "
             "a run with them."
-        )
-    state = checkpoint.state
-    written = (state.tensor_parallel_size, state.pipe_parallel_size, state.data_parallel_size)
-    running = (context.tensor_size, context.pipe_size, context.data_size)
-    if written != running:
-        raise CheckpointError(
-            f"{checkpoint.path} was written with (tensor, pipeline, data) parallel sizes {written}, this run has "
-            f"{running}. Start it with the sizes of the checkpoint, or do without its optimizer state: "
-            "`no_load_optim: true` goes on with fresh moments, `finetune: true` starts a new run."
         )
 
 
@@ -174,15 +161,23 @@ def require_same_data(start: Start, fingerprint: dict[str, str], config: Checkpo
         )
 
 
-def require_same_vocabulary(start: Start, vocab: VocabSize) -> None:
-    """Raise CheckpointError when the checkpoint's embedding has another number of rows than this run's."""
+def require_same_vocabulary(start: Start, vocab: VocabSize, *, padding_is_masked: bool) -> None:
+    """Raise CheckpointError when the checkpoint's embedding has another number of rows than this run's, unless only the
+    padding differs and takes no part in the softmax."""
     if start.checkpoint is None or start.checkpoint.state.padded_vocab_size == vocab.padded:
         return
     state = start.checkpoint.state
+    if state.vocab_size == vocab.actual and padding_is_masked:
+        return
+    masked = (
+        ", or `mask_padded_vocab: true` from the start of a run: then its padding can change"
+        if state.vocab_size == vocab.actual
+        else ""
+    )
     raise CheckpointError(
         f"{start.checkpoint.path} has a vocabulary of {state.vocab_size} tokens padded to {state.padded_vocab_size}, "
         f"this run one of {vocab.actual} padded to {vocab.padded}. Use the tokenizer that the checkpoint was trained "
-        f"with (`vocab_file`, `tokenizer_type`), or set `padded_vocab_size: {state.padded_vocab_size}`."
+        f"with (`vocab_file`, `tokenizer_type`), or set `padded_vocab_size: {state.padded_vocab_size}`{masked}."
     )
 
 

@@ -14,6 +14,7 @@ from megatron.checkpointing.state import RunState
 from megatron.config.run import RunConfig
 from megatron.config.training import BatchConfig
 from megatron.data.datasets import Datasets
+from megatron.model.causal_lm import VocabSize
 from megatron.monitor.throughput import Throughput, TimedIterator
 from megatron.monitor.writers import Monitor
 from megatron.training.batch_hashes import LogBatchHashes
@@ -63,7 +64,8 @@ def run_from(run: Run, start: Start) -> Ending:
 
 def _load(run: Run, start: Start, checkpoint: Checkpoint) -> None:
     if start.loads_optimizer:
-        load_checkpoint(run.engine, checkpoint, allow_unsafe=run.config.checkpoint.allow_unsafe_load)
+        vocab = VocabSize(run.state.vocab_size, run.state.padded_vocab_size)
+        load_checkpoint(run.engine, checkpoint, run.config, run.reader.context, vocab)
         return
     load_weights(run.engine, checkpoint, run.reader.context)
     if start.continues:

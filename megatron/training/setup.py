@@ -68,11 +68,11 @@ def pretrain_in_group(
     context = ParallelContext.create(
         parallel.model_parallel_size, parallel.pipe_parallel_size, parallel.sequence_parallel
     )
-    start = find_start(config, context)
+    start = find_start(config)
     config = adopt_schedule(config, start)
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
-    require_same_vocabulary(start, vocab)
+    require_same_vocabulary(start, vocab, padding_is_masked=config.model.mask_padded_vocab)
     counts = index_counts(config, batch, start)
     sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
     datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)

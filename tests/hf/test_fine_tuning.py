@@ -15,7 +15,6 @@ from megatron.checkpointing.search import find_checkpoint
 from megatron.checkpointing.weights import read_weights
 from megatron.errors import CheckpointError
 from megatron.hf.import_folder import import_folder
-from megatron.mpu.context import ParallelContext
 from megatron.training.resume import find_start
 from tests.helpers.configs import write_dataset
 from tests.helpers.training import train_on_ranks
@@ -131,4 +130,4 @@ def test_a_run_cannot_continue_from_imported_weights(exported: Path, tokenformer
     import_folder(exported, tokenformer.config, tmp_path / "imported")
     config = write_yaml(tmp_path, MODELS["l2_norm_gelu"] | {"load": str(tmp_path / "imported")})
     with pytest.raises(CheckpointError, match="finetune: true"):
-        find_start(read_run(config), ParallelContext.single())
+        find_start(read_run(config))

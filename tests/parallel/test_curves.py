@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from megatron.config.load import load_config
 from megatron.model.causal_lm import VocabSize, build_local
 from tests.helpers.configs import PYTHIA, TOKENFORMER, VOCAB_SIZE, layout_keys, write_dataset
+from tests.helpers.covers import pairs, pairwise_cover
 from tests.helpers.plain_torch import PlainRun
 from tests.helpers.training import Curve, train_on_ranks
 
@@ -68,23 +69,7 @@ ALL_CASES = [
 ]
 
 
-def pairs(case: Case) -> set[Any]:
-    """Every two of the case's choices."""
-    return set(combinations(enumerate(astuple(case)), 2))
-
-
-def pairwise_cover(cases: list[Case]) -> list[Case]:
-    """Some of the cases that make every pair of choices that any of them makes; greedy, not the smallest."""
-    missing = set().union(*map(pairs, cases))
-    cover = []
-    while missing:
-        best = max(cases, key=lambda case: len(pairs(case) & missing))
-        cover.append(best)
-        missing -= pairs(best)
-    return cover
-
-
-COVER = pairwise_cover(ALL_CASES)
+COVER = pairwise_cover(ALL_CASES, astuple)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +138,8 @@ def test_curves_do_not_depend_on_the_layout(
 
 
 def test_the_cover_has_every_pair_of_choices() -> None:
-    made = set().union(*map(pairs, COVER))
-    assert made == set().union(*map(pairs, ALL_CASES))
+    made = set().union(*(pairs(astuple(case)) for case in COVER))
+    assert made == set().union(*(pairs(astuple(case)) for case in ALL_CASES))
     assert len(ALL_CASES) == 160
     assert len(COVER) <= 20
 
