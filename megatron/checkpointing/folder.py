@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron.checkpointing.durable import write_durably
-from megatron.checkpointing.manifest import Manifest, read_manifest
-from megatron.checkpointing.state import RunState, read_state
+from megatron.checkpointing.manifest import MANIFEST_FILE, Manifest, damage, read_manifest
+from megatron.checkpointing.state import STATE_FILE, RunState, read_state
 from megatron.config.run import RunConfig
 from megatron.errors import CheckpointError
 
@@ -74,14 +74,18 @@ def checkpoint_paths(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one global_stepN folder, up to its tensors.
+    """Read one global_stepN folder, up to its tensors. What is small is compared with its hash.
 
     Raises CheckpointError, with a reason alone, when it is no whole checkpoint of this trainer.
     """
     manifest = read_manifest(path)
     state = read_state(path)
-    if manifest.iteration != state.iteration:
-        raise CheckpointError(f"its manifest is of step {manifest.iteration}, its state of step {state.iteration}")
+    small = {name: entry for name, entry in manifest.files.items() if name in (STATE_FILE, CONFIG_FILE)}
+    problems = damage(path, small, "full") if len(small) == 2 else [f"{MANIFEST_FILE} does not name all files"]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    if path.resolve().name != checkpoint_name(state.iteration):
+        raise CheckpointError(f"it is of step {state.iteration}, which its name does not say")
     return Checkpoint(path, state, manifest)
 
 

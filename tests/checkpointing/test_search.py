@@ -114,6 +114,14 @@ def test_sizes_alone_do_not_tell_a_flipped_byte(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, None, "sizes")
 
 
+@pytest.mark.parametrize("name", ["state.json", "config.json"])
+def test_what_is_small_is_always_compared_with_its_hash(tmp_path: Path, name: str) -> None:
+    file = save(tmp_path, 10) / name
+    file.write_text(file.read_text().replace("10", "11"))
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: its SHA-256 differs"):
+        find_checkpoint(tmp_path, None, "sizes")
+
+
 def test_damage_to_what_is_older_is_not_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     truncate(save(tmp_path, 10) / "layer_00.pt")
     save(tmp_path, 20)
@@ -160,11 +168,9 @@ def test_a_file_of_a_checkpoint_cannot_lead_out_of_its_folder(tmp_path: Path) ->
         find_checkpoint(tmp_path, 10, "sizes")
 
 
-def test_state_and_manifest_must_be_of_the_same_step(tmp_path: Path) -> None:
-    save(tmp_path, 10)
-    save(tmp_path, 20)
-    shutil.copy(tmp_path / "global_step10" / "state.json", tmp_path / "global_step20" / "state.json")
-    with pytest.raises(CheckpointError, match="its manifest is of step 20, its state of step 10"):
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path: Path) -> None:
+    save(tmp_path, 10).rename(tmp_path / "global_step20")
+    with pytest.raises(CheckpointError, match="it is of step 10, which its name does not say"):
         find_checkpoint(tmp_path, 20, "full")
 
 
