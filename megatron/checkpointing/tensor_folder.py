@@ -144,7 +144,9 @@ def _read_bin(file: Path, allow_unsafe: bool) -> dict[str, Tensor]:
 
 def named_tensors(content: object, file: Path) -> dict[str, Tensor]:
     """`content`, which was read from `file`. Raises CheckpointError when it is no dictionary of tensors."""
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise CheckpointError(f"{file} does not hold named tensors.")
     return content
 

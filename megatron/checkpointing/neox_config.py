@@ -1,0 +1,54 @@
+"""A run's YAML from those that GPT-NeoX keeps in its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.checkpointing.neox_files import open_neox
+from megatron.checkpointing.neox_model import model_of
+from megatron.config.problems import report
+from megatron.config.yaml_reader import read_yaml
+from megatron.errors import ConfigError
+
+HEADER = """# The configuration that {folder} was trained with, and the vocabulary rows that it has.
+# After tools/ckpts/import_neox.py, train on with `load: <output_dir>` and `finetune: true`.
+"""
+OF_THE_OLD_RUN = ("load", "save", "iteration", "finetune", "pretrain_partial_init", "eval_ckpt", "padded_vocab_size")
+
+
+def write_config(source: Path, path: Path) -> None:
+    """Merge the YAMLs in `source`'s folder `configs` into `path`.
+
+    Raises CheckpointError for a checkpoint that is none of NeoX, ConfigError when it holds no YAMLs, or `path` exists.
+    """
+    files = open_neox(source)
+    found = model_of(files)
+    folder = (files.path if files.path.is_dir() else files.path.parent) / "configs"
+    configs = sorted(file for file in folder.glob("*") if file.suffix in (".yml", ".yaml", ".json"))
+    if not configs:
+        known = found.settings | {"padded_vocab_size": found.vocabulary_rows}
+        raise ConfigError(
+            f"{files.path} holds no `configs` folder with NeoX's YAMLs, and the tensors do not tell heads, positions, "
+            f"activation, residual or tokenizer. Give --config_file, with what they do tell: {_as_keys(known)}."
+        )
+    keys: dict[str, Any] = {}
+    for file in configs:
+        entries, problems = read_yaml(file)
+        if problems:
+            raise ConfigError(report(problems, configs))
+        keys |= {key: entry.plain() for key, entry in entries.items() if key not in OF_THE_OLD_RUN}
+    keys["padded_vocab_size"] = found.vocabulary_rows
+    try:
+        with path.open("x", encoding="utf-8") as written:
+            written.write(HEADER.format(folder=files.path) + yaml.safe_dump(keys, sort_keys=False))
+    except FileExistsError as error:
+        raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
+    except OSError as error:
+        raise ConfigError(f"--write-config {path}: cannot be written ({error.strerror}).") from error
+
+
+def _as_keys(settings: dict[str, Any]) -> str:
+    return yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=1000).strip().strip("{}")

@@ -1,0 +1,90 @@
+"""Turn a checkpoint of GPT-NeoX, or the published TokenFormer weights, into a checkpoint.
+
+    python tools/ckpts/import_neox.py --input pytorch_model.bin --config_file configs/tokenformer/150M.yml \\
+        configs/data/pile.yml --output_dir runs/published-150M
+    python tools/ckpts/import_neox.py --input neox/global_step143000 --write-config pythia-1b.yml \\
+        --output_dir runs/pythia-1b
+
+--input is a file of all weights, a global_stepN folder of any tensor- and pipeline-parallel layout, or a run's folder.
+Writes <output_dir>/global_step0 and latest: weights alone, in the number format that they have. Train on with `load`
+and `finetune: true`, in any layout. --write-config makes the YAML from those that NeoX keeps in its checkpoints instead
+of reading one. When anything fails, no output folder is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.checkpointing.import_neox import ImportedNeox, import_neox
+from megatron.checkpointing.neox_config import write_config
+from megatron.config.load import load_config
+from megatron.config.sources import OVERRIDE
+from megatron.errors import exit_on_user_error
+
+SECONDS_BETWEEN_LINES = 2.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Import as asked, then say what was written, and what is not as it was."""
+    args = parse_args(argv)
+    if args.write_config is not None:
+        write_config(args.input, args.write_config)
+        print(f"{args.write_config}: the checkpoint's model as a configuration")
+    words = args.config_file or [str(args.write_config)]
+    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
+    run = load_config([Path(word) for word in words if word not in overrides], overrides).run
+    imported = import_neox(args.input, run, args.output_dir, progress_lines())
+    print("\n".join(summary(imported, args.output_dir)))
+    return 0
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """--input, a configuration or where to write one, --output_dir."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="file of weights, global_stepN folder, or run folder")
+    config = parser.add_mutually_exclusive_group(required=True)
+    config.add_argument("--config_file", nargs="+", help="YAML files that describe the model, then key=value overrides")
+    config.add_argument("--write-config", type=Path, help="YAML file to make from the checkpoint's own, and to use")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
+    return parser.parse_args(argv)
+
+
+def progress_lines() -> Callable[[int, int], None]:
+    """Prints how far it is, on standard error, once it takes long enough to be asked."""
+    printed = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed > SECONDS_BETWEEN_LINES:
+            printed = time.monotonic()
+            print(f"{done} of {total} layers", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def summary(imported: ImportedNeox, output: Path) -> list[str]:
+    """What was written where, and what differs from the source."""
+    ranks, dtype = imported.tensor_parallel_size, str(imported.dtype).removeprefix("torch.")
+    split = f", merged from {ranks} tensor-parallel ranks" if ranks > 1 else ""
+    lines = [f"{output}/global_step0: {imported.source}, {imported.num_parameters:,} parameters in {dtype}{split}"]
+    added = imported.vocab.padded - imported.source_rows
+    if added:
+        what = f"{added} zero rows were added" if added > 0 else f"{-added} rows were cut off"
+        lines.append(f"padding of the vocabulary, which `mask_padded_vocab` keeps out of the softmax: {what}")
+    if imported.differing:
+        name, apart = max(imported.differing.items(), key=lambda item: item[1])
+        lines.append(
+            f"{len(imported.differing)} replicated parameters differed between tensor-parallel ranks and were "
+            f"averaged; most of all {name}, by {apart:.1e}"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
