@@ -1,0 +1,50 @@
+"""Scores checkpoints on tasks of lm-eval: `python deepy.py eval.py config.yml --eval_tasks lambada_openai piqa`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron.config.cli import load_command_line
+from megatron.errors import ConfigError, exit_on_user_error
+from megatron.registry import require
+
+
+def main(argv: Sequence[str]) -> int:
+    """Load the configuration, score what it names, and write a results file per model."""
+    command, loaded = load_command_line(argv)
+    if command.answered:
+        return 0
+    run = loaded.run
+    if not run.evaluation.tasks:
+        raise ConfigError("eval_tasks: no task is named. Name some, as in `--eval_tasks lambada_openai hellaswag`.")
+    from megatron.training.distributed import prepare_environment, process_group
+
+    prepare_environment()
+    require("lm_eval", "eval.py", "Install it: pip install -r requirements/eval.txt")
+    from megatron.inference.lm_eval_tasks import stay_offline_without_network
+
+    stay_offline_without_network()
+    from megatron.inference.evaluation import evaluate_checkpoints, evaluate_hf_model
+
+    several = int(os.environ["WORLD_SIZE"]) > 1
+    if run.evaluation.hf_model is not None:
+        if several:
+            raise ConfigError("eval_hf_model: one rank scores a Hugging Face model. Add `num_gpus=1`.")
+        evaluate_hf_model(run)
+        return 0
+    import torch
+
+    from megatron.mpu.context import ParallelContext
+
+    with process_group() if several else contextlib.nullcontext():
+        context = ParallelContext.create(run.parallel.tensor, 1) if several else ParallelContext.single()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        evaluate_checkpoints(run, context, device)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
