@@ -36,7 +36,7 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
         if problems:
             raise CheckpointError(f"{named} is not whole: {'; '.join(problems)}. Load another one, or restore it.")
         return checkpoint
-    candidates, rejected = on_first_rank(partial(_survey, folder))
+    candidates, rejected = on_first_rank(partial(survey, folder))
     for checkpoint in candidates:
         problems = problems_of(checkpoint, level)
         if not problems:
@@ -66,7 +66,7 @@ def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
 
 def readable_checkpoints(folder: Path) -> list[Checkpoint]:
     """Checkpoints in `folder` whose manifest and state can be read, newest save first. Looks at no other file."""
-    return _survey(folder)[0]
+    return survey(folder)[0]
 
 
 def _named(folder: Path, iteration: int | None) -> Path | None:
@@ -94,7 +94,7 @@ def _read_named(path: Path) -> Checkpoint:
         ) from error
 
 
-def _survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
+def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
     """Readable checkpoints, newest save first, and (iteration, reason) of what only looks like one."""
     readable, rejected = [], []
     for iteration, path in checkpoint_paths(folder):
