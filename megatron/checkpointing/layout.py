@@ -77,6 +77,15 @@ def merge(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
     return parts[0]
 
 
+def split(whole: Tensor, spec: ParameterSpec, tensor_size: int) -> list[Tensor]:
+    """The parts of all tensor-parallel ranks, in their order, as views.
+
+    Raises CheckpointError when the parameter does not split evenly.
+    """
+    shard_shape(spec, tensor_size)
+    return [whole] * tensor_size if spec.shard_dim is None else list(whole.tensor_split(tensor_size, spec.shard_dim))
+
+
 def fit_vocabulary(whole: Tensor, spec: ParameterSpec, vocab_size: int) -> Tensor:
     """A whole parameter with as many vocabulary rows as `spec` says: tokens' `vocab_size` rows as they are, and zeros.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.layout import LayerLayout, merge, shard_shape
 from megatron.checkpointing.safe_files import load_tensors
+from megatron.checkpointing.weights import checkpoint_layouts
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import from_engine_name
 
@@ -46,9 +47,18 @@ class OptimizerFiles:
         self.steps: float | None = None
         """Steps that Adam's bias correction counts; None before the first [steps]."""
         self.loss_scale: dict[str, Any] = {}
+        self.clip_grad = 0.0
+        self.hyperparameters: dict[bool, dict[str, Any]] = {}
+        """Of the parameters with weight decay and of those without, as torch keeps them for a group."""
         self.engine_names: dict[str, str] = {}
         """Global name to the one in DeepSpeed's files."""
         self._pieces: dict[str, list[list[_Piece]]] = {}
+        self._decays = {
+            layout.global_name(name): spec.decays
+            for layout in checkpoint_layouts(checkpoint)
+            for name, spec in layout.parameters.items()
+        }
+        self._model = checkpoint.config.model
         config, sizes = checkpoint.config, checkpoint.state
         ranks = product(*map(range, (sizes.pipe_parallel_size, sizes.tensor_parallel_size, sizes.data_parallel_size)))
         stage_of: dict[str, int] = {}
@@ -58,9 +68,7 @@ class OptimizerFiles:
             )
             content = load_tensors(file)
             try:
-                for engine_name, piece in self._read(content["optimizer_state_dict"]):
-                    name = from_engine_name(engine_name, config.model)
-                    self.engine_names[name] = engine_name
+                for name, piece in self._read(content["optimizer_state_dict"]):
                     # A tied embedding lies on the last stage as well, with the same values.
                     if stage_of.setdefault(name, pipe) == pipe:
                         shares = self._pieces.setdefault(name, [[] for _ in range(sizes.tensor_parallel_size)])
@@ -71,7 +79,7 @@ class OptimizerFiles:
                 ) from error
 
     def _read(self, content: dict[str, Any]) -> Iterator[tuple[str, _Piece]]:
-        base = content["base_optimizer_state"]
+        base, self.clip_grad = content["base_optimizer_state"], content["clip_grad"]
         self.loss_scale = {key: content[key] for key in LOSS_SCALE if key in content}
         groups = zip(content["single_partition_of_fp32_groups"], content["param_slice_mappings"], strict=True)
         for group, (fp32, pieces) in enumerate(groups):
@@ -81,7 +89,10 @@ class OptimizerFiles:
             self.steps = None if steps is None else float(steps)
             flat = {"fp32": fp32.detach(), **{key: state[key] for key in STATES if key in state}}
             for engine_name, address in pieces.items():
-                yield engine_name, _Piece(flat, address.start, address.numel)
+                name = from_engine_name(engine_name, self._model)
+                self.engine_names[name] = engine_name
+                self.hyperparameters[self._decays[name]] = base["param_groups"][group]
+                yield name, _Piece(flat, address.start, address.numel)
 
     def read_layer(self, layout: LayerLayout) -> dict[str, dict[str, Tensor]]:
         """One layer's state, whole: by global name, then by name in STATES.

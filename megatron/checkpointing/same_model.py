@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from megatron.checkpointing.folder import Checkpoint
 from megatron.config.model import ModelConfig
+from megatron.errors import CheckpointError
+from megatron.model.causal_lm import VocabSize
 
 FREE_MODEL_FIELDS = frozenset(
     {"seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method",
@@ -19,3 +22,20 @@ def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[
         for name in ours
         if name not in FREE_MODEL_FIELDS and ours[name] != theirs[name]
     ]
+
+
+def require_same_vocabulary(checkpoint: Checkpoint, vocab: VocabSize, *, padding_is_masked: bool) -> None:
+    """Raise CheckpointError when the checkpoint's embedding has another number of rows than `vocab`, unless only the
+    padding differs and takes no part in the softmax."""
+    state = checkpoint.state
+    if state.padded_vocab_size == vocab.padded:
+        return
+    same_tokens = state.vocab_size == vocab.actual
+    if same_tokens and padding_is_masked:
+        return
+    masked = ". With `mask_padded_vocab: true` from a run's start, its padding could be changed" if same_tokens else ""
+    raise CheckpointError(
+        f"{checkpoint.path} has a vocabulary of {state.vocab_size} tokens padded to {state.padded_vocab_size}, "
+        f"this run one of {vocab.actual} padded to {vocab.padded}. Use the tokenizer that the checkpoint was trained "
+        f"with (`vocab_file`, `tokenizer_type`), or set `padded_vocab_size: {state.padded_vocab_size}`{masked}."
+    )

@@ -32,11 +32,12 @@ def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "wall_clock_breakdown": False,
-        **_precision(run.training.precision),
+        **precision_section(run.training.precision),
     }
 
 
-def _precision(precision: PrecisionConfig) -> dict[str, Any]:
+def precision_section(precision: PrecisionConfig) -> dict[str, Any]:
+    """The part of the configuration that decides the number format."""
     match precision.dtype:
         case "bf16":
             return {"bf16": {"enabled": True}}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,7 +52,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
             )
         entries = layer_entries(model, vocab, context)
         super().__init__(
-            layers=[_layer_spec(entry, model.tie_embeddings) for entry in entries],
+            layers=layer_specs(entries, model),
             topology=PipeModelDataParallelTopology(
                 num_pp=context.pipe_size, num_mp=context.tensor_size, num_dp=context.data_size
             ),
@@ -63,24 +64,10 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         self._segments = list(_segments(local_entries, checkpointed))
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        """Decide each stage's layers.
-
-        Raises ConfigError, on all ranks alike, where that leaves a stage nothing to train, or no layer has the type.
-        """
-        names = [spec.typename.__name__ for spec in self._layer_specs]
-        kind, _, pattern = method.partition(":")
-        if kind == "type" and not any(re.search(pattern, name, re.IGNORECASE) for name in names):
-            raise ConfigError(
-                f"pipe_partition_method={method}: no layer has such a name, only {', '.join(dict.fromkeys(names))}. "
-                "Use type:transformer, which spreads the transformer layers evenly."
-            )
-        super()._partition_layers(method)
-        for stage, (start, stop) in enumerate(pairwise(self.parts)):
-            if not any(_has_parameters(spec) for spec in self._layer_specs[start:stop]):
-                raise ConfigError(
-                    f"pipe_partition_method={method} leaves stage {stage} of pipe_parallel_size={self.num_stages} "
-                    f"without parameters ({', '.join(names[start:stop])}). Use type:transformer, or fewer stages."
-                )
+        """Decide each stage's layers; raises ConfigError, on all ranks alike, as `stage_bounds` does."""
+        self.parts = stage_bounds(self._layer_specs, method, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(self.parts[stage], self.parts[stage + 1])
 
     def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
         x = forward_input
@@ -124,6 +111,41 @@ def build_pipeline(
     return module
 
 
+def layer_specs(entries: Sequence[LayerEntry], model: ModelConfig) -> list[LayerSpec]:
+    """The layers as DeepSpeed builds them."""
+    return [_layer_spec(entry, model.tie_embeddings) for entry in entries]
+
+
+def stage_bounds(specs: Sequence[LayerSpec], method: str, stages: int) -> list[int]:
+    """The first layer of every stage, and the number of layers.
+
+    `method` is `uniform`, `parameters` or `type:REGEX`, as DeepSpeed understands them. Raises ConfigError where that
+    leaves a stage nothing to train, or no layer has the type.
+    """
+    names = [spec.typename.__name__ for spec in specs]
+    counts = [_count_parameters(spec) for spec in specs]
+    kind, _, pattern = method.partition(":")
+    if kind == "uniform":
+        bounds = partition_uniform(len(specs), stages)
+    elif kind == "parameters":
+        bounds = partition_balanced(counts, stages)
+    else:
+        matches = [int(re.search(pattern, name, re.IGNORECASE) is not None) for name in names]
+        if not any(matches):
+            raise ConfigError(
+                f"pipe_partition_method={method}: no layer has such a name, only {', '.join(dict.fromkeys(names))}. "
+                "Use type:transformer, which spreads the transformer layers evenly."
+            )
+        bounds = partition_balanced(matches, stages)
+    for stage, (start, stop) in enumerate(pairwise(bounds)):
+        if not any(counts[start:stop]):
+            raise ConfigError(
+                f"pipe_partition_method={method} leaves stage {stage} of pipe_parallel_size={stages} "
+                f"without parameters ({', '.join(names[start:stop])}). Use type:transformer, or fewer stages."
+            )
+    return list(bounds)
+
+
 def _layer_spec(entry: LayerEntry, tie_embeddings: bool) -> LayerSpec:
     if not (tie_embeddings and entry.name == "embedding"):
         return LayerSpec(entry.module, *entry.arguments)
@@ -137,9 +159,9 @@ def _layer_spec(entry: LayerEntry, tie_embeddings: bool) -> LayerSpec:
     )
 
 
-def _has_parameters(spec: LayerSpec) -> bool:
+def _count_parameters(spec: LayerSpec) -> int:
     with torch.device("meta"):
-        return any(True for _ in spec.build().parameters())
+        return sum(parameter.numel() for parameter in spec.build().parameters())
 
 
 def _segments(entries: list[LayerEntry], checkpointed: CheckpointedActivations) -> Iterator[tuple[int, int, bool]]:

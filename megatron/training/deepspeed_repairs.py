@@ -81,8 +81,8 @@ def _zero_gradients(optimizer: DeepSpeedZeroOptimizer) -> Iterator[tuple[nn.Para
     """Each parameter of this data-parallel rank's partition with the part of its gradient that lies in there."""
     for group, parameters in enumerate(optimizer.params_in_partition):
         gradients = [g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
-        # A partition without parameters has one gradient, which is padding that is not marked as such.
-        yield from zip(parameters, gradients, strict=bool(parameters))
+        # What the last partitions have beyond their parameters is padding that is not marked as such.
+        yield from zip(parameters, gradients[: len(parameters)], strict=True)
 
 
 def _bf16_gradients(optimizer: BF16_Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:

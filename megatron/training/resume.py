@@ -18,7 +18,6 @@ from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
 from megatron.data.fingerprint import differences
 from megatron.errors import CheckpointError, ConfigError, NonFiniteError
-from megatron.model.causal_lm import VocabSize
 from megatron.training.progress import Progress
 
 
@@ -159,26 +158,6 @@ def require_same_data(start: Start, fingerprint: dict[str, str], config: Checkpo
             f"the data differs from what {start.checkpoint.path} was trained on: {'; '.join(changed)}. Restore it, or "
             "set `allow_changed_data: true` to go on with it as it is."
         )
-
-
-def require_same_vocabulary(start: Start, vocab: VocabSize, *, padding_is_masked: bool) -> None:
-    """Raise CheckpointError when the checkpoint's embedding has another number of rows than this run's, unless only the
-    padding differs and takes no part in the softmax."""
-    if start.checkpoint is None or start.checkpoint.state.padded_vocab_size == vocab.padded:
-        return
-    state = start.checkpoint.state
-    if state.vocab_size == vocab.actual and padding_is_masked:
-        return
-    masked = (
-        ", or `mask_padded_vocab: true` from the start of a run: then its padding can change"
-        if state.vocab_size == vocab.actual
-        else ""
-    )
-    raise CheckpointError(
-        f"{start.checkpoint.path} has a vocabulary of {state.vocab_size} tokens padded to {state.padded_vocab_size}, "
-        f"this run one of {vocab.actual} padded to {vocab.padded}. Use the tokenizer that the checkpoint was trained "
-        f"with (`vocab_file`, `tokenizer_type`), or set `padded_vocab_size: {state.padded_vocab_size}`{masked}."
-    )
 
 
 def adopt_schedule(config: RunConfig, start: Start) -> RunConfig:

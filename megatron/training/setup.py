@@ -12,6 +12,7 @@ import torch
 
 from megatron.checkpointing.folder import require_writable
 from megatron.checkpointing.ranks import on_first_rank
+from megatron.checkpointing.same_model import require_same_vocabulary
 from megatron.checkpointing.state import RunState
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.parameters import count_parameters
@@ -33,7 +34,7 @@ from megatron.training.loop import Ending
 from megatron.training.lr_schedules import LRScheduler
 from megatron.training.optimizer import build_optimizer
 from megatron.training.record import describe_run
-from megatron.training.resume import Start, adopt_schedule, find_start, require_same_data, require_same_vocabulary
+from megatron.training.resume import Start, adopt_schedule, find_start, require_same_data
 from megatron.training.run import Run, run_from
 from megatron.training.stop import StopRequest, signals_request
 
@@ -72,7 +73,8 @@ def pretrain_in_group(
     config = adopt_schedule(config, start)
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
-    require_same_vocabulary(start, vocab, padding_is_masked=config.model.mask_padded_vocab)
+    if start.checkpoint is not None:
+        require_same_vocabulary(start.checkpoint, vocab, padding_is_masked=config.model.mask_padded_vocab)
     counts = index_counts(config, batch, start)
     sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
     datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)

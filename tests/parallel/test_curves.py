@@ -166,6 +166,15 @@ def test_positions_that_count_weigh_the_same_in_every_layout(
     assert largest_differences(reference, plain_curve(case.model, case.tied))[0] > 1e-3, "nothing was masked"
 
 
+def test_groups_that_the_ranks_do_not_divide_evenly(train: Callable[..., Curve]) -> None:
+    """The last rank's partition ends in padding."""
+    alone, halved = (Case("pythia", (1, 1, data), tied=False) for data in (1, 4))
+    odd = {"hidden_size": 36, "num_layers": 3}
+    loss, norm = largest_differences(train(halved, **odd), train(alone, **odd))
+    assert loss <= LOSS_TOLERANCE
+    assert norm <= NORM_TOLERANCE
+
+
 @pytest.mark.parametrize("method", ["uniform", "parameters"])
 def test_how_layers_are_spread_does_not_matter(method: str, train: Callable[..., Curve]) -> None:
     alone, staged = (Case("tokenformer", (1, pipe, 1), tied=True) for pipe in (1, 2))
