@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpointing.imported_weights import fit_vocabulary, imported_vocabulary, require_finite
+from megatron.checkpointing.imported_weights import imported_vocabulary, require_finite, with_configured_rows
 from megatron.checkpointing.layout import LayerLayout, layer_layouts
 from megatron.checkpointing.name_map import our_names
 from megatron.checkpointing.neox_files import NeoxFiles, open_neox
@@ -95,13 +95,13 @@ class _Conversion:
     def _whole(self, layout: LayerLayout, local_name: str) -> Tensor:
         name = layout.global_name(local_name)
         theirs = self.theirs[name]
-        stored = self.files.tensors[theirs]
+        stored, spec = self.files.tensors[theirs], layout.parameters[local_name]
         try:
-            whole = self.merger.whole(name, stored, layout.parameters[local_name])
+            whole = self.merger.whole(name, stored, spec)
         except CheckpointError as error:
             raise CheckpointError(f"{self.files.path}: {error}. `{deciding_key(theirs)}` decides about it.") from error
         require_finite(whole, f"{self.files.path}: {stored[0]}")
-        return fit_vocabulary(name, whole, self.vocab).to(self.dtype)
+        return with_configured_rows(name, whole, spec, self.vocab).to(self.dtype)
 
     def _common_dtype(self) -> torch.dtype:
         dtypes = {}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.checkpointing.layout import fit_vocabulary
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import VocabSize
+from megatron.mpu.parameters import ParameterSpec
 
 VOCABULARY = ("embedding.word_embeddings.weight", "head.weight")
 """Parameters with a row per token, by global name."""
@@ -36,12 +38,17 @@ def imported_vocabulary(rows: int, run: RunConfig, where: str) -> VocabSize:
     return vocab
 
 
-def fit_vocabulary(name: str, tensor: Tensor, vocab: VocabSize) -> Tensor:
-    """A parameter with the configured number of rows: padding is cut off, or added as zeros."""
+def with_configured_rows(name: str, tensor: Tensor, spec: ParameterSpec, vocab: VocabSize) -> Tensor:
+    """The parameter `name` with the rows of the configured vocabulary; other parameters as they are.
+
+    Raises CheckpointError when a vocabulary's shape differs in more than its padding.
+    """
     if name not in VOCABULARY:
         return tensor
-    kept = tensor[: vocab.padded]
-    return torch.cat((kept, kept.new_zeros(vocab.padded - len(kept), *kept.shape[1:])))
+    try:
+        return fit_vocabulary(tensor, spec, vocab.actual)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def require_finite(tensor: Tensor, what: str) -> None:

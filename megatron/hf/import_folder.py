@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron.checkpointing.folder import read_checkpoint
-from megatron.checkpointing.imported_weights import fit_vocabulary, imported_vocabulary, require_finite
+from megatron.checkpointing.imported_weights import imported_vocabulary, require_finite, with_configured_rows
 from megatron.checkpointing.layout import layer_layouts
 from megatron.checkpointing.name_map import our_names
 from megatron.checkpointing.new_folder import new_folder
@@ -103,8 +103,13 @@ def _layers(
     expected = [layout.global_name(name) for layout in layouts for name in layout.parameters]
     theirs = our_names(architecture.names, tensors.files, expected, str(folder))
     for layout in layouts:
-        wanted = {layout.global_name(name): theirs[layout.global_name(name)] for name in layout.parameters}
+        wanted = {name: theirs[layout.global_name(name)] for name in layout.parameters}
         found = tensors.read(wanted.values())
         for name, tensor in found.items():
             require_finite(tensor, f"{folder}: {name}")
-        yield {ours: fit_vocabulary(ours, found[name], vocab) for ours, name in wanted.items()}
+        yield {
+            layout.global_name(ours): with_configured_rows(
+                layout.global_name(ours), found[name], layout.parameters[ours], vocab
+            )
+            for ours, name in wanted.items()
+        }

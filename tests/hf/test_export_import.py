@@ -140,6 +140,19 @@ def test_trimmed_vocabulary(name: str, request: pytest.FixtureRequest, tmp_path:
     assert_same_tensors(folder_tensors(again), folder_tensors(folder))
 
 
+def test_padding_is_cut_off_where_the_softmax_masks_it(exported: Path, tmp_path: Path) -> None:
+    fewer = {"make_vocab_size_divisible_by": 1, "mask_padded_vocab": True}
+    run = read_run(write_yaml(tmp_path, MODELS["l2_norm_gelu"] | fewer))
+    import_folder(exported, run, tmp_path / "imported")
+    imported = find_checkpoint(tmp_path / "imported", None, "full")
+    assert imported is not None
+    got, want = read_weights(imported), whole_model(run).state_dict()
+    assert torch.equal(
+        got["embedding.word_embeddings.weight"], want["embedding.word_embeddings.weight"][: VOCAB.actual]
+    )
+    assert all(torch.equal(got[name], want[name]) for name in want if not name.startswith("embedding."))
+
+
 def test_padding_rows_are_kept_and_never_generated(exported: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(exported)
     assert model.config.vocab_size == VOCAB.padded
