@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron.config.cli import load_command_line
 from megatron.errors import exit_on_user_error
 
+INTERRUPTED = 130
+"""Exit code of a shell command that Ctrl-C has ended."""
+
 
 def main(argv: Sequence[str]) -> int:
-    """Load the configuration and a checkpoint, and write one JSON line per sample."""
+    """Load the configuration and a checkpoint, and continue prompts. Returns the exit code."""
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
-    from megatron.training.distributed import prepare_environment
+    from megatron.training.distributed import inference_ranks, prepare_environment
 
     prepare_environment()
-    from megatron.inference.text import sample_text
+    if os.environ["RANK"] == "0":
+        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+    from megatron.inference.text import generate_text
 
-    output = loaded.run.generation.sample_output_file
-    with contextlib.ExitStack() as stack:
-        if output is None:
-            file = sys.stdout
-        else:
-            Path(output).parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(Path(output).open("w", encoding="utf-8"))
-        for record in sample_text(loaded.run):
-            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+    loaded.replicas(int(os.environ["WORLD_SIZE"]))
+    try:
+        with inference_ranks(loaded.run.parallel.model_parallel_size) as context:
+            generate_text(loaded.run, context)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 

@@ -266,6 +266,8 @@ def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
 def _prompts(run: RunConfig) -> Iterator[Finding]:
     if run.generation.text_gen_type == "input-file" and run.generation.sample_input_file is None:
         yield Finding("generation.text_gen_type", "needs sample_input_file")
+    if run.generation.text_gen_type == "interactive" and run.generation.return_logits:
+        yield Finding("generation.return_logits", "a terminal has no room for logits; use text_gen_type: input-file")
 
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (

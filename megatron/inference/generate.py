@@ -15,7 +15,7 @@ from megatron.inference.sampling import choose, uniform_numbers
 from megatron.model.kv_cache import KeyValueCache
 from megatron.mpu.collectives import max_over_ranks
 
-Ending = Literal["stopped", "maximum_tokens", "context_full"]
+Ending = Literal["stop_token", "stopped", "maximum_tokens", "context_full"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Continuation:
     tokens: list[int]
     """New tokens, without the stop token."""
     ending: Ending
-    """A stop token or `should_stop`, `maximum_tokens`, or a sequence as long as the model's context."""
+    """A stop token, `should_stop`, `maximum_tokens`, or a sequence as long as the model's context."""
     prompt_tokens: int
     """Tokens of the prompt that the model has seen: the last ones of a prompt that was too long."""
     logits: Tensor | None = None
@@ -44,16 +44,14 @@ class _Sample:
     """A random number for each of them."""
     tokens: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    stopped: bool = False
+    ended_by: Ending | None = None
 
     @property
     def runs(self) -> bool:
-        return not self.stopped and len(self.tokens) < self.budget
+        return self.ended_by is None and len(self.tokens) < self.budget
 
     def ending(self, maximum_tokens: int) -> Ending:
-        if self.stopped:
-            return "stopped"
-        return "maximum_tokens" if self.budget == maximum_tokens else "context_full"
+        return self.ended_by or ("maximum_tokens" if self.budget == maximum_tokens else "context_full")
 
 
 def generate_tokens(
@@ -90,7 +88,7 @@ def generate_tokens(
         chosen_B = max_over_ranks(choose(logits_BV, sampling, numbers_B), model.context).tolist()
         for sample, token, logits_V in zip(running, chosen_B, logits_BV, strict=True):
             if token in stop_tokens:
-                sample.stopped = True
+                sample.ended_by = "stop_token"
                 continue
             sample.tokens.append(token)
             if return_logits:
@@ -144,7 +142,11 @@ def _next_logits(model: InferenceModel, samples: list[_Sample], cache: KeyValueC
 
 def _ask_to_stop(samples: list[_Sample], should_stop: Callable[[int, list[int]], bool], model: InferenceModel) -> None:
     """Stop the samples that any rank wants to stop."""
-    wishes_B = [sample.stopped or should_stop(sample.index, sample.tokens) for sample in samples]
-    agreed_B = max_over_ranks(torch.tensor(wishes_B, dtype=torch.long, device=model.device), model.context)
-    for sample, stop in zip(samples, agreed_B.tolist(), strict=True):
-        sample.stopped = bool(stop)
+    running = [sample for sample in samples if sample.runs]
+    if not running:
+        return
+    wishes = [should_stop(sample.index, sample.tokens) for sample in running]
+    agreed = max_over_ranks(torch.tensor(wishes, dtype=torch.long, device=model.device), model.context).tolist()
+    for sample, stop in zip(running, agreed, strict=True):
+        if stop:
+            sample.ended_by = "stopped"

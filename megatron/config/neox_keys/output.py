@@ -97,14 +97,14 @@ GENERATION_KEYS: dict[str, Entry] = {
     "top_k": MapsTo("generation.top_k"),
     "top_p": MapsTo("generation.top_p"),
     "maximum_tokens": MapsTo("generation.maximum_tokens"),
-    "num_samples": MapsTo("generation.num_samples"),
+    "num_samples": MapsTo("generation.num_samples", difference="counts for prompts too, not only without"),
     "sample_input_file": MapsTo("generation.sample_input_file"),
     "sample_output_file": MapsTo(
-        "generation.sample_output_file", difference="nothing is written when unset; NeoX's default is samples.txt"
+        "generation.sample_output_file", difference="records are printed when unset; NeoX's default is samples.txt"
     ),
-    "prompt_end": Rejected("a prompt ends with its line", harmless=("\n",), accepts=TEXT),
-    "recompute": Inert(BOOL, "chooses whether earlier keys and values are cached; the text is the same"),
-    "return_logits": absent_flag("generated samples hold no logits"),
+    "prompt_end": MapsTo("generation.prompt_end"),
+    "recompute": MapsTo("generation.recompute"),
+    "return_logits": MapsTo("generation.return_logits"),
     "precompute_model_name": Rejected("activations are not precomputed"),
     "serve_model_weights": absent_flag("weights are not served over the network"),
     "weight_server_port": Inert(ANYTHING, "only read with serve_model_weights: true, which is refused"),

@@ -1,0 +1,124 @@
+"""Logits with and without a cache, and the scores of given tokens, against the plain model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.config.model import ModelConfig
+from megatron.inference import inference_model as tested
+from megatron.inference.inference_model import vocab_parallel_argmax
+from megatron.mpu.context import ParallelContext
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import VOCAB
+from tests.inference.models import MODELS, inference_model, random_prompts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_logits_are_those_of_the_whole_sequence(name: str) -> None:
+    model = inference_model(MODELS[name], dtype=torch.float64)
+    tokens = torch.tensor(random_prompts(20, 20))
+    whole = model.logits(tokens)
+    cache = model.new_cache(2, 20)
+    parts = [model.logits(part, cache) for part in tokens.split([7, 1, 1, 5, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tokenformer", "pythia"])
+def test_left_padding_changes_nothing(name: str) -> None:
+    model = inference_model(MODELS[name], dtype=torch.float64)
+    short, long = random_prompts(5, 12)
+    cache = model.new_cache(2, 16, torch.tensor([7, 0]))
+    first = model.logits(torch.tensor([[9] * 7 + short, long]), cache)
+    then = model.logits(torch.tensor([[3, 4], [5, 6]]), cache)
+    got = torch.cat([first, then], dim=1)
+    want = model.logits(torch.tensor([[*short, 3, 4]])), model.logits(torch.tensor([[*long, 5, 6]]))
+    torch.testing.assert_close(got[0, 7:], want[0][0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got[1], want[1][0], rtol=1e-12, atol=1e-12)
+    assert got.isfinite().all()
+
+
+def test_rows_that_are_kept_go_on() -> None:
+    model = inference_model(MODELS["tokenformer"], dtype=torch.float64)
+    prompts = random_prompts(4, 9, 7, 9)
+    cache = model.new_cache(4, 12, torch.tensor([5, 0, 2, 0]))
+    model.logits(torch.tensor([[1] * (9 - len(prompt)) + prompt for prompt in prompts]), cache)
+    cache.keep([0, 2, 3])
+    cache.keep([1, 2])
+    got = model.next_logits(torch.tensor([[8], [9]]), cache)
+    want = [model.next_logits(torch.tensor([[*prompts[row], token]])) for row, token in ((2, 8), (3, 9))]
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-6, atol=1e-6)
+
+
+def test_next_logits_follow_the_given_lengths_and_leave_padding_rows_out() -> None:
+    model = inference_model(MODELS["pythia"])
+    tokens = torch.tensor(random_prompts(9, 9))
+    got = model.next_logits(tokens, lengths_B=torch.tensor([3, 9]))
+    assert got.shape == (2, VOCAB.actual) and got.dtype == torch.float32
+    torch.testing.assert_close(got[0], model.logits(tokens[:1, :3])[0, -1, : VOCAB.actual])
+    torch.testing.assert_close(got[1], model.logits(tokens)[1, -1, : VOCAB.actual])
+
+
+def test_a_cache_that_is_full_says_so() -> None:
+    cache = inference_model(MODELS["pythia"]).new_cache(1, 4)
+    with pytest.raises(ValueError, match="holds 4 tokens; 5 are needed"):
+        cache.begin(5)
+
+
+@pytest.mark.parametrize("mask_padded_vocab", [False, True])
+def test_scores_are_those_of_the_logits(mask_padded_vocab: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tested, "LOGITS_AT_A_TIME", 5 * VOCAB.padded)
+    model = inference_model(MODELS["pythia"].model_copy(update={"mask_padded_vocab": mask_padded_vocab}))
+    tokens, wanted = scored_tokens()
+    logits = model.logits(tokens).double()
+    if mask_padded_vocab:
+        logits = logits[..., : VOCAB.actual]
+    rows, positions, ids = wanted.unbind(1)
+    scores = model.score_tokens(tokens, wanted)
+    want = logits.log_softmax(-1)[rows, positions, ids]
+    torch.testing.assert_close(scores.log_probs, want.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores.greedy, logits.argmax(-1)[rows, positions] == ids)
+    assert scores.greedy.any() and not scores.greedy.all()
+
+
+def scored_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.tensor(random_prompts(9, 9))
+    likeliest = inference_model(MODELS["pythia"]).logits(tokens)[..., : VOCAB.actual].argmax(-1)
+    wanted = [(r, p, t) for r in range(2) for p in range(9) for t in (int(likeliest[r, p]), 3)]
+    return tokens, torch.tensor(wanted)
+
+
+def test_tensor_parallel_answers_are_the_same() -> None:
+    for name in ("tokenformer untied", "pythia"):
+        want = _answers(MODELS[name], ParallelContext.single())
+        for got in run_distributed(_answers_of_this_rank, 2, name):
+            for ours, theirs in zip(got[:-1], want[:-1], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            assert torch.equal(got[-1], want[-1])
+
+
+def _answers_of_this_rank(name: str) -> list[torch.Tensor]:
+    return _answers(MODELS[name], ParallelContext.create(2, 1))
+
+
+def _answers(config: ModelConfig, context: ParallelContext) -> list[torch.Tensor]:
+    model = inference_model(config, context)
+    tokens, wanted = scored_tokens()
+    cache = model.new_cache(2, 9)
+    scores = model.score_tokens(tokens, wanted)
+    cached = [model.next_logits(part, cache) for part in (tokens[:, :8], tokens[:, 8:])]
+    return [model.logits(tokens), *cached, scores.log_probs, scores.greedy]
+
+
+def test_the_first_of_equal_logits_wins_on_any_number_of_ranks() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [3.0, 0.0, 3.0, 3.0], [0.0, 1.0, 1.0, 9.0]])
+    assert vocab_parallel_argmax(logits, None, ParallelContext.single()).tolist() == [1, 0, 3]
+    assert vocab_parallel_argmax(logits, 3, ParallelContext.single()).tolist() == [1, 0, 1]
+    for got in run_distributed(_argmax, 2, logits):
+        assert got == ([1, 0, 3], [1, 0, 1])
+
+
+def _argmax(logits: torch.Tensor) -> tuple[list[int], list[int]]:
+    context = ParallelContext.create(2, 1)
+    share = logits.chunk(2, dim=-1)[context.tensor_rank]
+    return vocab_parallel_argmax(share, None, context).tolist(), vocab_parallel_argmax(share, 3, context).tolist()
