@@ -61,8 +61,7 @@ def upload_run(
     One export is on disk at a time. Branches that are complete are passed over, so an interrupted upload can be
     started again.
     """
-    checkpoints = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.iteration)
-    for checkpoint, branch in [*((found, step_branch(found)) for found in checkpoints), (checkpoints[-1], MAIN)]:
+    for checkpoint, branch in planned_branches(checkpoints):
         if branch != MAIN and api.file_exists(repo, LAST_FILE, revision=branch):
             report(f"{repo}@{branch}: is there already")
             continue
@@ -73,9 +72,10 @@ def upload_run(
             upload_folder(api, folder, repo, branch, report)
 
 
-def step_branch(checkpoint: Checkpoint) -> str:
-    """Pythia's name of a checkpoint's branch."""
-    return f"step{checkpoint.state.iteration}"
+def planned_branches(checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:
+    """Each checkpoint with its branch, named as Pythia's, in their order; then the newest with the main branch."""
+    checkpoints = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.iteration)
+    return [*((found, f"step{found.state.iteration}") for found in checkpoints), (checkpoints[-1], MAIN)]
 
 
 def describe_folder(folder: Path) -> str:

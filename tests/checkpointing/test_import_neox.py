@@ -175,6 +175,21 @@ def test_newer_names_of_the_mlp_and_a_head_split_by_columns(tmp_path: Path) -> N
         assert torch.equal(got[name], want), name
 
 
+def test_scales_of_rms_norms_are_read(tmp_path: Path) -> None:
+    settings = MODELS["pythia"]
+    weights = {
+        name.replace("norm.weight", "norm.scale"): tensor
+        for name, tensor in neox_weights(settings, ROWS).items()
+        if not name.endswith("norm.bias")
+    }
+    source = write_neox(tmp_path / "neox", weights, settings, "ranks", tensor=2)
+    got = read_weights(imported(source, write_config(tmp_path, settings, norm="rmsnorm"), tmp_path / "out"))
+    assert torch.equal(got["final_norm.weight"], weights["5.norm.scale"])
+    for layer in (0, 1):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            assert torch.equal(got[f"layers.{layer}.{norm}.weight"], weights[f"{layer + 2}.{norm}.scale"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_number_format_is_kept(dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = MODELS["pythia"]

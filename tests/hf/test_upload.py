@@ -98,7 +98,8 @@ def test_dry_run_reaches_for_no_network(
     assert upload.main([str(run), REPO, "--config_file", str(config), "--dry-run"]) == 0
     first, *steps = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{REPO}@main: would get 7 files, ")
-    assert [line.split(":")[0] for line in steps] == [f"{REPO}@step512", f"{REPO}@step1000"]
+    assert [line.split(":")[0] for line in steps] == [f"{REPO}@step512", f"{REPO}@step1000", f"{REPO}@main"]
+    assert str(checkpoints[1].path) in steps[-1]
     assert len(readable_checkpoints(run)) == 2
 
 

@@ -54,15 +54,15 @@ def upload_export(args: argparse.Namespace) -> None:
 def upload_checkpoints(args: argparse.Namespace) -> None:
     """Export and upload every checkpoint of a run."""
     from megatron.hf.export import ExportOptions
-    from megatron.hf.upload import repository, step_branch, upload_run
+    from megatron.hf.upload import planned_branches, repository, upload_run
 
     run = load_config(args.config_file).run
     checkpoints = readable_checkpoints(args.folder)
     if not checkpoints:
         raise CheckpointError(f"{args.folder} holds no checkpoints. Name a run's folder.")
     if args.dry_run:
-        for checkpoint in sorted(checkpoints, key=lambda found: found.state.iteration):
-            print(f"{args.repo}@{step_branch(checkpoint)}: would get an export of {checkpoint.path}")
+        for checkpoint, branch in planned_branches(checkpoints):
+            print(f"{args.repo}@{branch}: would get an export of {checkpoint.path}")
         return
     options = ExportOptions(precision=args.precision, trim_vocab=args.trim_vocab)
     with repository(args.repo, private=args.private) as api:
