@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +18,9 @@ import pytest
 
 from megatron.config.data import TokenizerConfig
 from megatron.data.tokenizer import CharLevelTokenizer
+from megatron.inference.terminal import CONTROLS
 from tests.helpers.configs import TOKENFORMER
-from tests.helpers.runs import run_ranks, train
+from tests.helpers.runs import ROOT, run_ranks, train
 from tests.integration.conftest import run_command
 
 Record = dict[str, Any]
@@ -122,3 +130,116 @@ def test_mistakes_are_explained(trained: Path, tmp_path: Path, settings: list[st
     finished = run_ranks(trained, *[s.replace("TOKENIZER", str(tokenizer)) for s in settings], script="generate")
     assert finished.code == code and words in finished.output, finished.output
     assert "Traceback" not in finished.output
+
+
+class TerminalSession:
+    """generate.py with its three streams in a terminal, of which it is the foreground job."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+            os.execve(sys.executable, [sys.executable, "deepy.py", "generate.py", *arguments], environment)  # noqa: S606
+        self.output = ""
+
+    def read_until(self, text: str, timeout: float = 120.0) -> str:
+        """What has come up to and with the next `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            assert self._read(deadline), f"{text!r} has not come: {self.output!r}"
+        before, _, self.output = self.output.partition(text)
+        return before + text
+
+    def _read(self, deadline: float) -> bool:
+        if not select.select([self.terminal], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+            return False
+        try:
+            data = os.read(self.terminal, 4096)
+        except OSError:  # the other end is closed
+            return False
+        self.output += data.decode(errors="replace").replace("\r\n", "\n")
+        return bool(data)
+
+    def type(self, keys: str) -> None:
+        os.write(self.terminal, keys.encode())
+
+    def end(self) -> tuple[int, str]:
+        """Exit code, and what has come since; kills what does not end in half a minute."""
+        deadline = time.monotonic() + 30.0
+        while self._read(deadline):
+            pass
+        if time.monotonic() > deadline:
+            os.kill(self.pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.terminal)
+        return code, self.output
+
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+@pytest.mark.parametrize("settings", [[], ["num_gpus=2", "model_parallel_size=2"]], ids=["one rank", "TP=2"])
+def test_a_conversation(trained: Path, tmp_path: Path, settings: list[str]) -> None:
+    prompts = ["Hello world", "three words, here", "x"]
+    output = tmp_path / "conversation.jsonl"
+    common = ["temperature=1.0", "maximum_tokens=5", "num_samples=2"]
+    session = TerminalSession(
+        str(trained), "text_gen_type=interactive", f"sample_output_file={output}", *common, *settings
+    )
+    session.read_until("Context prompt >>> ")
+    shown = []
+    for prompt in prompts:
+        session.type(prompt + "\n")
+        shown.append(session.read_until("Context prompt >>> "))
+    session.type("\n")
+    assert "An empty prompt has nothing to continue." in session.read_until("Context prompt >>> ")
+    session.type(CTRL_D)
+    code, rest = session.end()
+    assert code == 0 and "Traceback" not in rest, rest
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    for number, prompt in enumerate(prompts):
+        for record in records[2 * number : 2 * number + 2]:
+            assert record["context"] == prompt
+            visible = record["text"].translate(CONTROLS)
+            assert visible in shown[number]
+    from_file = records_of(trained, *write_prompts(tmp_path, "\n".join(prompts)), *common)
+    assert [record["text"] for record in records] == [record["text"] for record in from_file]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [[], pytest.param(["num_gpus=2", "model_parallel_size=2"], marks=pytest.mark.full)],
+    ids=["one rank", "TP=2"],
+)
+def test_ctrl_c_stops_a_text_and_then_the_conversation(trained: Path, settings: list[str]) -> None:
+    long = ["seq_length=100000", "max_position_embeddings=100000", "maximum_tokens=50000", "prompt_end='END'"]
+    session = TerminalSession(str(trained), "text_gen_type=interactive", *long, *settings)
+    session.read_until("Context prompt >>> ")
+    session.type("def f():\n")
+    session.read_until("... ")
+    session.type("    returnEND\n")
+    session.read_until("END\n")
+    time.sleep(0.5)
+    session.type(CTRL_C)
+    assert "[stopped by the user]" in session.read_until("Context prompt >>> ")
+    session.type(CTRL_C)
+    code, rest = session.end()
+    assert code == 0 and "Traceback" not in rest, rest
+
+
+def test_prompts_through_a_pipe(trained: Path) -> None:
+    """Whoever writes them gets the answer to one before writing the next."""
+    command = [sys.executable, "deepy.py", "generate.py", str(trained), "text_gen_type=interactive", "maximum_tokens=3"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for prompt in ("two words", "", "more"):
+            process.stdin.write(prompt + "\n")
+            record = json.loads(process.stdout.readline())
+            assert record["context"] == prompt and record["length"] == 3
+        process.stdin.close()
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
