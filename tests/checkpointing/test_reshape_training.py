@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -11,14 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from megatron.checkpointing.engine_files import EngineFiles
+from megatron.model.causal_lm import VocabSize
+from megatron.mpu.context import ParallelContext
+from megatron.training import setup
 from tests.helpers.configs import PYTHIA, TOKENFORMER, layout_keys, write_dataset
 from tests.helpers.covers import pairs, pairwise_cover
+from tests.helpers.distributed import run_on_new_ranks
+from tests.helpers.faults import kill_all_ranks
 from tests.helpers.runs import Finished, run_ranks
+from tests.helpers.tensor_files import assert_same_checkpoint
+from tools.ckpts import reshape
 
 HALF, STEPS = 10, 20
 TOLERANCE = 1e-5
+MOMENTS = ("exp_avg", "exp_avg_sq")
 BASES = {"tokenformer": TOKENFORMER, "pythia": PYTHIA}
 Layout = tuple[int, int, int]
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
@@ -54,13 +68,16 @@ class Runs:
         self.folder = folder
         self.data = {"data_path": str(write_dataset(folder / "text")), "index_cache_dir": str(folder / "index")}
 
-    def run(self, name: str, layout: Layout, keys: dict[str, Any]) -> Finished:
-        """Train in `layout` with the checkpoints and records in the folder `name`."""
+    def config(self, name: str, layout: Layout, keys: dict[str, Any]) -> Path:
+        """A configuration whose checkpoints and records go to the folder `name`."""
         config = self.folder / f"{name}.yml"
         settings = self.data | {"save": str(self.folder / name), "train_iters": STEPS, "gradient_clipping": 0.5}
         config.write_text(yaml.safe_dump(keys | layout_keys(*layout) | settings))
-        tensor, pipe, data = layout
-        return run_ranks(config, ranks=tensor * pipe * data)
+        return config
+
+    def run(self, name: str, layout: Layout, keys: dict[str, Any], **more: Any) -> Finished:
+        """Train in `layout` with the checkpoints and records in the folder `name`."""
+        return run_ranks(self.config(name, layout, keys), ranks=math.prod(layout), **more)
 
     def half(self, layout: Layout, keys: dict[str, Any], name: str) -> Path:
         """The checkpoint after the first half."""
@@ -135,3 +152,199 @@ def test_without_the_moments_the_curve_is_another(runs: Runs) -> None:
     assert finished.code == 0, finished.output
     with pytest.raises(AssertionError):
         assert_continues(runs.folder / "without", runs.whole(TOKENFORMER, "tokenformer"))
+
+
+@pytest.mark.parametrize(("before", "after"), [("bfloat16", "fp32"), ("fp32", "bfloat16")])
+def test_another_precision(before: str, after: str, runs: Runs, tmp_path: Path) -> None:
+    """A converted checkpoint, and one that is rewritten by hand and loaded as DeepSpeed's own: the same."""
+    layout = (1, 1, 2)
+    half = runs.half((2, 1, 1), TOKENFORMER | {"precision": before}, before)
+    keys = TOKENFORMER | {"precision": after}
+    finished = runs.run(f"{before}-{after}", layout, keys | {"load": str(half)})
+    assert finished.code == 0, finished.output
+    config = runs.folder / f"{before}-{after}.yml"
+    folders = ["--input_dir", str(half), "--config_file", str(config), "--output_dir", str(tmp_path)]
+    assert reshape.main([*folders, "--ranks", "2"]) == 0
+    by_hand = runs.run(f"{before}-{after}-by-hand", layout, keys | {"load": str(tmp_path)})
+    assert by_hand.code == 0, by_hand.output
+    assert "another layout" not in by_hand.output
+    converted, rewritten = runs.folder / f"{before}-{after}", runs.folder / f"{before}-{after}-by-hand"
+    losses = curve(converted, "train/lm_loss")
+    assert losses == curve(rewritten, "train/lm_loss")
+    assert list(losses) == list(range(HALF + 1, STEPS + 1))
+    assert_same_checkpoint(converted / f"global_step{STEPS}", rewritten / f"global_step{STEPS}")
+
+
+@pytest.mark.parametrize("model", BASES)
+@pytest.mark.parametrize(
+    ("before", "after", "layout"), [(512, 640, (2, 1, 1)), (640, 512, (1, 1, 1))], ids=["more", "fewer"]
+)
+def test_masked_padding_of_the_vocabulary_may_change(
+    before: int, after: int, layout: Layout, model: str, runs: Runs
+) -> None:
+    keys = BASES[model] | {"mask_padded_vocab": True, "padded_vocab_size": before}
+    name = f"{model}-padded-{before}"
+    half = runs.half(layout, keys, name)
+    finished = runs.run(f"{name}-{after}", (1, 1, 1), keys | {"padded_vocab_size": after, "load": str(half)})
+    assert finished.code == 0, finished.output
+    assert_continues(runs.folder / f"{name}-{after}", runs.whole(keys, name))
+    file = runs.folder / f"{name}-{after}" / f"global_step{STEPS}" / "layer_00-model_00-model_states.pt"
+    assert torch.load(file, weights_only=True)["word_embeddings.weight"].shape[0] == after
+
+
+def test_weights_alone_go_into_other_masked_padding(runs: Runs) -> None:
+    keys = TOKENFORMER | {"mask_padded_vocab": True, "padded_vocab_size": 512}
+    half = runs.half((2, 1, 1), keys, "tokenformer-padded-512")
+    tuned = {"padded_vocab_size": 640, "load": str(half), "finetune": True}
+    finished = runs.run("tuned", (1, 1, 1), keys | tuned)
+    assert finished.code == 0, finished.output
+    loss = curve(runs.folder / "tuned", "train/lm_loss")[1]
+    assert loss < curve(runs.whole(keys, "tokenformer-padded-512"), "train/lm_loss")[HALF // 2]
+
+
+def test_padding_that_counts_may_not_change(runs: Runs) -> None:
+    half = runs.half((2, 1, 1), TOKENFORMER, "tokenformer")
+    finished = runs.run("refused", (1, 1, 1), TOKENFORMER | {"padded_vocab_size": 640, "load": str(half)})
+    assert finished.code == 1
+    assert "512 tokens padded to 512, this run one of 512 padded to 640" in finished.output
+    assert "With `mask_padded_vocab: true` from a run's start" in finished.output
+
+
+def test_a_conversion_is_used_again(runs: Runs, copy: Callable[..., Path]) -> None:
+    half = copy((2, 1, 1))
+    first = runs.run("first", (1, 1, 1), TOKENFORMER | {"load": str(half)})
+    second = runs.run("second", (1, 2, 1), TOKENFORMER | {"load": str(half), "precision": "bfloat16"})
+    assert (first.code, second.code) == (0, 0), first.output + second.output
+    assert "converting weights and optimizer state" in first.output
+    assert "converting" not in second.output
+    assert "its conversion to any layout is there already" in second.output
+    assert sorted(path.name for path in half.glob("universal*")) == ["universal"]
+
+
+def damage(half: Path, kind: str) -> None:
+    folder = half / "universal"
+    moments = next(folder.glob("zero/*/exp_avg.pt"))
+    match kind:
+        case "a byte":
+            content = bytearray(moments.read_bytes())
+            content[len(content) // 2] ^= 1
+            moments.write_bytes(content)
+        case "a file less":
+            moments.unlink()
+        case "no list":
+            (folder / "conversion.json").unlink()
+        case "half a list":
+            (folder / "conversion.json").write_text((folder / "conversion.json").read_text()[:100])
+        case "of something else":
+            text = (folder / "conversion.json").read_text()
+            source = json.loads(text)["source"]
+            (folder / "conversion.json").write_text(text.replace(source, "0" * 64))
+
+
+@pytest.mark.parametrize("kind", ["a byte", "a file less", "no list", "half a list", "of something else"])
+def test_a_damaged_conversion_is_made_again(kind: str, runs: Runs, tmp_path: Path) -> None:
+    whole = runs.half((2, 1, 1), TOKENFORMER, "tokenformer")
+    if not (whole / "universal").exists():
+        assert runs.run("makes-it", (1, 1, 1), TOKENFORMER | {"load": str(whole)}).code == 0
+    half = tmp_path / whole.name
+    shutil.copytree(whole, half)
+    damage(half, kind)
+    finished = runs.run(f"damaged-{kind}", (1, 1, 1), TOKENFORMER | {"load": str(half)})
+    assert finished.code == 0, finished.output
+    assert "It is made again." in finished.output
+    assert_continues(runs.folder / f"damaged-{kind}", runs.whole(TOKENFORMER, "tokenformer"))
+
+
+def kill_at_layer(number: int) -> None:
+    from megatron.checkpointing import universal
+
+    original = universal._Conversion.write_layer
+
+    def write_layer(self: Any, layout: Any) -> None:
+        if self.done == number:
+            kill_all_ranks()
+        original(self, layout)
+
+    universal._Conversion.write_layer = write_layer  # type: ignore[method-assign]
+
+
+def test_a_killed_conversion_is_made_again(runs: Runs, copy: Callable[..., Path]) -> None:
+    half = copy((2, 1, 1))
+    keys = TOKENFORMER | {"load": str(half)}
+    killed = runs.run("killed", (1, 1, 2), keys, before=kill_at_layer, arguments=(2,))
+    assert killed.codes == [-signal.SIGKILL] * 2
+    (left,) = half.glob("universal*")
+    assert left.name.startswith("universal.writing-")
+    assert runs.run("after-kill", (1, 1, 2), keys).code == 0
+    assert_continues(runs.folder / "after-kill", runs.whole(TOKENFORMER, "tokenformer"))
+    assert sorted(half.glob("universal*")) == [half / "universal", left]
+    for path in (left, *left.rglob("*")):
+        os.utime(path, (0, 0))
+    shutil.rmtree(half / "universal")
+    assert runs.run("later", (1, 1, 2), keys).code == 0
+    assert list(half.glob("universal*")) == [half / "universal"], "what was abandoned is gone"
+
+
+def no_room() -> None:
+    """Files can grow to a few kilobytes from the moment that the conversion begins."""
+    from megatron.checkpointing import universal
+
+    original = universal._remove_abandoned
+
+    def remove_abandoned(folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        original(folder)
+
+    universal._remove_abandoned = remove_abandoned
+
+
+def test_no_room_for_a_conversion_is_told_on_all_ranks(runs: Runs, copy: Callable[..., Path]) -> None:
+    half = copy((2, 1, 1))
+    finished = runs.run("no-room", (1, 1, 2), TOKENFORMER | {"load": str(half)}, before=no_room)
+    assert finished.codes == [1, 1], finished.output
+    assert finished.output.count("make room there") == 2
+    assert not list(half.glob("universal*"))
+
+
+def loaded_by_both(config: Path) -> None:
+    """This rank's partitions after our loader and after DeepSpeed's own."""
+    import deepspeed
+
+    from megatron.checkpointing import load_universal
+    from megatron.checkpointing.safe_files import load_tensors
+    from megatron.config.load import load_config
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    loaded = load_config([config])
+    sizes = loaded.run.parallel
+    context = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size)
+    engine = setup.build_engine(loaded.run, loaded.batch(context.tensor_size), VocabSize(512, 512), context)
+    universal = Path(loaded.run.checkpoint.load or "") / "universal"
+    engine.checkpoint_engine = EngineFiles(allow_unsafe=False)
+    load_universal.load_universal(engine, universal, context, vocab_size=512, same_precision=True)
+    adam = engine.optimizer.optimizer
+    flats = [group["params"][0] for group in adam.param_groups]
+    ours = [[flat.detach().clone(), *(adam.state[flat][key].clone() for key in MOMENTS)] for flat in flats]
+    weights = [weight.detach().clone() for weight in engine.module.parameters()]
+    for flat in flats:
+        flat.data.zero_()
+        del adam.state[flat]
+    engine._config.load_universal_checkpoint = True
+    engine.load_checkpoint(str(universal.parent), tag="universal")
+    theirs = [[flat.detach(), *(adam.state[flat][key] for key in MOMENTS)] for flat in flats]
+    for group, expected in zip(ours, theirs, strict=True):
+        for ours_, theirs_ in zip(group, expected, strict=True):
+            assert ours_.numel() > 0 and torch.equal(ours_, theirs_)
+    assert all(map(torch.equal, weights, engine.module.parameters()))
+    assert load_tensors(universal / "mp_rank_00_model_states.pt")["global_steps"] == engine.global_steps == HALF
+
+
+@pytest.mark.parametrize("model", BASES)
+def test_the_form_is_deepspeeds_own(model: str, runs: Runs) -> None:
+    """DeepSpeed's loader, told nothing of our modules, finds the same in it."""
+    keys = BASES[model] | {"no_weight_tying": True}
+    half = runs.half((1, 1, 1), keys, f"{model}-False")
+    if not (half / "universal").exists():
+        assert runs.run(f"{model}-makes-it", (2, 1, 1), keys | {"load": str(half)}).code == 0
+    config = runs.config(f"{model}-both", (2, 1, 1), keys | {"load": str(half)})
+    run_on_new_ranks(loaded_by_both, 2, config)
