@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.mpu.context import ParallelContext
 
     with process_group() if several else contextlib.nullcontext():
-        context = ParallelContext.create(run.parallel.tensor, 1) if several else ParallelContext.single()
+        context = ParallelContext.create(run.parallel.model_parallel_size, 1) if several else ParallelContext.single()
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         evaluate_checkpoints(run, context, device)
     return 0
