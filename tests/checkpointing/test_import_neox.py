@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.search import find_checkpoint
-from megatron.checkpointing.weights import load_local_model, read_weights
+from megatron.checkpointing.weights import read_weights
 from megatron.checkpointing.weights_only import is_weights_only
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron.inference.inference_model import load_inference_model
+from megatron.mpu.context import ParallelContext
 from tests.checkpointing.neox_writer import Form, Weights, neox_weights, our_weights, rank_file, write_neox
 from tests.helpers import plain_torch
 from tests.helpers.configs import PYTHIA, TOKENFORMER, write_dataset
@@ -133,7 +135,8 @@ def test_every_form_becomes_the_same_model(
     assert is_weights_only(checkpoint)
     assert (checkpoint.state.vocab_size, checkpoint.state.padded_vocab_size) == (TOKENS, ROWS)
     with torch.no_grad():
-        logits = load_local_model(checkpoint, torch.device("cpu")).double()(tokens())
+        model = load_inference_model(checkpoint.config, checkpoint, ParallelContext.single(), torch.device("cpu")).model
+        logits = model.double()(tokens())
     torch.testing.assert_close(logits, independent_logits(weights, settings), rtol=0, atol=1e-5)
 
 
@@ -452,7 +455,7 @@ def test_the_command_takes_overrides_and_refuses_in_one_line(tmp_path: Path) -> 
     refused = run_command(command)
     assert refused.returncode == 2
     assert "padded_vocab_size: 640" in refused.stderr and "Traceback" not in refused.stderr
-    finished = run_command([*command, "padded_vocab_size=640"])
+    finished = run_command([*command, "--set", "padded_vocab_size=640"])
     assert finished.returncode == 0, finished.stderr
     parameters = 640 * 32 + 2 * 2 * 32 * (3 * 24 + 40 + 48) + 2 * 32
-    assert f"{parameters:,} parameters in float32" in finished.stdout
+    assert finished.stdout == f"{tmp_path}/out/global_step0: {source}, {parameters:,} parameters in float32\n"

@@ -13,6 +13,7 @@ logits of the checkpoint are compared with those of transformers; when anything 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron.registry import require
 def main(argv: Sequence[str]) -> int:
     """Import as asked, then say what was written and how well it agrees."""
     args = parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     require("transformers", "convert_hf_to_neox.py", "Install it with `pip install -r requirements/hf.txt`.")
     from megatron.hf.import_folder import import_folder
     from megatron.hf.write_config import write_config

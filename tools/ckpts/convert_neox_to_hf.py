@@ -11,6 +11,7 @@ the folder and its logits are compared with ours; when they differ, or anything 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron.registry import require
 
 def main(argv: Sequence[str]) -> int:
     """Export as asked, then say what was written and how well it agrees."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     require("transformers", "convert_neox_to_hf.py", "Install it with `pip install -r requirements/hf.txt`.")
     from megatron.hf.export import ExportOptions, export_checkpoint
 

@@ -1,7 +1,7 @@
 """Turn a checkpoint of GPT-NeoX, or the published TokenFormer weights, into a checkpoint.
 
     python tools/ckpts/import_neox.py --input pytorch_model.bin --config_file configs/tokenformer/150M.yml \\
-        configs/data/pile.yml --output_dir runs/published-150M
+        configs/data/pile.yml --output_dir runs/published-150M [--set vocab_file=20B_tokenizer.json]
     python tools/ckpts/import_neox.py --input neox/global_step143000 --write-config pythia-1b.yml \\
         --output_dir runs/pythia-1b
 
@@ -14,6 +14,7 @@ of reading one. When anything fails, no output folder is left.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.checkpointing.import_neox import ImportedNeox, import_neox
 from megatron.checkpointing.neox_config import write_config
 from megatron.config.load import load_config
-from megatron.config.sources import OVERRIDE
 from megatron.errors import exit_on_user_error
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -33,12 +33,11 @@ SECONDS_BETWEEN_LINES = 2.0
 def main(argv: Sequence[str]) -> int:
     """Import as asked, then say what was written, and what is not as it was."""
     args = parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     if args.write_config is not None:
         write_config(args.input, args.write_config)
         print(f"{args.write_config}: the checkpoint's model as a configuration")
-    words = args.config_file or [str(args.write_config)]
-    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
-    run = load_config([Path(word) for word in words if word not in overrides], overrides).run
+    run = load_config(args.config_file or [args.write_config], args.set).run
     imported = import_neox(args.input, run, args.output_dir, progress_lines())
     print("\n".join(summary(imported, args.output_dir)))
     return 0
@@ -49,8 +48,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="file of weights, global_stepN folder, or run folder")
     config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument("--config_file", nargs="+", help="YAML files that describe the model, then key=value overrides")
+    config.add_argument("--config_file", type=Path, nargs="+", help="YAML files that describe the checkpoint's model")
     config.add_argument("--write-config", type=Path, help="YAML file to make from the checkpoint's own, and to use")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the YAML files")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     return parser.parse_args(argv)
 
