@@ -12,7 +12,7 @@ from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.layout import LayerLayout, fit_vocabulary, layer_layouts, merge
 from megatron.checkpointing.safe_files import load_tensors
 from megatron.errors import CheckpointError
-from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local, pipeline_location
+from megatron.model.causal_lm import VocabSize, pipeline_location
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
 
@@ -70,14 +70,6 @@ def read_layers(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every weight of the model by global name; raises what `read_layer` raises."""
     return {name: tensor for layer in read_layers(checkpoint) for name, tensor in layer.items()}
-
-
-def load_local_model(checkpoint: Checkpoint, device: torch.device) -> LocalCausalLM:
-    """The trained model on `device`, in evaluation mode; raises what `read_layer` raises."""
-    with torch.device("meta"):
-        model = build_local(checkpoint.config.model, vocab_size(checkpoint), seed=None)
-    model.load_state_dict(read_weights(checkpoint), strict=True, assign=True)
-    return model.to(device).eval()
 
 
 def load_parameters(
