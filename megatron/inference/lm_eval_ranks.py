@@ -52,10 +52,12 @@ class Ranks:
         return self._answer_share(method, items, options)
 
     def follow(self) -> None:
-        """Answer until rank 0 is done. Raises what went wrong on this rank, as rank 0 does."""
+        """Answer until rank 0 is done. Raises what rank 0 raises."""
         while True:
             message: list[Any] = [None]
             dist.broadcast_object_list(message, src=0, group=self.group)
+            if isinstance(message[0], UserError):
+                raise message[0]
             if message[0] is None:
                 return
             self._answer_share(*message[0])
@@ -91,4 +93,4 @@ class Ranks:
         # After an error of another kind the ranks may be anywhere; the launcher ends them.
         understood = error is None or isinstance(error, UserError)
         if self.several and self.first and understood and not self.dismissed:
-            dist.broadcast_object_list([None], src=0, group=self.group)
+            dist.broadcast_object_list([error], src=0, group=self.group)

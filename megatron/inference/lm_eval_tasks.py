@@ -57,9 +57,7 @@ def load_tasks(config: EvaluationConfig) -> Tasks:
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise ConfigError(f"eval_include_path: {config.include_path} is not a folder with task YAMLs.")
     stay_offline_without_network()
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=config.include_path)
+    manager = _task_manager(config)
     names = _known_names(config.tasks, manager)
     content: dict[Any, Any] = {}
     owners: dict[str, str] = {}
@@ -74,6 +72,18 @@ def load_tasks(config: EvaluationConfig) -> Tasks:
     for name, task in tasks.tasks.items():
         _set_fewshot(name, task, config.num_fewshot)
     return tasks
+
+
+def _task_manager(config: EvaluationConfig) -> Any:
+    """lm-eval's index of tasks. Its own ten thousand YAMLs take seconds to look at, and are left out where all that is
+    asked for are single tasks of the include path."""
+    from lm_eval.tasks import TaskManager
+
+    if config.include_path is not None:
+        manager = TaskManager(include_path=config.include_path, include_defaults=False)
+        if set(config.tasks) <= set(manager.all_subtasks):
+            return manager
+    return TaskManager(include_path=config.include_path)
 
 
 def stay_offline_without_network() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def reference(
     return _results(eval_config, eval_tasks, tmp_path_factory.mktemp("reference"), 1, "--eval_batch_size", "1")
 
 
-def _results(config: Path, tasks: Path, folder: Path, ranks: int, *more: str):
+def _results(config: Path, tasks: Path, folder: Path, ranks: int, *more: str) -> dict[str, Any]:
     flags = ["--include_path", str(tasks), "--eval_tasks", *TASKS, "--output", str(folder / "results.json")]
     finished = run_ranks(config, *flags, *more, ranks=ranks, script="eval", output=folder)
     assert finished.code == 0, finished.output
@@ -38,7 +39,7 @@ def _results(config: Path, tasks: Path, folder: Path, ranks: int, *more: str):
 
 @pytest.mark.parametrize(("ranks", "tensor"), LAYOUTS)
 def test_layouts_make_no_difference(
-    ranks: int, tensor: int, reference, eval_config: Path, eval_tasks: Path, tmp_path: Path
+    ranks: int, tensor: int, reference: dict[str, Any], eval_config: Path, eval_tasks: Path, tmp_path: Path
 ) -> None:
     found = _results(eval_config, eval_tasks, tmp_path, ranks, f"model_parallel_size={tensor}", "pipe_parallel_size=2")
     assert found["record"]["config"]["ranks"] == {"tensor": tensor, "data": ranks // tensor}
@@ -50,7 +51,7 @@ def test_layouts_make_no_difference(
 
 @pytest.mark.parametrize(("tensor", "pipe"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.full)])
 def test_checkpoints_of_any_layout(
-    tensor: int, pipe: int, reference, eval_config: Path, eval_tasks: Path, tmp_path: Path
+    tensor: int, pipe: int, reference: dict[str, Any], eval_config: Path, eval_tasks: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "run.yml"
     config.write_text(eval_config.read_text().replace(str(eval_config.parent / "run"), str(tmp_path / "run")))
@@ -64,6 +65,6 @@ def test_checkpoints_of_any_layout(
 
 def test_an_error_ends_all_ranks_alike(eval_config: Path, eval_checkpoint: Checkpoint, tmp_path: Path) -> None:
     finished = run_ranks(eval_config, "--eval_tasks", "piqqa", ranks=2, script="eval", output=tmp_path)
-    assert finished.codes[0] == 2
+    assert finished.code == 2
     assert "there is no task 'piqqa' (near: piqa" in finished.output
     assert "Traceback" not in finished.output
