@@ -25,6 +25,7 @@ from megatron.mpu.context import ParallelContext
 from tests.checkpointing.neox_writer import Form, Weights, neox_weights, our_weights, rank_file, write_neox
 from tests.helpers import plain_torch
 from tests.helpers.configs import PYTHIA, TOKENFORMER, write_dataset
+from tests.helpers.eval_tasks import write_tasks
 from tests.helpers.runs import run_ranks, train
 from tests.integration.conftest import records, run_command
 from tools.ckpts import convert_neox_to_hf, import_neox
@@ -262,7 +263,7 @@ def test_rows_of_tokens_are_never_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenformer", "pythia"])
-def test_training_generation_and_export_accept_it(name: str, tmp_path: Path) -> None:
+def test_training_generation_evaluation_and_export_accept_it(name: str, tmp_path: Path) -> None:
     settings = MODELS[name]
     weights = neox_weights(settings, ROWS)
     source = write_neox(tmp_path / "neox", weights, settings, "layers", tensor=2)
@@ -281,8 +282,16 @@ def test_training_generation_and_export_accept_it(name: str, tmp_path: Path) -> 
     assert finished.code == 0, finished.output
     assert "text" in json.loads(texts.read_text())
 
+    scores = tmp_path / "scores.json"
+    tasks = write_tasks(tmp_path / "tasks")
+    asked = ["--include_path", str(tasks), "--eval_tasks", "docs_text", "--output", str(scores)]
+    finished = run_ranks(config, f"load={tmp_path / 'out'}", *asked, script="eval")
+    assert finished.code == 0, finished.output
+    assert scores.is_file()
+
     folder = tmp_path / "hf"
     arguments = ["--input_dir", tmp_path / "out", "--config_file", config, "--output_dir", folder]
+    arguments += ["--precision", "auto", "--architecture", "neox"]
     assert convert_neox_to_hf.main(list(map(str, arguments))) == 0
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits

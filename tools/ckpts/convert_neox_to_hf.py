@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config_file", type=Path, nargs="+", required=True, help="the run's YAML files")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="auto keeps the checkpoint's")
+    parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")
     parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")
     parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows of the vocabulary out")
     parser.add_argument(
