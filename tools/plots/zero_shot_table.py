@@ -1,0 +1,226 @@
+"""Join results of eval.py with published rows into one table: Markdown, CSV and a figure.
+
+    python tools/plots/zero_shot_table.py eval_results/*.json --output zero_shot
+
+writes zero_shot.md, zero_shot.csv and zero_shot.png. A column is a task and its metric, `--columns task:metric ...`;
+the default ones are those of the TokenFormer paper. Files about the same model make one row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.errors import ConfigError, DataError, exit_on_user_error
+from megatron.inference.evaluation_results import metrics_of
+from megatron.monitor.console import format_count
+
+PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
+COLUMNS = (
+    "lambada_openai:acc",
+    "hellaswag:acc_norm",
+    "piqa:acc",
+    "arc_easy:acc",
+    "arc_challenge:acc_norm",
+    "winogrande:acc",
+)
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shown in percent, and averaged."""
+MISSING = "-"
+MEASURED_COLOUR, PUBLISHED_COLOUR = "#D55E00", "0.45"
+
+
+@dataclass
+class Row:
+    """One model."""
+
+    model: str
+    parameters: float
+    source: str
+    published: bool
+    values: dict[str, float] = field(default_factory=dict)
+    """By column; shares in percent."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """One standard error of some of them."""
+
+    def average(self, columns: Sequence[str]) -> float | None:
+        """Mean of the shares among `columns`; None when one is missing."""
+        shares = [self.values.get(column) for column in columns if is_share(column)]
+        known = [share for share in shares if share is not None]
+        return math.fsum(known) / len(known) if known and len(known) == len(shares) else None
+
+
+def is_share(column: str) -> bool:
+    """Whether the column's metric is a share of right answers."""
+    return column.rpartition(":")[2] in SHARES
+
+
+def read_published(path: Path) -> list[Row]:
+    """The published rows; their file names each row's source."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = []
+        for entry in csv.DictReader(file):
+            values = {column: float(value) for column, value in entry.items() if ":" in column and value}
+            rows.append(Row(entry["model"], float(entry["parameters"]), entry["source"], True, values))
+        return rows
+
+
+def read_results(paths: Sequence[Path]) -> list[Row]:
+    """A row for each model; of several measurements of one column, the newest. Raises DataError for other files."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1]["date"]):
+        model, how = record["model"], record["config"]
+        name = model["name"] + _reservations(how)
+        digest = model.get("manifest_sha256") or model.get("sha256") or model.get("hub_commit")
+        row = rows.setdefault((name, digest), Row(name, model["parameters"], "", False))
+        row.source = ", ".join(filter(None, [row.source, path.name]))
+        for (task, metric), (value, error) in metrics_of(record["results"]).items():
+            column = f"{task}:{metric}"
+            scale = 100.0 if is_share(column) else 1.0
+            row.values[column] = scale * value
+            row.errors[column] = scale * (error or 0.0)
+    return list(rows.values())
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record["results"], record["date"], record["model"]["name"], record["config"]["limit"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a results file of eval.py ({error}). Name its .json files.") from error
+    return record
+
+
+def _reservations(how: Mapping[str, Any]) -> str:
+    """What keeps a measurement from being compared with the published ones."""
+    notes = [f"first {how['limit']} only"] if how["limit"] else []
+    notes += [f"{how['num_fewshot']}-shot"] if how["num_fewshot"] else []
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def join(results: Sequence[Row], published: Sequence[Row], columns: Sequence[str]) -> list[Row]:
+    """All rows with a value in any of the columns, by size. Raises DataError when no result has one."""
+    if not any(column in row.values for row in results for column in columns):
+        measured = sorted({column for row in results for column in row.values})
+        raise DataError(
+            f"no results file measured {', '.join(columns)}. Measured: {', '.join(measured) or 'nothing'}. Name some "
+            "of them with --columns."
+        )
+    rows = [row for row in (*published, *results) if any(column in row.values for column in columns)]
+    return sorted(rows, key=lambda row: (row.parameters, row.published, row.model))
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The table; published rows are in italics, and each row says where it is from."""
+    head = ["Model", "Parameters", *(f"{task} ({metric})" for task, _, metric in _split(columns)), "Average", "Source"]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    for row in rows:
+        name = f"*{row.model}*" if row.published else f"**{row.model}**"
+        source = f"published: {row.source}" if row.published else f"measured: {row.source}"
+        numbers = [_number(row.values.get(column)) for column in columns]
+        size = format_count(row.parameters, digits=3)
+        lines.append(_line([name, size, *numbers, _number(row.average(columns)), source]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}" if value < 1000.0 else f"{value:.3g}"
+
+
+def _split(columns: Sequence[str]) -> list[tuple[str, str, str]]:
+    return [column.rpartition(":") for column in columns]
+
+
+def write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+    """The table with all digits and the standard errors."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        stderrs = [f"{column}_stderr" for column in columns]
+        writer.writerow(["model", "kind", "parameters", *columns, *stderrs, "average", "source"])
+        for row in rows:
+            values = [row.values.get(column, "") for column in columns]
+            errors = [row.errors.get(column, "") for column in columns]
+            average = row.average(columns)
+            kind = "published" if row.published else "measured"
+            last = ["" if average is None else average, row.source]
+            writer.writerow([row.model, kind, int(row.parameters), *values, *errors, *last])
+
+
+def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
+    """A panel for each column and for the average, a line for each model; bars are one standard error."""
+    panels = [*columns, "average"]
+    figure = Figure(figsize=(2.4 + 1.75 * len(panels), 1.3 + 0.27 * len(rows)), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    places = range(len(rows) - 1, -1, -1)
+    for axes, column in zip(grid, panels, strict=True):
+        for place, row in zip(places, rows, strict=True):
+            value = row.average(columns) if column == "average" else row.values.get(column)
+            if value is None:
+                continue
+            colour = PUBLISHED_COLOUR if row.published else MEASURED_COLOUR
+            axes.errorbar(
+                value,
+                place,
+                xerr=row.errors.get(column) or None,
+                marker="o",
+                markersize=5,
+                color=colour,
+                markerfacecolor="white" if row.published else colour,
+                linestyle="none",
+                capsize=2,
+            )
+        task, _, metric = column.rpartition(":")
+        unit = " [%]" if column == "average" or is_share(column) else ""
+        axes.set_title(task or column, fontsize=9)
+        axes.set_xlabel(f"{metric if task else 'mean'}{unit}", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    grid[0].set_yticks(list(places), [row.model for row in rows])
+    for label, row in zip(grid[0].get_yticklabels(), rows, strict=True):
+        label.set_color(PUBLISHED_COLOUR if row.published else MEASURED_COLOUR)
+    figure.suptitle("measured (filled) and published (hollow)", fontsize=9)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the three files; raises DataError for what are no results, ConfigError for a column that is none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC")
+    parser.add_argument("--published", type=Path, default=PUBLISHED, help="CSV of published rows")
+    parser.add_argument("--without-published", action="store_true", help="leave the published rows out")
+    options = parser.parse_args(argv)
+    for column in options.columns:
+        if not all(column.partition(":")[::2]):
+            raise ConfigError(f"--columns: {column!r} is not TASK:METRIC, as in hellaswag:acc_norm.")
+    published = [] if options.without_published else read_published(options.published)
+    rows = join(read_results(options.results), published, options.columns)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(rows, options.columns)
+    Path(f"{options.output}.md").write_text(text, encoding="utf-8")
+    write_csv(rows, options.columns, Path(f"{options.output}.csv"))
+    draw(rows, options.columns).savefig(f"{options.output}.png", dpi=150)
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
