@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, distributed
 
@@ -49,14 +50,16 @@ class StepGuard:
         self.engine = engine
         self.context = context
         self.stop = stop
-        self.scaler = engine.optimizer.loss_scaler if _has_dynamic_scale(precision) else None
-        if self.scaler is not None:
-            # DeepSpeed would raise a bare Exception where `scale_is_stuck` has something to say.
-            self.scaler.raise_error_at_min_scale = False
+        self._has_dynamic_scale = precision.dtype == "fp16" and precision.loss_scale == 0
         self.evidence: list[Evidence] = []
         self._scale_before = math.inf
         self._sum_tied_gradients = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
         engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._inspect_then_reduce}
+
+    @property
+    def scaler(self) -> DynamicLossScaler | None:
+        """fp16's search for a scale; None without one. Loading a checkpoint makes another object of it."""
+        return self.engine.optimizer.loss_scaler if self._has_dynamic_scale else None
 
     @property
     def step_was_left_out(self) -> bool:
@@ -66,24 +69,28 @@ class StepGuard:
     @property
     def step_was_bad(self) -> bool:
         """Whether the last step was left out and no search for a scale explains it; the same on every rank."""
-        return self.step_was_left_out and self.scaler is None
+        return self.step_was_left_out and not self._has_dynamic_scale
 
     @property
     def scale_is_stuck(self) -> bool:
         """Whether the last step overflowed at the smallest dynamic scale of fp16."""
-        return self.scaler is not None and self.step_was_left_out and self._scale_before <= self.scaler.min_scale
+        scaler = self.scaler
+        return scaler is not None and self.step_was_left_out and self._scale_before <= scaler.min_scale
 
     def _inspect_then_reduce(self, engine: PipelineEngine) -> None:
         self.evidence = []
-        if self.scaler is not None:
-            self._scale_before = self.scaler.cur_scale
+        scaler = self.scaler
+        if scaler is not None:
+            self._scale_before = scaler.cur_scale
+            # DeepSpeed would raise a bare Exception where `scale_is_stuck` has something to say.
+            scaler.raise_error_at_min_scale = False
         gradients = own_gradients(engine)
         bad_loss, bad_gradients = _any_bad(engine.fwd_outputs, engine), _any_bad(gradients, engine)
         flags = torch.stack([bad_loss | bad_gradients, torch.tensor(self.stop.requested, device=engine.device)]).int()
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         bad, stop = flags.tolist()
         self.stop.agreed = self.stop.agreed or bool(stop)
-        if bad and self.scaler is None:
+        if bad and scaler is None:
             self.evidence = self._gather_evidence(bool(bad_gradients))
             for gradient in gradients:
                 gradient.fill_(math.nan)
@@ -109,7 +116,3 @@ def _any_bad(tensors: list[Tensor], engine: PipelineEngine) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.bool, device=engine.device)
     return ~torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))
-
-
-def _has_dynamic_scale(precision: PrecisionConfig) -> bool:
-    return precision.dtype == "fp16" and precision.loss_scale == 0
