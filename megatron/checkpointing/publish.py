@@ -46,7 +46,7 @@ def clear_leftovers(folder: Path) -> None:
     """Delete what killed saves have left, but for checkpoints that are put back."""
     put_back_replaced(folder)
     for path, _, _ in _leftovers(folder):
-        shutil.rmtree(path)
+        _delete(path)
 
 
 def complete(
@@ -106,7 +106,7 @@ def remove_old(folder: Path, config: CheckpointConfig, run_id: str) -> None:
         if not _is_kept_for_ever(checkpoint.state.iteration, config):
             removed = _hidden(checkpoint.path, REMOVED)
             checkpoint.path.rename(removed)
-            shutil.rmtree(removed)
+            _delete(removed)
 
 
 def _publish(temporary: Path, final: Path, run_id: str) -> Path:
@@ -121,8 +121,17 @@ def _publish(temporary: Path, final: Path, run_id: str) -> Path:
     flush_folder(final.parent)
     replace_durably(final.parent / LATEST, f"{final.name}\n")
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _delete(replaced)
     return final
+
+
+def _delete(path: Path) -> None:
+    """Delete a hidden folder. Where that fails, as while another machine has a file of it open, it does no harm, and
+    the next save tries again."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s could not be deleted (%s); the next save tries again", path, error.strerror)
 
 
 def _leftovers(folder: Path) -> list[tuple[Path, str, str]]:

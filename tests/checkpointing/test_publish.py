@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
+import shutil
+import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +19,8 @@ from megatron.checkpointing.search import find_checkpoint
 from megatron.config.output import CheckpointConfig
 from megatron.errors import CheckpointError
 from tests.helpers.checkpoints import save
+from tests.helpers.faults import watch_save
+from tests.helpers.forkserver import CONTEXT, ENVIRONMENT
 
 
 def iterations(folder: Path) -> list[int]:
@@ -154,3 +162,57 @@ def test_a_file_in_the_way_is_not_writable(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"save: .*file/run cannot be written"):
         require_writable(tmp_path / "file" / "run")
+
+
+def test_what_cannot_be_deleted_now_is_deleted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a network file system a folder stays as long as somebody has a file of it open."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        remove_old(tmp_path, keep(1), "run")
+        save(tmp_path, 2)
+    assert "could not be deleted (Device or resource busy); the next save tries again" in caplog.text
+    assert {path.name for path in tmp_path.glob(".*")} == {".global_step1.removed", ".global_step2.replaced"}
+    found = find_checkpoint(tmp_path, None, "full")
+    assert found is not None and found.state.iteration == 2
+    save(tmp_path, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step2", "global_step3", "latest"}
+
+
+def _save_step_10_again(folder: Path, kill_at: int) -> None:
+    os.setsid()
+    os.environ["RANK"] = "0"
+    watch_save(10, None, kill_at)
+    save(folder, 10, tensors=torch.zeros(3))
+
+
+@pytest.mark.full
+def test_killed_while_a_step_is_saved_again(tmp_path: Path) -> None:
+    """Before each single thing that it does to the folder: the old or the new one is there, whole."""
+    kept = []
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        save(folder, 10)
+        process = CONTEXT.Process(target=_save_step_10_again, args=(folder, number))
+        with mock.patch.dict(os.environ, ENVIRONMENT):
+            process.start()
+        process.join()
+        put_back_replaced(folder)
+        found = find_checkpoint(folder, None, "full")
+        assert found is not None and found.state.iteration == 10
+        kept.append(len(torch.load(found.path / "layer_00.pt", weights_only=True)))
+        save(folder, 10)
+        assert {path.name for path in folder.iterdir()} == {"global_step10", "latest"}
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert len(kept) > 15
+    assert kept == sorted(kept, reverse=True), "the old one until a certain moment, then the new one"
+    assert set(kept) == {1000, 3}
