@@ -75,9 +75,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_tasks", "--eval-tasks", nargs="*", metavar="TASK", help="tasks of lm-eval")
-    group.add_argument(
-        "--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py"
-    )
+    group.add_argument("--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py")
     for flag, key in EVALUATION_FLAGS.items():
         group.add_argument(flag, flag.replace("_", "-"), dest=key, metavar="VALUE", help=f"{key}=VALUE")
 
@@ -96,7 +94,7 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
             overrides.append(f"eval_tasks={json.dumps(own)}")
         elif own == ["all"]:
             overrides.append("eval_iterations=all")
-        elif len(own) > 1:
+        elif len(own) > 1 or (own and options.eval_tasks is not None):
             overrides.append(f"eval_iterations=[{', '.join(own)}]")
         elif own:
             overrides.append(f"iteration={own[0]}")

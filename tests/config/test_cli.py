@@ -95,6 +95,7 @@ def test_configuration_imports_neither_torch_nor_numpy() -> None:
         (["--iteration", "7"], {"iteration=7"}),
         (["--iteration", "1", "20", "load=a"], {"eval_iterations=[1, 20]", "load=a"}),
         (["--iteration", "all"], {"eval_iterations=all"}),
+        (["--iteration", "7", "--eval_tasks", "a"], {"eval_iterations=[7]", 'eval_tasks=["a"]'}),
         (["--eval_batch_size=auto", "--hf-model", "a/b"], {"eval_batch_size=auto", "eval_hf_model=a/b"}),
         (["--eval_num_fewshot", "5", "--eval_task_limit", "9"], {"eval_num_fewshot=5", "eval_task_limit=9"}),
         (
