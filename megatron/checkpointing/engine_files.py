@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from torch import Tensor
 
 from megatron.checkpointing.manifest import FileEntry
 from megatron.checkpointing.safe_files import load_tensors
@@ -59,6 +61,53 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
         if self._failure is not None:
             raise CheckpointError(self._failure)
         return self._written
+
+
+class SnapshotFiles(EngineFiles):
+    """Copies what is to be saved into host memory; `write` writes it, in another thread."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_unsafe=False)
+        self._kept: list[tuple[Any, str]] = []
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """A save begins."""
+        super().create(info)
+        self._kept = []
+
+    def preserves_storage_sharing(self) -> bool:
+        """The copies share no storage, so that DeepSpeed need not make its own."""
+        return False
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copy the content of one file."""
+        try:
+            self._kept.append((_copied(state_dict), path))
+        # torch tells of too little host memory by a RuntimeError.
+        except (MemoryError, RuntimeError) as error:
+            self._failure = f"{Path(path).name}: no copy for async_save: {str(error).splitlines()[0]}"
+
+    def write(self) -> None:
+        """Write the files, and free the memory of each when it is written."""
+        while self._kept:
+            super().save(*self._kept[0])
+            del self._kept[0]
+
+    def taken(self) -> dict[str, FileEntry]:
+        if self._kept:
+            raise CheckpointError(f"{Path(self._kept[0][1]).name}: the writing thread has ended unexpectedly")
+        return super().taken()
+
+
+def _copied(content: Any) -> Any:
+    """Tensors on the CPU and everything else, in dictionaries and lists, as they are now."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True).requires_grad_(content.requires_grad)
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_copied(value) for value in content]
+    return copy.deepcopy(content)
 
 
 def write_tensors(content: Any, path: Path) -> FileEntry:

@@ -30,6 +30,10 @@ class CheckpointConfig(Section):
     extra_save_iters: list[NonNegativeInt] = Field(default=[])
     """Further steps at which to save [steps]; 0 saves the initial weights."""
 
+    async_save: bool = False
+    """Write checkpoints in the background, from a copy in host memory, while training goes on. Only the copy, and the
+    last save of a run, are waited for."""
+
     keep_last_n_checkpoints: PositiveInt | None = None
     """Newest complete checkpoints of this run that are kept [checkpoints]; None keeps all."""
 

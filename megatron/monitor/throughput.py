@@ -69,6 +69,7 @@ class Throughput:
         self._iteration = iteration
         self._since = clock()
         self._paused_seconds = 0.0
+        self._saving_seconds = 0.0
         self._waited_seconds = 0.0
         self._smoothed_steps = 0.0
         self._smoothed_seconds = 0.0
@@ -82,11 +83,22 @@ class Throughput:
         finally:
             self._paused_seconds += self._clock() - start
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """`paused`, and the time shows as `train/save_wait_seconds` in the next metrics."""
+        start = self._clock()
+        try:
+            with self.paused():
+                yield
+        finally:
+            self._saving_seconds += self._clock() - start
+
     def measure(self, iteration: int, data_wait_seconds: float) -> dict[str, float]:
         """Metrics of the steps since the last call, at step `iteration`; empty if there were none.
 
         `data_wait_seconds` is the training data's `TimedIterator.wait_seconds` [s]. `train/mfu` is there only if
-        both the model's FLOPs and the devices' peak are known.
+        both the model's FLOPs and the devices' peak are known, `train/save_wait_seconds` only if training waited for a
+        save since the last call.
         """
         steps = iteration - self._iteration
         if steps <= 0:
@@ -108,6 +120,8 @@ class Throughput:
             "train/data_wait_share": waited / training,
             "train/seconds_left": steps_left * self._smoothed_seconds / self._smoothed_steps,
         }
+        if self._saving_seconds > 0.0:
+            metrics["train/save_wait_seconds"], self._saving_seconds = self._saving_seconds, 0.0
         if self._flops_per_token is not None and self._peak_flops is not None:
             metrics["train/mfu"] = self._flops_per_token * tokens_per_second / self._peak_flops
         return metrics

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.checkpointing.save_load import save_checkpoint
+from megatron.checkpointing.saving import Saver
 from megatron.checkpointing.state import RunState
 from megatron.config.run import RunConfig
 from megatron.config.training import TrainingConfig
@@ -164,23 +164,29 @@ class SaveCheckpoints:
         self.iterations = iterations
         self.progress = progress
         self.unchanging = unchanging
-        self.config = config
         self.throughput = throughput
         self.stop = stop
-        self.run_id = run_id
-        self.versions = versions
+        self.saver = Saver(engine, config, run_id=run_id, versions=versions)
 
     def before_training(self) -> None:
         """Save the initial weights of a run that starts from step 0."""
         if self.progress.iteration == 0 and 0 in self.iterations:
-            self._save()
+            self._save(wait=False)
 
     def after_step(self, step: Step) -> None:
-        """Save when it is time."""
-        if step.iteration in self.iterations or step.ends_run or self.stop.agreed:
-            self._save()
+        """Save when it is time, and publish what was saved before and is written by now."""
+        ends = step.ends_run or self.stop.agreed
+        if step.iteration in self.iterations or ends:
+            self._save(wait=ends)
+        elif self.saver.is_saving:
+            with self.throughput.saving():
+                self.saver.publish_if_written()
 
-    def _save(self) -> None:
+    def finish(self) -> None:
+        """Publish what is still being written."""
+        self.saver.finish()
+
+    def _save(self, *, wait: bool) -> None:
         state = replace(self.unchanging, **asdict(self.progress), schedule_steps=self.engine.lr_scheduler.num_steps)
-        with self.throughput.paused():
-            save_checkpoint(self.engine, state, self.config, run_id=self.run_id, versions=self.versions)
+        with self.throughput.saving():
+            self.saver.save(state, wait=wait)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.save_load import load_checkpoint, load_weights
+from megatron.checkpointing.loading import load_checkpoint, load_weights
 from megatron.checkpointing.schedule import save_iterations
 from megatron.checkpointing.state import RunState
 from megatron.config.run import RunConfig
 from megatron.config.training import BatchConfig
 from megatron.data.datasets import Datasets
+from megatron.errors import NonFiniteError
 from megatron.model.causal_lm import VocabSize
 from megatron.monitor.throughput import Throughput, TimedIterator
 from megatron.monitor.writers import Monitor
@@ -91,12 +93,29 @@ def _train(
         callbacks.append(FinalTest(engine, test_batches, training.eval_iters, meter, stop))
     interval, length = config.monitor.log_interval, config.model.seq_length
     callbacks.append(LogMetrics(engine, monitor, meter, timed, progress, length, interval, stop))
+    saves = None
     if config.checkpoint.save is not None:
         iterations = save_iterations(config.checkpoint, training.train_iters)
         versions = recorded_versions(run.description)
-        callbacks.append(
-            SaveCheckpoints(
-                engine, iterations, progress, run.state, config, meter, stop, run_id=run_id, versions=versions
-            )
+        saves = SaveCheckpoints(
+            engine, iterations, progress, run.state, config, meter, stop, run_id=run_id, versions=versions
         )
-    return train(engine, timed, progress, training, run.batch, run.guard, run.reader.context, callbacks)
+        callbacks.append(saves)
+    with finished(saves):
+        return train(engine, timed, progress, training, run.batch, run.guard, run.reader.context, callbacks)
+
+
+@contextmanager
+def finished(saves: SaveCheckpoints | None) -> Iterator[None]:
+    """Leave with the last save published, also when all ranks give up on a step that is not finite.
+
+    Any other error may be one rank's alone, which the others would wait for in vain.
+    """
+    try:
+        yield
+    except NonFiniteError:
+        if saves is not None:
+            saves.finish()
+        raise
+    if saves is not None:
+        saves.finish()

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,34 @@ def kill_in_the_middle_of_a_file(iteration: int, rank: int) -> None:
 
     original = engine_files._HashedFile.write
     engine_files._HashedFile.write = write
+
+
+def slow_writes(seconds: float, rank: int | None = None) -> None:
+    """The thread that writes checkpoints sleeps so long before each file, on all ranks or on one."""
+    from megatron.checkpointing import engine_files
+
+    original = engine_files.write_tensors
+
+    def write(content: Any, path: Path) -> Any:
+        if threading.current_thread() is not threading.main_thread() and rank in (None, this_rank()):
+            time.sleep(seconds)
+        return original(content, path)
+
+    engine_files.write_tensors = write
+
+
+def limit_file_size_in_save(iteration: int, rank: int, size: int) -> None:
+    """From the save of `iteration` on, no file of `rank` can grow beyond `size` bytes, as on a full disk."""
+    from megatron.checkpointing import engine_files
+
+    original = engine_files.write_tensors
+
+    def write(content: Any, path: Path) -> Any:
+        if path.parent.name == f".global_step{iteration}.writing" and this_rank() == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        return original(content, path)
+
+    engine_files.write_tensors = write
 
 
 def limit_file_size(step: int, rank: int, size: int) -> None:

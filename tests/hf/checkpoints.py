@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from megatron.checkpointing.folder import Checkpoint, read_checkpoint
-from megatron.checkpointing.save_load import save_checkpoint
+from megatron.checkpointing.saving import save_checkpoint
 from megatron.config.load import load_config
 from megatron.config.run import RunConfig
 from megatron.data.datasets import SampleCounts

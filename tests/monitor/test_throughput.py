@@ -62,6 +62,20 @@ def test_evaluating_and_saving_slow_the_run_but_not_its_rate() -> None:
     assert meter.measure(120, 0.0)["train/step_seconds"] == pytest.approx(0.4)
 
 
+def test_waiting_for_saves_is_told_once() -> None:
+    clock = Clock()
+    meter = _meter(clock)
+    clock.pass_seconds(4.0)
+    for seconds in (1.0, 0.5):
+        with meter.saving():
+            clock.pass_seconds(seconds)
+    metrics = meter.measure(110, 0.0)
+    assert metrics["train/save_wait_seconds"] == pytest.approx(1.5)
+    assert metrics["train/step_seconds"] == pytest.approx(0.4)
+    clock.pass_seconds(4.0)
+    assert "train/save_wait_seconds" not in meter.measure(120, 0.0)
+
+
 def test_time_left_forgets_a_slow_start_and_ends_at_zero() -> None:
     clock = Clock()
     meter = Throughput(tokens_per_step=1, iteration=0, total_iterations=1000, clock=clock)

@@ -19,6 +19,7 @@ CHECKPOINT_KEYS: dict[str, Entry] = {
     "checkpoint_scale": MapsTo("checkpoint.checkpoint_scale"),
     "extra_save_iters": MapsTo("checkpoint.extra_save_iters"),
     "save_iters": Rejected("NeoX computes it", "use extra_save_iters", accepts=LIST),
+    "async_save": MapsTo("checkpoint.async_save", difference="not a NeoX key; Megatron-LM has an option of this name"),
     "keep_last_n_checkpoints": MapsTo("checkpoint.keep_last_n_checkpoints"),
     "keep_extra_save_iters": MapsTo("checkpoint.keep_extra_save_iters", difference="not a NeoX key"),
     "keep_every_n_iters": MapsTo("checkpoint.keep_every_n_iters", difference="not a NeoX key"),

@@ -1,0 +1,49 @@
+"""Loads a run through DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from megatron.checkpointing.engine_files import EngineFiles
+from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.load_universal import load_universal
+from megatron.checkpointing.same_layout import layout_differences
+from megatron.checkpointing.universal import universal_form
+from megatron.checkpointing.weights import load_parameters
+from megatron.config.run import RunConfig
+from megatron.errors import CheckpointError
+from megatron.model.causal_lm import VocabSize
+from megatron.mpu.context import ParallelContext
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(
+    engine: PipelineEngine, checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, vocab: VocabSize
+) -> None:
+    """Load weights, optimizer state and the place in the schedule, whatever layout and precision wrote them.
+
+    Collective. What another layout or precision wrote is converted first, unless that was done before. Raises
+    CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it needs.
+    """
+    engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
+    differences = layout_differences(checkpoint, config, context, vocab.padded)
+    if differences:
+        logger.info("%s was written in another layout: %s", checkpoint.path, "; ".join(differences))
+        universal = universal_form(checkpoint, config.checkpoint.verify_checkpoint)
+        same_precision = checkpoint.config.training.precision.dtype == config.training.precision.dtype
+        load_universal(engine, universal, context, vocab_size=vocab.actual, same_precision=same_precision)
+        return
+    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    if loaded is None:
+        raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
+
+
+def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
+    """Load weights alone, whatever layout wrote them; raises CheckpointError when a file is damaged or unsafe."""
+    load_parameters(engine.module.global_parameters(), checkpoint, context)
+    engine.optimizer.refresh_fp32_params()

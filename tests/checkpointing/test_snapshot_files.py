@@ -1,0 +1,102 @@
+"""What asynchronous saves copy, and what their thread writes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from torch import nn
+
+from megatron.checkpointing import engine_files
+from megatron.checkpointing.engine_files import EngineFiles, SnapshotFiles
+from megatron.checkpointing.manifest import describe_file
+from megatron.checkpointing.safe_files import load_tensors
+from megatron.errors import CheckpointError
+
+INFO = CheckpointCommitInfo(tag="tag", save_dir="folder", save_latest=False)
+
+
+def content() -> dict[str, Any]:
+    flat = torch.arange(100.0)
+    return {
+        "module": OrderedDict(weight=flat[10:20].view(2, 5), bias=nn.Parameter(torch.ones(3))),
+        "groups": [flat[20:30], {"step": torch.tensor(4.0), "betas": (0.9, 0.95)}],
+        "scaler": LossScaler(scale=8.0),
+        "steps": 4,
+    }
+
+
+def test_what_changes_after_the_copy_is_not_written(tmp_path: Path) -> None:
+    written = content()
+    files = SnapshotFiles()
+    files.create(INFO)
+    files.save(written, str(tmp_path / "snapshot.pt"))
+    for tensor in (written["module"]["weight"], written["groups"][0], written["groups"][1]["step"]):
+        tensor.fill_(-1.0)
+    with torch.no_grad():
+        written["module"]["bias"].zero_()
+    written["scaler"].cur_scale = 1.0
+    written["groups"].append("more")
+    files.write()
+    ours = load_tensors(tmp_path / "snapshot.pt")
+    theirs = content()
+    assert torch.equal(ours["module"]["weight"], theirs["module"]["weight"])
+    assert torch.equal(ours["module"]["bias"], theirs["module"]["bias"])
+    assert torch.equal(ours["groups"][0], theirs["groups"][0])
+    assert ours["groups"][1] == theirs["groups"][1]
+    assert (ours["scaler"].cur_scale, ours["steps"], len(ours["groups"])) == (8.0, 4, 2)
+    assert files.taken() == {"snapshot.pt": describe_file(tmp_path / "snapshot.pt")}
+
+
+def test_a_copy_is_of_a_view_alone(tmp_path: Path) -> None:
+    """DeepSpeed hands over views of tensors that hold all of a rank's weights, and need not copy them itself."""
+    files = SnapshotFiles()
+    files.create(INFO)
+    files.save({"weight": torch.zeros(1_000_000)[:10]}, str(tmp_path / "view.pt"))
+    files.write()
+    assert (tmp_path / "view.pt").stat().st_size < 10_000
+    assert not files.preserves_storage_sharing()
+    assert EngineFiles(allow_unsafe=False).preserves_storage_sharing()
+
+
+def test_memory_is_freed_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = SnapshotFiles()
+    files.create(INFO)
+    for name in "abc":
+        files.save({"weight": torch.zeros(10)}, str(tmp_path / name))
+    kept = []
+    original = engine_files.write_tensors
+    monkeypatch.setattr(
+        engine_files, "write_tensors", lambda *arguments: (kept.append(len(files._kept)), original(*arguments))[1]
+    )
+    files.write()
+    assert kept == [3, 2, 1]
+
+
+def test_a_thread_that_ends_unexpectedly_is_a_failure(tmp_path: Path) -> None:
+    files = SnapshotFiles()
+    files.create(INFO)
+    files.save({"weight": torch.zeros(10)}, str(tmp_path / "good.pt"))
+    files.save({"function": lambda: None}, str(tmp_path / "bad.pt"))
+    with pytest.raises(Exception, match="pickle"):
+        files.write()
+    with pytest.raises(CheckpointError, match=r"bad\.pt: the writing thread has ended unexpectedly"):
+        files.taken()
+
+
+def test_too_little_memory_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(content: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    files = SnapshotFiles()
+    files.create(INFO)
+    monkeypatch.setattr(engine_files, "_copied", no_memory)
+    files.save({"weight": torch.zeros(10)}, str(tmp_path / "a.pt"))
+    files.write()
+    with pytest.raises(CheckpointError, match=r"a\.pt: no copy for async_save: DefaultCPUAllocator"):
+        files.taken()
