@@ -7,6 +7,7 @@ tensor-parallel group must make the same calls, and get the same answers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from megatron.config.run import RunConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.kv_cache import KeyValueCache
+from megatron.model.speedups import apply_speedups, choose_speedups
 from megatron.mpu.collectives import gather_output, max_over_ranks
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
@@ -141,9 +143,12 @@ def load_inference_model(
 ) -> InferenceModel:
     """This rank's share of a trained model, whatever layout wrote it, in the configured precision.
 
-    Raises ConfigError when the configuration describes another model than the checkpoint's, or one that does not split
-    over the ranks of `context`; CheckpointError for damaged weights.
+    Speed-ups are chosen as in training, but nothing is compiled: inputs have too many shapes. Raises ConfigError when
+    the configuration describes another model than the checkpoint's, or one that does not split over the ranks of
+    `context`; CheckpointError for weights that are damaged or not finite; EnvironmentSetupError for a speed-up that is
+    on and cannot be had.
     """
+    speedups = choose_speedups(config.speedups, config.training.precision, on_gpu=device.type == "cuda")
     differences = model_differences(checkpoint.config.model, config.model)
     if differences:
         raise ConfigError(
@@ -154,4 +159,11 @@ def load_inference_model(
     with device:
         model = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
     load_parameters(model.named_parameters(), checkpoint, context)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} holds NaN, infinity, or numbers too large for {parameter.dtype}. Choose "
+                "another checkpoint."
+            )
+    apply_speedups(model, replace(speedups, compile=False))
     return InferenceModel(model, config, vocab)

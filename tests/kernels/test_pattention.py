@@ -38,6 +38,21 @@ def seeded(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+@pytest.mark.parametrize("theta", ALL_THETAS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_without_gradients_the_outputs_are_the_same(theta: str, rows: int) -> None:
+    x, *tokens = seeded((2, rows, 6), *[(5, 6)] * 3, *[(5, 4)] * 3)
+    options = {"theta": theta, "scale_base": 3, "rows": RowReduction()}
+    got = []
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            got.append(pattention(x, tokens[:3], tokens[3:], **options))
+    want = torch.stack([pattention_reference(x, k, v, theta, 3) for k, v in zip(tokens[:3], tokens[3:], strict=True)])
+    for y in got:
+        torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, pattention(x, tokens[:3], tokens[3:], **options), rtol=1e-12, atol=1e-12)
+
+
 def test_reference_and_fast_path_know_the_same_thetas() -> None:
     assert set(THETAS) == set(WEIGHTS) == set(ALL_THETAS)
 

@@ -31,10 +31,33 @@ def pattention(
     further parameter tokens; the result is then this rank's summand. Statistics are float32, or float64 for float64.
     """
     x_RD = x.reshape(-1, x.shape[-1])
-    y_JRN: Tensor = _Pattention.apply(  # type: ignore[no-untyped-call]
-        x_RD, THETAS[theta], scale_base, rows, *key_tokens, *value_tokens
-    )
+    if torch.is_grad_enabled():
+        y_JRN: Tensor = _Pattention.apply(  # type: ignore[no-untyped-call]
+            x_RD, THETAS[theta], scale_base, rows, *key_tokens, *value_tokens
+        )
+    else:
+        y_JRN = _without_gradient(x_RD, THETAS[theta], scale_base, rows, key_tokens, value_tokens)
     return y_JRN.view(len(key_tokens), *x.shape[:-1], -1)
+
+
+def _without_gradient(
+    x_RD: Tensor,
+    theta: Theta,
+    scale_base: int,
+    rows: RowReduction,
+    key_tokens: Sequence[Tensor],
+    value_tokens: Sequence[Tensor],
+) -> Tensor:
+    """One product per projection: to join the tokens would take longer than to multiply them with a few rows."""
+    num, p = len(key_tokens), len(key_tokens[0])
+    a_RJp = x_RD.new_empty((len(x_RD), num, p))
+    for index, key_pD in enumerate(key_tokens):
+        torch.mm(x_RD, key_pD.T, out=a_RJp[:, index])
+    h_RJp = theta.weights(a_RJp, theta.statistic(a_RJp, scale_base, rows), scale_base).to(x_RD.dtype)
+    y_JRN = x_RD.new_empty((num, len(x_RD), value_tokens[0].shape[1]))
+    for index, value_pN in enumerate(value_tokens):
+        torch.mm(h_RJp[:, index], value_pN, out=y_JRN[index])
+    return y_JRN
 
 
 class _Pattention(torch.autograd.Function):
