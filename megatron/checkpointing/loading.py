@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron.checkpointing.engine_files import EngineFiles
 from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.hyperparameters import configured_hyperparameters
 from megatron.checkpointing.load_universal import load_universal
 from megatron.checkpointing.same_layout import layout_differences
 from megatron.checkpointing.universal import universal_form
@@ -27,10 +28,18 @@ def load_checkpoint(
 ) -> None:
     """Load weights, optimizer state and the place in the schedule, whatever layout and precision wrote them.
 
-    Collective. What another layout or precision wrote is converted first, unless that was done before. Raises
-    CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it needs.
+    Hyperparameters stay the engine's. Collective. What another layout or precision wrote is converted first, unless
+    that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it
+    needs.
     """
     engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
+    with configured_hyperparameters(engine.optimizer):
+        _load(engine, checkpoint, config, context, vocab)
+
+
+def _load(
+    engine: PipelineEngine, checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, vocab: VocabSize
+) -> None:
     differences = layout_differences(checkpoint, config, context, vocab.padded)
     if differences:
         logger.info("%s was written in another layout: %s", checkpoint.path, "; ".join(differences))

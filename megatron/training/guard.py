@@ -58,7 +58,7 @@ class StepGuard:
 
     @property
     def scaler(self) -> DynamicLossScaler | None:
-        """fp16's search for a scale; None without one. Loading a checkpoint makes another object of it."""
+        """fp16's search for a scale; None without one."""
         return self.engine.optimizer.loss_scaler if self._has_dynamic_scale else None
 
     @property

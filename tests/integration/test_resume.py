@@ -134,6 +134,21 @@ def test_another_schedule_is_refused_unless_chosen(write_config: Callable[..., P
     assert records(run, "train/learning_rate")[6] == pytest.approx(1e-4 + 4.5e-4 * (1 + math.cos(math.pi * 2 / 27)))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
+def test_changed_hyperparameters_take_effect(precision: str, write_config: Callable[..., Path]) -> None:
+    config = write_config(TOKENFORMER, precision=precision, train_iters=3, auto_resume=True, exit_interval=2)
+    assert run_ranks(config).code == 75
+    betas = "optimizer.params.betas=[0.5, 0.6]"
+    train(config, betas, "optimizer.params.eps=1e-5", "weight_decay=0.3", "gradient_clipping=0.25")
+    [file] = (config.with_suffix("") / "global_step3").glob("*optim_states.pt")
+    # A file of the test's own making; it holds DeepSpeed's LossScaler.
+    saved = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    groups = saved["base_optimizer_state"]["param_groups"]
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.6), 1e-5)}
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
+    assert saved["clip_grad"] == 0.25
+
+
 def test_going_back_makes_a_branch_that_is_gone_on_from(write_config: Callable[..., Path]) -> None:
     config = write_config(TOKENFORMER, train_iters=6, checkpoint_factor=2)
     train(config)
