@@ -120,7 +120,9 @@ class _Conversion:
             (self.temporary / folder).mkdir()
             dim = layout.parameters[name.removeprefix(f"{layout.prefix}.")].shard_dim
             for key, tensor in states.items():
-                self._write(f"{folder}/{key}.pt", {"param": tensor} | ({} if dim is None else {"cat_dim": dim}))
+                # A copy, for torch.save writes all of what a view is of.
+                content = {"param": tensor.clone()} | ({} if dim is None else {"cat_dim": dim})
+                self._write(f"{folder}/{key}.pt", content)
             if optimizer.steps is not None:
                 self._write(f"{folder}/step.pt", torch.tensor(optimizer.steps))
         self.done += 1

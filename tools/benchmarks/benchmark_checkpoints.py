@@ -1,0 +1,95 @@
+"""Time what training waits for when it saves and loads, on one rank.
+
+    python tools/benchmarks/benchmark_checkpoints.py configs/tokenformer/150M.yml precision=fp32 seq_length=128 \\
+        train_batch_size=1 train_micro_batch_size_per_gpu=1 --vocab-size 50277 --output checkpoints.json
+
+Trains on random tokens, so no dataset is needed, and with --vocab-size no tokenizer. Checkpoints go to a folder that is
+deleted at the end, in the current one or in --folder: that disk is measured. What is read was written just before, and
+comes from memory where the machine has enough of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.config.cli import parse_command_line
+from megatron.config.load import load_config
+from megatron.errors import exit_on_user_error
+from megatron.monitor.console import format_count
+from tools.benchmarks.benchmark_training import Settings, require_one_rank
+
+MEANINGS = {
+    "step": "without a save",
+    "synchronous save": "training waits",
+    "asynchronous save: copy": "training waits",
+    "asynchronous save: publish": "training waits",
+    "asynchronous save: in the background": "training goes on",
+    "step while a save is written": "on the same processor cores",
+    "verify": "sizes and SHA-256 of all files",
+    "load, same layout": "",
+    "convert": "to DeepSpeed's universal form, once",
+    "load, converted": "into any layout",
+    "reshape.py": "for tensor 2 x pipeline 2",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the JSON file. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Time saves, loads and conversions of checkpoints on one rank.",
+        usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
+    parser.add_argument("--vocab-size", type=int, help="ids of the vocabulary, in place of the tokenizer's")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where to write (default: the current folder)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args, words = parser.parse_known_args(argv)
+    settings = Settings(parse_command_line(words), steps=1, rounds=args.rounds, vocab_size=args.vocab_size)
+    require_one_rank(load_config(settings.command.files, settings.command.overrides))
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    from megatron.training.distributed import prepare_environment
+
+    prepare_environment()
+    # DeepSpeed, which this imports, asks which accelerator was prepared.
+    from tools.benchmarks.checkpoint_process import measure
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
+        report = measure(settings, Path(folder).resolve())
+    print(table(report))
+    if args.output is not None:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people: medians, and the range over the rounds."""
+    rounds = len(report["seconds"]["step"])
+    lines = [
+        f"{' '.join(report['config'])}: {format_count(report['parameters'])} parameters, {report['dtype']}, "
+        f"{report['device']}, torch {report['torch']}; median of {rounds} rounds",
+        "",
+        f"{'':38}{'seconds':>9}{'fastest':>9}{'slowest':>9}",
+    ]
+    for name, meaning in MEANINGS.items():
+        seconds = report["seconds"][name]
+        figures = "".join(f"{value:>9.2f}" for value in (statistics.median(seconds), min(seconds), max(seconds)))
+        lines.append(f"{name:38}{figures}  {meaning}")
+    lines += ["", f"{'':38}{'GiB':>9}{'bytes per parameter':>22}"]
+    for name, size in report["bytes"].items():
+        lines.append(f"{name:38}{size / 2**30:>9.2f}{size / report['parameters']:>22.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,111 @@
+"""What the benchmark of checkpoints times, in the process of the one rank; imported when it has been prepared."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from megatron.checkpointing.folder import read_checkpoint
+from megatron.checkpointing.load_universal import load_universal
+from megatron.checkpointing.loading import load_checkpoint
+from megatron.checkpointing.reshape import reshape
+from megatron.checkpointing.saving import Saver
+from megatron.checkpointing.search import problems_of
+from megatron.checkpointing.universal import universal_form
+from megatron.config.parallel import ParallelConfig
+from megatron.config.run import RunConfig
+from megatron.data.datasets import SampleCounts
+from megatron.mpu.context import ParallelContext
+from megatron.training.distributed import process_group
+from megatron.training.setup import build_engine, initial_state
+from tools.benchmarks.benchmark_training import Settings
+from tools.benchmarks.contender_process import build_task, describe
+from tools.benchmarks.contenders import Task, random_batches
+
+
+def measure(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Seconds of each thing in every round, and sizes. What is written to `folder` stays there."""
+    task = build_task(settings)
+    context = ParallelContext.single()
+    with process_group():
+        engine = build_engine(task.config, task.batch, task.vocab, context)
+        batches = random_batches(task)
+        # The first step makes the moments.
+        engine.train_batch(batches)
+        rounds = []
+        for number in range(settings.rounds):
+            place = folder / str(number)
+            rounds.append(
+                saves(engine, batches, task, place) | loads(engine, task, place) | conversions(engine, task, place)
+            )
+        sizes = {
+            "checkpoint": folder_size(folder / "0" / "global_step2"),
+            "universal form": folder_size(folder / "0" / "global_step1" / "universal"),
+        }
+    names = rounds[0]
+    return describe(task, settings) | {"seconds": {n: [one[n] for one in rounds] for n in names}, "bytes": sizes}
+
+
+def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
+    """Write global_step1 while training waits, and global_step2 while it goes on."""
+    state = initial_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
+    seconds = {"step": timed(lambda: engine.train_batch(batches))}
+    saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
+    seconds["synchronous save"] = timed(lambda: saver.save(replace(state, iteration=1), wait=True))
+    seconds["asynchronous save: copy"] = timed(lambda: saver.save(replace(state, iteration=2), wait=False))
+    begin, steps, published = time.perf_counter(), [], []
+    while saver.is_saving:
+        steps.append(timed(lambda: engine.train_batch(batches)))
+        published.append(timed(saver.publish_if_written))
+    seconds["asynchronous save: publish"] = sum(published)
+    seconds["asynchronous save: in the background"] = time.perf_counter() - begin - sum(published)
+    seconds["step while a save is written"] = statistics.mean(steps)
+    return seconds
+
+
+def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
+    """Verify and load global_step1."""
+    checkpoint, config = read_checkpoint(folder / "global_step1"), saving_to(task.config, folder)
+    context = ParallelContext.single()
+    return {
+        "verify": timed(lambda: problems_of(checkpoint, "full")),
+        "load, same layout": timed(lambda: load_checkpoint(engine, checkpoint, config, context, task.vocab)),
+    }
+
+
+def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
+    """Convert global_step1, load what comes of it, and rewrite the checkpoint for four ranks."""
+    checkpoint = read_checkpoint(folder / "global_step1")
+    common = {"context": ParallelContext.single(), "vocab_size": task.vocab.actual}
+    seconds = {"convert": timed(lambda: universal_form(checkpoint, "sizes"))}
+    universal = universal_form(checkpoint, "sizes")
+    seconds["load, converted"] = timed(lambda: load_universal(engine, universal, **common, same_precision=True))
+    four = task.config.model_copy(
+        update={"parallel": ParallelConfig(model_parallel_size=2, pipe_parallel_size=2, zero=task.config.parallel.zero)}
+    )
+    seconds["reshape.py"] = timed(lambda: reshape(checkpoint, four, 1, folder / "reshaped"))
+    return seconds
+
+
+def saving_to(config: RunConfig, folder: Path) -> RunConfig:
+    """`config` with asynchronous saves to `folder`."""
+    checkpoint = config.checkpoint.model_copy(update={"save": str(folder), "async_save": True})
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that `work` takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
