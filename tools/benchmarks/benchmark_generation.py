@@ -1,0 +1,138 @@
+"""Time greedy generation, with a cache, against `transformers` running the same weights in the same process.
+
+    python tools/benchmarks/benchmark_generation.py configs/demo.yml --output generation.json
+    python tools/benchmarks/benchmark_generation.py -d configs tokenformer/150M data/pile --vocab-size 50277
+
+The weights are those that training starts from. `transformers` runs its own GPT-NeoX, or the TokenFormer of megatron/hf
+that ships with exports. Both generate the same number of tokens after the same random prompts, in turns, so that a
+machine that gets slower or faster does so for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import transformers
+from torch import Tensor
+
+import megatron.hf  # noqa: F401 - registers what transformers is to know
+from megatron.config.cli import parse_command_line
+from megatron.config.generation import GenerationConfig
+from megatron.config.load import load_config
+from megatron.config.run import RunConfig
+from megatron.errors import ConfigError, exit_on_user_error
+from megatron.inference.generate import generate_tokens
+from megatron.inference.inference_model import InferenceModel
+from tools.benchmarks.transformers_model import transformers_model
+from tools.benchmarks.turns import (
+    benchmark_parser,
+    machine_line,
+    machine_report,
+    positive,
+    take_turns,
+    untrained_model,
+    write_report,
+)
+
+NewTokens = list[list[int]]
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = benchmark_parser("Time cached greedy generation against transformers.")
+    parser.add_argument("--batch", type=positive, default=1, help="prompts at a time (default: 1)")
+    parser.add_argument("--prompt-tokens", type=positive, default=32, help="tokens of each prompt (default: 32)")
+    parser.add_argument("--new-tokens", type=positive, default=64, help="tokens that follow each (default: 64)")
+    return parser.parse_known_args(argv)
+
+
+def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Both contenders' seconds by round, and what was measured. Raises ConfigError for lengths beyond the context."""
+    if args.prompt_tokens + args.new_tokens > config.model.seq_length:
+        raise ConfigError(
+            f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more than seq_length "
+            f"{config.model.seq_length}. Lower one of them."
+        )
+    model = untrained_model(config, args.vocab_size)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    prompts = torch.randint(model.vocab.actual, (args.batch, args.prompt_tokens), generator=generator)
+    calls = {
+        "ours": our_generate(model, prompts, args.new_tokens),
+        "transformers": their_generate(model, config, prompts, args.new_tokens),
+    }
+    timed, (ours, theirs) = take_turns(calls, args.rounds)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    shape = {name: getattr(args, name) for name in ("batch", "prompt_tokens", "new_tokens", "rounds")}
+    rates = {
+        name: args.batch * args.new_tokens / statistics.median(values) for name, values in timed["seconds"].items()
+    }
+    return machine_report(model, versions) | shape | timed | {"tokens_per_second": rates, "same_tokens": ours == theirs}
+
+
+def our_generate(model: InferenceModel, prompts: Tensor, new_tokens: int) -> Callable[[], NewTokens]:
+    sampling = GenerationConfig(maximum_tokens=new_tokens)
+
+    def generate() -> NewTokens:
+        found = generate_tokens(model, prompts.tolist(), sampling, start_token=0, stop_tokens=())
+        return [continuation.tokens for continuation in found]
+
+    return generate
+
+
+def their_generate(
+    ours: InferenceModel, config: RunConfig, prompts: Tensor, new_tokens: int
+) -> Callable[[], NewTokens]:
+    model = transformers_model(ours.model, config, ours.vocab)
+    greedy = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+        suppress_tokens=list(range(ours.vocab.actual, ours.vocab.padded)) or None,
+    )
+
+    def generate() -> NewTokens:
+        inputs = prompts.to(ours.device)
+        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=greedy)
+        new: NewTokens = output[:, inputs.shape[1] :].tolist()
+        return new
+
+    return generate
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    ratios = report["ratios"]
+    same = "the same tokens" if report["same_tokens"] else "tokens that differ"
+    return "\n".join(
+        [
+            machine_line(report),
+            f"{report['batch']} prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new tokens each; "
+            f"median of {report['rounds']} rounds, the prompts' own time included",
+            "",
+            *(f"{name:14}{rate:>10.1f} tokens/s" for name, rate in report["tokens_per_second"].items()),
+            "",
+            f"ours over transformers: {report['ratio']:.2f} (rounds: {min(ratios):.2f} to {max(ratios):.2f}), {same}",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write the JSON file. Returns the exit code."""
+    args, words = parse_args(argv)
+    command = parse_command_line(words)
+    report = {"config": words} | benchmark(load_config(command.files, command.overrides).run, args)
+    print(table(report))
+    write_report(report, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
