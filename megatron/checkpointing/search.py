@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,12 +17,14 @@ from megatron.checkpointing.folder import (
     read_checkpoint,
     read_latest,
 )
-from megatron.checkpointing.manifest import damage, unlisted
+from megatron.checkpointing.manifest import FileEntry, damage, unlisted
 from megatron.checkpointing.ranks import gather, on_first_rank, rank_and_size
 from megatron.config.output import Verification
 from megatron.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_MESSAGES = 5.0
 
 
 def find_checkpoint(folder: Path, iteration: int | None, level: Verification) -> Checkpoint | None:
@@ -58,10 +62,24 @@ def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
     rank, size = rank_and_size()
     files = checkpoint.manifest.files
     by_size = sorted(files, key=lambda name: files[name].size, reverse=True)
-    own = damage(checkpoint.path, {name: files[name] for name in by_size[rank::size]}, level)
+    own = _damage_with_progress(checkpoint.path, {name: files[name] for name in by_size[rank::size]}, level)
     if rank == 0:
         own += [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
     return sorted(chain.from_iterable(gather(own)))
+
+
+def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:
+    """`damage`, with a message now and then."""
+    problems = []
+    done, total = 0, sum(entry.size for entry in files.values())
+    last_message = time.monotonic()
+    for name, entry in files.items():
+        problems += damage(folder, {name: entry}, level)
+        done += entry.size
+        if time.monotonic() - last_message > SECONDS_BETWEEN_MESSAGES:
+            last_message = time.monotonic()
+            logger.info("%s: verified %.1f of %.1f GiB of this rank's share", folder, done / 2**30, total / 2**30)
+    return problems
 
 
 def readable_checkpoints(folder: Path) -> list[Checkpoint]:

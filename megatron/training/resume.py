@@ -40,6 +40,14 @@ class Start:
     loads_optimizer: bool = False
     """Whether the optimizer's state comes from the checkpoint."""
 
+    def __str__(self) -> str:
+        """Where the run starts, in a sentence for its log."""
+        if self.checkpoint is None:
+            return "starting from initial weights"
+        if not self.continues:
+            return f"starting from the weights of {self.checkpoint.path}"
+        return f"going on from {self.checkpoint.path}, {self.progress.iteration} steps done"
+
 
 def find_start(config: RunConfig) -> Start:
     """Decide where to start. Collective; the same on every rank.

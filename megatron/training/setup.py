@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
     """Train as configured on the ranks that the environment announces; returns the exit code.
 
-    That is 0 after the last step, and STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it.
+    That is 0 after the last step, and STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it; 1
+    when it has nowhere to save.
     Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
     wherever that is possible, and NonFiniteError for NaN and infinity.
     """
@@ -58,7 +59,13 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
             require_writable(Path(config.checkpoint.save))
         with process_group():
             ending = pretrain_in_group(config, batch, run_folder, stop)
-    return STOPPED_ON_REQUEST if ending is Ending.STOPPED else 0
+    if ending is not Ending.STOPPED:
+        return 0
+    if config.checkpoint.save is None:
+        logger.info("stopped on request; nothing is saved, for `save` is not set")
+        return 1
+    logger.info("stopped on request, and saved: start again to go on (exit code %d)", STOPPED_ON_REQUEST)
+    return STOPPED_ON_REQUEST
 
 
 def pretrain_in_group(
@@ -70,6 +77,7 @@ def pretrain_in_group(
         parallel.model_parallel_size, parallel.pipe_parallel_size, parallel.sequence_parallel
     )
     start = find_start(config)
+    logger.info("%s", start)
     config = adopt_schedule(config, start)
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron.checkpointing import search
 from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.search import find_checkpoint
 from megatron.errors import CheckpointError
@@ -217,3 +218,15 @@ def test_a_malformed_configuration_is_an_error(content: bytes | None, tmp_path: 
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be understood: .*, or, if the file was changed"):
         _ = checkpoint.config
+
+
+def test_a_long_verification_shows_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 10)
+    with caplog.at_level(logging.INFO):
+        found(tmp_path)
+        assert "verified" not in caplog.text
+        monkeypatch.setattr(search, "SECONDS_BETWEEN_MESSAGES", 0.0)
+        found(tmp_path)
+    assert caplog.text.count("GiB of this rank's share") == 3

@@ -106,8 +106,22 @@ def test_a_limit_of_time(write_config: Callable[..., Path]) -> None:
 
 def test_an_interval(write_config: Callable[..., Path]) -> None:
     config = write_config(TOKENFORMER, train_iters=5, exit_interval=2, eval_iters=0, auto_resume=True)
-    assert [run_ranks(config).code for _ in range(4)] == [75, 75, 0, 0]
-    assert saved(config.with_suffix("")) == ["global_step2", "global_step4", "global_step5"]
+    runs = [run_ranks(config) for _ in range(4)]
+    assert [run.code for run in runs] == [75, 75, 0, 0]
+    folder = config.with_suffix("")
+    assert saved(folder) == ["global_step2", "global_step4", "global_step5"]
+    starts = ["starting from initial weights"]
+    starts += [f"going on from {folder / f'global_step{step}'}, {step} steps done" for step in (2, 4, 5)]
+    assert all(start in run.output for start, run in zip(starts, runs, strict=True))
+    assert "stopped on request, and saved: start again to go on (exit code 75)" in runs[0].output
+    assert "stopped" not in runs[2].output
+
+
+def test_without_a_folder_to_save_in_there_is_nothing_to_go_on_from(write_config: Callable[..., Path]) -> None:
+    config = write_config(TOKENFORMER, save=None, exit_interval=2)
+    finished = run_ranks(config, f"log_dir={config.parent / 'log'}")
+    assert finished.code == 1
+    assert "stopped on request; nothing is saved, for `save` is not set" in finished.output
 
 
 def test_deepy_ends_as_its_ranks_do(write_config: Callable[..., Path]) -> None:
