@@ -76,13 +76,16 @@ def plan_rows(
 def score_batch(model: InferenceModel, rows: Sequence[Row]) -> list[list[Scored]]:
     """The scores of each row's targets; the first row is the longest."""
     tokens_RS = torch.zeros((len(rows), len(rows[0].tokens)), dtype=torch.long)
-    wanted: list[tuple[int, int, int]] = []
+    places: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
     for index, row in enumerate(rows):
         tokens_RS[index, : len(row.tokens)] = torch.tensor(row.tokens)
         for target in row.targets:
-            first = len(row.tokens) - len(target)
-            wanted += [(index, first + place, token) for place, token in enumerate(target)]
-    scores = model.score_tokens(tokens_RS, torch.tensor(wanted))
+            places += [index] * len(target)
+            positions += range(len(row.tokens) - len(target), len(row.tokens))
+            targets += target
+    scores = model.score_tokens(tokens_RS, torch.tensor([places, positions, targets]).T)
     found = zip(scores.log_probs.tolist(), scores.greedy.tolist(), strict=True)
     return [[_sum_up(islice(found, len(target))) for target in row.targets] for row in rows]
 

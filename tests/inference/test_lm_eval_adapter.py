@@ -26,6 +26,7 @@ from megatron.inference.lm_eval_ranks import Ranks
 from megatron.inference.lm_eval_scoring import plan_rows
 from megatron.mpu.context import ParallelContext
 from tests.helpers.eval_tasks import TASKS
+from tests.hf.checkpoints import VOCAB
 from tests.inference.conftest import CONTEXT
 from tests.inference.results import read_record
 
@@ -94,13 +95,12 @@ def test_log_likelihoods_are_those_of_transformers(run_config: Callable[..., Run
         assert ours[1] == reference[1]
 
 
-def test_greedy_continuations_are_recognized(run_config: Callable[..., RunConfig], theirs: HFLM) -> None:
-    model = adapter(run_config())
-    options = {"do_sample": False, "until": [], "max_gen_toks": 1}
-    (token,) = model.ask("generate", [(model.tok_encode("a"), 0)], longest=None, options=options)
-    requests = instances("loglikelihood", [("a", token), ("a", "zyx")])
-    assert [found[1] for found in model.loglikelihood(requests)] == [True, False]
-    assert [found[1] for found in theirs.loglikelihood(requests)] == [True, False]
+def test_the_likeliest_token_alone_is_greedy(run_config: Callable[..., RunConfig], theirs: HFLM) -> None:
+    requests = [(("", ""), [5, 9], [token]) for token in range(VOCAB.actual)]
+    found = adapter(run_config())._loglikelihood_tokens(requests)
+    assert [greedy for _, greedy in found].count(True) == 1
+    assert max(found)[1]
+    assert [greedy for _, greedy in theirs._loglikelihood_tokens(requests)] == [greedy for _, greedy in found]
 
 
 def test_rolling_log_likelihoods_are_those_of_transformers(run_config: Callable[..., RunConfig], theirs: HFLM) -> None:
