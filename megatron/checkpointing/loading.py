@@ -9,6 +9,8 @@ from megatron.checkpointing.engine_files import EngineFiles
 from megatron.checkpointing.folder import Checkpoint
 from megatron.checkpointing.hyperparameters import configured_hyperparameters
 from megatron.checkpointing.load_universal import load_universal
+from megatron.checkpointing.ranks import gather, rank_and_size
+from megatron.checkpointing.safe_files import load_tensors
 from megatron.checkpointing.same_layout import layout_differences
 from megatron.checkpointing.universal import universal_form
 from megatron.checkpointing.weights import load_parameters
@@ -33,6 +35,8 @@ def load_checkpoint(
     needs.
     """
     engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
+    if not config.checkpoint.allow_unsafe_load:
+        _require_safe(checkpoint, prefix="")
     with configured_hyperparameters(engine.optimizer):
         _load(engine, checkpoint, config, context, vocab)
 
@@ -53,6 +57,28 @@ def _load(
 
 
 def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
-    """Load weights alone, whatever layout wrote them; raises CheckpointError when a file is damaged or unsafe."""
+    """Load weights alone, whatever layout wrote them. Collective; raises CheckpointError when a file is damaged or
+    unsafe."""
+    _require_safe(checkpoint, prefix="layer_")
     load_parameters(engine.module.global_parameters(), checkpoint, context)
     engine.optimizer.refresh_fp32_params()
+
+
+def _require_safe(checkpoint: Checkpoint, prefix: str) -> None:
+    """Open the tensor files that begin with `prefix`, a share of them on each rank, without reading the tensors.
+
+    Collective. Raises CheckpointError, on all ranks, for a file that is damaged or could run code: a rank that met it
+    later would leave the others waiting.
+    """
+    names = sorted(name for name in checkpoint.manifest.files if name.startswith(prefix) and name.endswith(".pt"))
+    rank, size = rank_and_size()
+    failure: str | None = None
+    for name in names[rank::size]:
+        try:
+            load_tensors(checkpoint.path / name)
+        except CheckpointError as error:
+            failure = str(error)
+            break
+    failures = [text for text in gather(failure) if text is not None]
+    if failures:
+        raise CheckpointError(failures[0])

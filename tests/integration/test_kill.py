@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron.checkpointing.manifest import describe_file, read_manifest, write_manifest
+from tests.checkpointing.test_safe_files import Bomb
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.faults import kill_in_the_middle_of_a_file, limit_file_size, watch_save
 from tests.helpers.runs import Finished, run_ranks, start_ranks, train
@@ -215,22 +219,27 @@ def test_without_any_whole_checkpoint_nothing_starts_from_zero(dataset: Path, tm
     assert "global_step6: layer_00-model_00-model_states.pt is missing" in finished.output
 
 
-def test_a_pickle_bomb_in_place_of_a_file_does_not_run(write_config: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["layer_01-model_00-model_states.pt", "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"],
+)
+@pytest.mark.parametrize("key", ["", "finetune"])
+def test_a_pickle_bomb_in_place_of_a_file_does_not_run(
+    name: str, key: str, untouched: Path, dataset: Path, tmp_path: Path
+) -> None:
     """Even with a manifest that vouches for it."""
-    import torch
-
-    from megatron.checkpointing.manifest import FileEntry, describe_file, read_manifest, write_manifest
-    from tests.checkpointing.test_safe_files import Bomb
-
-    config = write_config(TOKENFORMER, train_iters=2, auto_resume=True)
-    train(config)
-    path = config.with_suffix("") / "global_step2"
-    file = path / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    torch.save({"optimizer_state_dict": Bomb(tmp_path / "exploded")}, file)
+    config = write(tmp_path, dataset, train_iters=8)
+    path = Path(shutil.copytree(untouched / "global_step6", tmp_path / "run" / "global_step6"))
+    torch.save({"module": Bomb(tmp_path / "exploded")}, path / name)
     manifest = read_manifest(path)
-    files: dict[str, FileEntry] = manifest.files | {file.name: describe_file(file)}
-    write_manifest(path, type(manifest)(**(vars(manifest) | {"files": files})))
-    finished = run_ranks(config, "train_iters=4")
-    assert finished.code == 1
-    assert "could run code: it is refused" in finished.output and "Traceback" not in finished.output
+    files = dict(manifest.files) | {name: describe_file(path / name)}
+    write_manifest(path, replace(manifest, files=files))
+    tuning = [f"load={path}", f"save={tmp_path / 'tuned'}", "finetune=true", "auto_resume=false", "eval_iters=0"]
+    finished = run_ranks(config, *(tuning if key else []), ranks=2)
+    if key and not name.startswith("layer_"):
+        assert finished.codes == [0, 0], "weights alone are read"
+    else:
+        assert finished.codes == [1, 1], finished.output
+        assert f"{name} holds more than tensors and plain values" in finished.output
+        assert "Traceback" not in finished.output
     assert not (tmp_path / "exploded").exists()

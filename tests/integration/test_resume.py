@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron.data.indexed_dataset import IndexedDatasetWriter
 from tests.helpers.configs import PYTHIA, TOKENFORMER
@@ -220,3 +222,24 @@ def test_changed_data_is_refused_unless_allowed(
     for number, change in enumerate(refused):
         elsewhere = [f"load={run}", f"save={tmp_path / f'allowed{number}'}"]
         assert run_ranks(config, change, "allow_changed_data=true", *elsewhere).code == 75
+
+
+def test_a_changed_tokenizer_is_refused_unless_allowed(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """The same number of tokens, one of which is another."""
+    vocabulary = {"tokens": [f"t{number}" for number in range(511)] + ["<eod>"]}
+    files = [tmp_path / name for name in ("first.json", "second.json")]
+    for file in files:
+        entries = {token: number for number, token in enumerate(vocabulary["tokens"])}
+        tokenizer = Tokenizer(WordLevel(entries, unk_token="t0"))  # noqa: S106 - a token of text
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        tokenizer.save(str(file))
+        vocabulary["tokens"][5] = "other"
+    config = write_config(TOKENFORMER, tokenizer_type="HFTokenizer", exit_interval=2, auto_resume=True, train_iters=8)
+    assert run_ranks(config, f"vocab_file={files[0]}").code == 75
+    finished = run_ranks(config, f"vocab_file={files[1]}")
+    assert finished.code == 1
+    assert "vocab_file: checkpoint sha256" in finished.output and "`allow_changed_data: true`" in finished.output
+    assert run_ranks(config, f"vocab_file={files[1]}", "allow_changed_data=true").code == 75
+    finished = run_ranks(config, "tokenizer_type=CharLevelTokenizer")
+    assert finished.code == 1
+    assert "a vocabulary of 513 tokens padded to" in finished.output and "this run one of 512" in finished.output
