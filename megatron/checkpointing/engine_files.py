@@ -64,16 +64,20 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
 
 
 class SnapshotFiles(EngineFiles):
-    """Copies what is to be saved into host memory; `write` writes it, in another thread."""
+    """Copies what is to be saved into host memory; `write` writes it, in another thread.
+
+    The memory of a save serves the next one, for to get it anew takes several times as long as to copy into it.
+    """
 
     def __init__(self) -> None:
         super().__init__(allow_unsafe=False)
-        self._kept: list[tuple[Any, str]] = []
+        self._copies: dict[str, Any] = {}
+        self._unwritten: list[str] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """A save begins."""
         super().create(info)
-        self._kept = []
+        self._unwritten = []
 
     def preserves_storage_sharing(self) -> bool:
         """The copies share no storage, so that DeepSpeed need not make its own."""
@@ -81,32 +85,43 @@ class SnapshotFiles(EngineFiles):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Copy the content of one file."""
+        name = Path(path).name
         try:
-            self._kept.append((_copied(state_dict), path))
+            self._copies[name] = _copied(state_dict, self._copies.get(name))
         # torch tells of too little host memory by a RuntimeError.
         except (MemoryError, RuntimeError) as error:
-            self._failure = f"{Path(path).name}: no copy for async_save: {str(error).splitlines()[0]}"
+            self._failure = f"{name}: no copy for async_save: {str(error).splitlines()[0]}"
+        else:
+            self._unwritten.append(path)
 
     def write(self) -> None:
-        """Write the files, and free the memory of each when it is written."""
-        while self._kept:
-            super().save(*self._kept[0])
-            del self._kept[0]
+        """Write the files that are copied."""
+        while self._unwritten:
+            path = self._unwritten[0]
+            super().save(self._copies[Path(path).name], path)
+            del self._unwritten[0]
 
     def taken(self) -> dict[str, FileEntry]:
-        if self._kept:
-            raise CheckpointError(f"{Path(self._kept[0][1]).name}: the writing thread has ended unexpectedly")
+        if self._unwritten:
+            raise CheckpointError(f"{Path(self._unwritten[0]).name}: the writing thread has ended unexpectedly")
         return super().taken()
 
 
-def _copied(content: Any) -> Any:
-    """Tensors on the CPU and everything else, in dictionaries and lists, as they are now."""
+def _copied(content: Any, before: Any) -> Any:
+    """Tensors on the CPU and everything else, in dictionaries and lists, as they are now.
+
+    The memory of the copy `before` is used again where tensors have the same size and type.
+    """
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True).requires_grad_(content.requires_grad)
+        if not (isinstance(before, Tensor) and (before.shape, before.dtype) == (content.shape, content.dtype)):
+            before = torch.empty(content.shape, dtype=content.dtype, pin_memory=content.is_cuda)
+        return before.detach().copy_(content.detach()).requires_grad_(content.requires_grad)
     if isinstance(content, dict):
-        return {key: _copied(value) for key, value in content.items()}
+        known = before if isinstance(before, dict) else {}
+        return {key: _copied(value, known.get(key)) for key, value in content.items()}
     if isinstance(content, list):
-        return [_copied(value) for value in content]
+        known = dict(enumerate(before)) if isinstance(before, list) else {}
+        return [_copied(value, known.get(number)) for number, value in enumerate(content)]
     return copy.deepcopy(content)
 
 

@@ -31,8 +31,8 @@ class CheckpointConfig(Section):
     """Further steps at which to save [steps]; 0 saves the initial weights."""
 
     async_save: bool = False
-    """Write checkpoints in the background, from a copy in host memory, while training goes on. Only the copy, and the
-    last save of a run, are waited for."""
+    """Write checkpoints in the background while training goes on, from a copy in host memory, which is as large as the
+    files that a rank writes. Only the copying, and the last save of a run, are waited for."""
 
     keep_last_n_checkpoints: PositiveInt | None = None
     """Newest complete checkpoints of this run that are kept [checkpoints]; None keeps all."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
+from megatron.checkpointing.folder import read_checkpoint
+from megatron.checkpointing.manifest import describe_file, write_manifest
 from megatron.checkpointing.search import find_checkpoint
 from tests.helpers.configs import PYTHIA, TOKENFORMER, layout_keys, write_dataset
+from tests.helpers.covers import pairwise_cover
 from tests.helpers.runs import run_ranks
 from tests.helpers.tensor_files import assert_same_checkpoint
 from tools.ckpts import reshape
@@ -70,9 +76,14 @@ def test_to_one_process_and_back_is_bit_identical(model: str, checkpoints: Check
     assert_same_checkpoint(back / STEP, source / STEP)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bfloat16"])
-@pytest.mark.parametrize("layout", [(2, 1, 2), (1, 2, 2)], ids=str)
-@pytest.mark.parametrize("model", MODELS)
+CASES = list(product(MODELS, [(2, 1, 2), (1, 2, 2)], ["fp32", "bfloat16"]))
+COVER = pairwise_cover(CASES, list)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "precision"),
+    [pytest.param(*case, marks=[] if case in COVER else pytest.mark.full) for case in CASES],
+)
 def test_files_are_those_of_the_engine(
     model: str, layout: Layout, precision: str, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -109,6 +120,36 @@ def test_another_precision_keeps_the_masters(checkpoints: Checkpoints, tmp_path:
     layer = torch.load(exact / STEP / "layer_01-model_00-model_states.pt", weights_only=True)
     assert all(weight.dtype == torch.float32 for weight in layer.values())
     assert not all(torch.equal(weight, weight.bfloat16().float()) for weight in layer.values())
+
+
+def test_fp16_starts_with_its_loss_scale_and_keeps_it(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Against DeepSpeed's scaler, made from the same settings; its engine trains in fp16 on GPUs alone."""
+    source = checkpoints.trained("tokenformer", (2, 2, 1))
+    fp16 = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 9, "hysteresis": 3, "min_loss_scale": 2}}
+    half = checkpoints.reshaped(source, tmp_path / "half", "tokenformer", (1, 1, 2), **fp16)
+    file = half / STEP / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = torch.load(file, weights_only=False)
+    scaler = content["optimizer_state_dict"]["loss_scaler"]
+    expected = DynamicLossScaler(2**9, 1000, 2, 3, consecutive_hysteresis=False)
+    assert vars(scaler) == vars(expected)
+    assert content["optimizer_state_dict"]["dynamic_loss_scale"] is True
+    layer = torch.load(half / STEP / "layer_01-model_00-model_states.pt", weights_only=True)
+    assert all(weight.dtype == torch.float16 for weight in layer.values())
+
+    back = checkpoints.reshaped(half, tmp_path / "back", "tokenformer", (2, 2, 1))
+    assert_same_checkpoint(back / STEP, source / STEP)
+    for path in (half / STEP).glob("zero*"):
+        content = torch.load(path, weights_only=False)
+        content["optimizer_state_dict"]["loss_scaler"].cur_scale = 64.0
+        torch.save(content, path)
+    checkpoint = read_checkpoint(half / STEP)
+    manifest = replace(
+        checkpoint.manifest, files={name: describe_file(half / STEP / name) for name in checkpoint.manifest.files}
+    )
+    write_manifest(half / STEP, manifest)
+    other = checkpoints.reshaped(half, tmp_path / "other", "tokenformer", (1, 2, 1), **fp16)
+    content = torch.load(other / STEP / "zero_pp_rank_0_mp_rank_01_optim_states.pt", weights_only=False)
+    assert content["optimizer_state_dict"]["loss_scaler"].cur_scale == 64.0
 
 
 def test_what_it_writes_is_a_whole_checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> None:

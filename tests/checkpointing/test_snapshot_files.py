@@ -17,6 +17,7 @@ from megatron.checkpointing.engine_files import EngineFiles, SnapshotFiles
 from megatron.checkpointing.manifest import describe_file
 from megatron.checkpointing.safe_files import load_tensors
 from megatron.errors import CheckpointError
+from tests.helpers.tensor_files import tensors
 
 INFO = CheckpointCommitInfo(tag="tag", save_dir="folder", save_latest=False)
 
@@ -64,18 +65,28 @@ def test_a_copy_is_of_a_view_alone(tmp_path: Path) -> None:
     assert EngineFiles(allow_unsafe=False).preserves_storage_sharing()
 
 
-def test_memory_is_freed_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def addresses(files: SnapshotFiles) -> list[int]:
+    return [tensor.data_ptr() for content in files._copies.values() for tensor in tensors(content).values()]
+
+
+def test_the_next_copy_goes_into_the_same_memory(tmp_path: Path) -> None:
     files = SnapshotFiles()
-    files.create(INFO)
-    for name in "abc":
-        files.save({"weight": torch.zeros(10)}, str(tmp_path / name))
-    kept = []
-    original = engine_files.write_tensors
-    monkeypatch.setattr(
-        engine_files, "write_tensors", lambda *arguments: (kept.append(len(files._kept)), original(*arguments))[1]
-    )
-    files.write()
-    assert kept == [3, 2, 1]
+    seen = []
+    for step, size in ((1, 10), (2, 10), (3, 20)):
+        files.create(INFO)
+        changed = content() | {"more": torch.full((size,), float(step))}
+        changed["groups"] = changed["groups"][:step]
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        files.save(changed, str(folder / "a.pt"))
+        files.write()
+        seen.append(addresses(files))
+        ours, theirs = tensors(load_tensors(folder / "a.pt")), tensors(changed)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert files.taken().keys() == {"a.pt"}
+    assert set(seen[0]) < set(seen[1])
+    assert set(seen[1]) - set(seen[2]) == {seen[1][-1]}, "only the tensor that grew got another place"
 
 
 def test_a_thread_that_ends_unexpectedly_is_a_failure(tmp_path: Path) -> None:
@@ -90,7 +101,7 @@ def test_a_thread_that_ends_unexpectedly_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(content: Any) -> Any:
+    def no_memory(content: Any, before: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     files = SnapshotFiles()
