@@ -41,12 +41,15 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
             raise CheckpointError(f"{named} is not whole: {'; '.join(problems)}. Load another one, or restore it.")
         return checkpoint
     candidates, rejected = on_first_rank(partial(survey, folder))
+    damaged: list[tuple[int, str]] = []
     for checkpoint in candidates:
         problems = problems_of(checkpoint, level)
         if not problems:
-            _tell(checkpoint, rejected)
+            # When something unreadable was saved is not known; a higher step was most likely saved later.
+            _tell(checkpoint, damaged + [found for found in rejected if found[0] > checkpoint.state.iteration])
             return checkpoint
-        rejected.append((checkpoint.state.iteration, f"{checkpoint.path.name}: {'; '.join(problems)}"))
+        damaged.append((checkpoint.state.iteration, f"{checkpoint.path.name}: {'; '.join(problems)}"))
+    rejected += damaged
     if rejected:
         reasons = "".join(f"\n  {reason}" for _, reason in sorted(rejected, reverse=True))
         raise CheckpointError(
@@ -123,13 +126,12 @@ def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
     return sorted(readable, key=lambda found: found.manifest.sequence, reverse=True), rejected
 
 
-def _tell(chosen: Checkpoint, rejected: list[tuple[int, str]]) -> None:
+def _tell(chosen: Checkpoint, passed_over: list[tuple[int, str]]) -> None:
     """Warn, on the first rank, of what is passed over for an older checkpoint."""
     if rank_and_size()[0] != 0:
         return
-    for iteration, reason in sorted(rejected):
-        if iteration > chosen.state.iteration:
-            logger.warning("%s: passed over %s. Going back to %s.", chosen.path.parent, reason, chosen.path.name)
+    for _, reason in sorted(passed_over):
+        logger.warning("%s: passed over %s. Going back to %s.", chosen.path.parent, reason, chosen.path.name)
     latest = read_latest(chosen.path.parent)
     if latest is not None and latest != chosen.path.name:
         logger.warning(

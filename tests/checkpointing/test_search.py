@@ -149,6 +149,14 @@ def test_the_newest_is_the_one_saved_last(tmp_path: Path) -> None:
     assert found(tmp_path).state.iteration == 15
 
 
+def test_a_damaged_one_that_was_saved_last_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    truncate(save(tmp_path, 15) / "layer_00.pt")
+    assert found(tmp_path).state.iteration == 20
+    assert "passed over global_step15: layer_00.pt has" in caplog.text and "Going back to global_step20" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["../outside.pt", "/etc/passwd", "sub/layer.pt", ".."])
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 10) / "manifest.json"
