@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.config.batch import NEITHER_GIVEN
 from megatron.config.run import RunConfig
@@ -266,6 +267,9 @@ def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
 def _prompts(run: RunConfig) -> Iterator[Finding]:
     if run.generation.text_gen_type == "input-file" and run.generation.sample_input_file is None:
         yield Finding("generation.text_gen_type", "needs sample_input_file")
+    files = run.generation.sample_input_file, run.generation.sample_output_file
+    if None not in files and len({str(Path(str(file)).resolve()) for file in files}) == 1:
+        yield Finding("generation.sample_output_file", "would overwrite the prompts; name another file")
     if run.generation.text_gen_type == "interactive" and run.generation.return_logits:
         yield Finding("generation.return_logits", "a terminal has no room for logits; use text_gen_type: input-file")
 

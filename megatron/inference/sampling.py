@@ -25,12 +25,13 @@ def choose(logits_BV: Tensor, sampling: GenerationConfig, uniform_B: Tensor) -> 
     """
     if sampling.temperature == 0.0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / sampling.temperature
+    # The largest becomes 0, which no temperature, however low, divides to infinity.
+    logits_BV = (logits_BV.double() - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
     if sampling.top_k > 0:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
     if sampling.top_p > 0.0:
         logits_BV = keep_top_p(logits_BV, sampling.top_p)
-    cumulative_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
     # The total is 1 only up to rounding; a multiple of it never lies beyond the last token that has any probability.
     threshold_B1 = uniform_B.to(cumulative_BV.device).unsqueeze(-1) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)

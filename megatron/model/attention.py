@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
             q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE)
             o_BSHE = self.attend(q_BSHE, k_BSHE, v_BSHE)
         else:
-            q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE, cache.positions)
+            q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE, cache.rotary_tables(self.rotary))
             o_BSHE = cache.attend(q_BSHE, k_BSHE, v_BSHE, self.core_attention)
         return self.project_output(o_BSHE.flatten(2))
 

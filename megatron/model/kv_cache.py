@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron.config.model import ModelConfig
 from megatron.kernels.attention.op import CausalAttention, cached_attention
+from megatron.model.positions import RotaryEmbedding, RotaryTables
 from megatron.mpu.context import ParallelContext
 
 
@@ -42,6 +43,7 @@ class KeyValueCache:
         self.seen = 0
         self.positions_BS = torch.empty(0, dtype=torch.long, device=device)
         self.mask_B1ST: Tensor | None = None
+        self.rotary_tables: RotaryTables | None = None
         self.layers = [LayerCache(self, index) for index in range(model.num_layers)]
 
     @property
@@ -55,6 +57,7 @@ class KeyValueCache:
             raise ValueError(f"the cache holds {self.capacity} tokens; {self.seen + num_new} are needed")
         columns_S = torch.arange(self.seen, self.seen + num_new, device=self.keys_LBHPE.device)
         self.seen += num_new
+        self.rotary_tables = None
         if self.padding_B1 is None:
             self.positions_BS = columns_S.unsqueeze(0)
             self.mask_B1ST = None if num_new in (1, self.seen) else self._causal(columns_S).unsqueeze(0).unsqueeze(0)
@@ -88,10 +91,11 @@ class LayerCache:
         self.cache = cache
         self.index = index
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of each new token in its own row [B or 1, S]."""
-        return self.cache.positions_BS
+    def rotary_tables(self, rotary: RotaryEmbedding) -> RotaryTables:
+        """Those of the new tokens' positions, each in its own row; computed for the first layer that asks."""
+        if self.cache.rotary_tables is None:
+            self.cache.rotary_tables = rotary.tables(self.cache.positions_BS)
+        return self.cache.rotary_tables
 
     def attend(self, q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, causal_attention: CausalAttention) -> Tensor:
         """Keep the new keys and values, and attend from the new tokens to all that were seen: [B, S, H, E].

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from megatron.config.model import ModelConfig
 from megatron.errors import ConfigError
 
+RotaryTables = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles of the r rotated features, each [..., S, 1, r] in float32."""
+
 
 class RotaryEmbedding(nn.Module):
     """Rotates pairs (i, i + r/2) of the first r = int(E * rotary_pct) features of each head by position * base^(-2i/r).
@@ -27,17 +30,21 @@ class RotaryEmbedding(nn.Module):
                 "pairs are rotated, so it must be even and at least 2. Change rotary_pct, or use pos_emb: none."
             )
         self.base = model.rotary_emb_base
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._table: RotaryTables | None = None
 
-    def forward(self, q_BSHE: Tensor, k_BSHE: Tensor, positions_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Positions [B or 1, S] count from 0 along the sequence unless given."""
+    def forward(self, q_BSHE: Tensor, k_BSHE: Tensor, tables: RotaryTables | None = None) -> tuple[Tensor, Tensor]:
+        """Positions count from 0 along the sequence unless `tables` of others are given."""
         if self.num_rotated == 0:
             return q_BSHE, k_BSHE
-        if positions_BS is None:
-            cos, sin = self._cos_sin(q_BSHE.shape[1], q_BSHE.device)
-        else:
-            cos, sin = self._tables(positions_BS)
+        cos, sin = tables or self._cos_sin(q_BSHE.shape[1], q_BSHE.device)
         return self._rotate(q_BSHE, cos, sin), self._rotate(k_BSHE, cos, sin)
+
+    def tables(self, positions: Tensor) -> RotaryTables:
+        """Those of positions [..., S]; they are the same in every layer."""
+        exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=positions.device)
+        frequencies = 1.0 / self.base ** (exponents / max(self.num_rotated, 1))
+        angles = (positions.unsqueeze(-1).float() * frequencies).repeat(*[1] * positions.dim(), 2).unsqueeze(-2)
+        return angles.cos(), angles.sin()
 
     def _rotate(self, x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rotated, kept = x_BSHE.tensor_split([self.num_rotated], dim=-1)
@@ -45,17 +52,10 @@ class RotaryEmbedding(nn.Module):
         turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
         return torch.cat((turned.to(x_BSHE.dtype), kept), dim=-1)
 
-    def _cos_sin(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Each [length, 1, r]. Kept between calls as plain tensors: buffers would be cast with the module."""
+    def _cos_sin(self, length: int, device: torch.device) -> RotaryTables:
+        """Kept between calls as plain tensors: buffers would be cast with the module."""
         if self._table is None or self._table[0].shape[0] != length or self._table[0].device != device:
             # Tables made under inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
-                self._table = self._tables(torch.arange(length, device=device))
+                self._table = self.tables(torch.arange(length, device=device))
         return self._table
-
-    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Each [..., S, 1, r] for positions [..., S]."""
-        exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=positions.device)
-        frequencies = 1.0 / self.base ** (exponents / self.num_rotated)
-        angles = (positions.unsqueeze(-1).float() * frequencies).repeat(*[1] * positions.dim(), 2).unsqueeze(-2)
-        return angles.cos(), angles.sin()

@@ -56,6 +56,13 @@ def test_temperature_0_is_greedy() -> None:
     assert torch.equal(choose(random_logits(), GenerationConfig(), numbers), random_logits().argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-30, 1e-300])
+def test_temperatures_near_0_are_greedy(temperature: float) -> None:
+    numbers = torch.linspace(0.0, 0.999, 64, dtype=torch.float64)
+    chosen = choose(random_logits(), GenerationConfig(temperature=temperature), numbers)
+    assert torch.equal(chosen, random_logits().argmax(-1))
+
+
 def test_numbers_follow_from_the_seeds() -> None:
     assert torch.equal(uniform_numbers((1, 2, 3), 5), uniform_numbers((1, 2, 3), 5))
     assert torch.equal(uniform_numbers((1, 2, 3), 9)[:5], uniform_numbers((1, 2, 3), 5))

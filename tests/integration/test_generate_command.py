@@ -20,17 +20,18 @@ from megatron.config.data import TokenizerConfig
 from megatron.data.tokenizer import CharLevelTokenizer
 from megatron.inference.terminal import CONTROLS
 from tests.helpers.configs import TOKENFORMER
-from tests.helpers.runs import ROOT, run_ranks, train
+from tests.helpers.runs import ROOT, run_ranks
+from tests.hf.checkpoints import make_checkpoint, write_yaml
 from tests.integration.conftest import run_command
 
 Record = dict[str, Any]
 
 
-@pytest.fixture
-def trained(write_config: Callable[..., Path]) -> Path:
-    """The YAML of a run of two steps, whose vocabulary is the bytes."""
-    config = write_config(TOKENFORMER, train_iters=2)
-    train(config)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a run that has left a checkpoint, and whose vocabulary is the bytes."""
+    config = write_yaml(tmp_path_factory.mktemp("trained"), TOKENFORMER)
+    make_checkpoint(config)
     return config
 
 
@@ -120,6 +121,7 @@ def test_nothing_to_sample_from(write_config: Callable[..., Path]) -> None:
         (["hidden_size=64"], 2, "hidden_size: checkpoint 32, configuration 64"),
         (["tokenizer_type=HFTokenizer", "vocab_file=TOKENIZER"], 2, "vocabulary of 512 ids"),
         (["model_parallel_size=2"], 2, "1 ranks do not divide"),
+        (["sample_input_file=a/p.txt", "sample_output_file=a/b/../p.txt"], 2, "would overwrite the prompts"),
         (["text_gen_type=interactive", "return_logits=true"], 2, "a terminal has no room for logits"),
     ],
 )
@@ -242,4 +244,17 @@ def test_prompts_through_a_pipe(trained: Path) -> None:
             assert record["context"] == prompt and record["length"] == 3
         process.stdin.close()
         assert process.stdout.read() == ""
+    assert process.returncode == 0
+
+
+def test_a_reader_that_has_seen_enough(trained: Path) -> None:
+    command = [sys.executable, "deepy.py", "generate.py", str(trained), "num_samples=2000", "maximum_tokens=3"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert json.loads(process.stdout.readline())["length"] == 3
+        process.stdout.close()
+        assert "Error" not in process.stderr.read()
     assert process.returncode == 0
