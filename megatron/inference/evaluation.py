@@ -1,6 +1,6 @@
 """Scores checkpoints, or a Hugging Face model, on tasks of lm-eval, and writes the results. Needs lm-eval.
 
-Rank 0 runs the harness; the other ranks answer (lm_eval_ranks.py).
+Rank 0 runs the harness; the other ranks answer (ranks.py).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from megatron.inference.evaluation_results import (
 from megatron.inference.lm_eval_adapter import HarnessModel
 from megatron.inference.lm_eval_answers import Answers
 from megatron.inference.lm_eval_cache import AnswerCache
-from megatron.inference.lm_eval_ranks import Ranks
 from megatron.inference.lm_eval_tasks import SEEDS, Tasks, load_tasks
+from megatron.inference.ranks import Ranks
 from megatron.mpu.context import ParallelContext
 
 RESAMPLES = 1000

@@ -25,8 +25,8 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import ConfigError, DataError
 from megatron.inference.generate import Continuation, generate_tokens
 from megatron.inference.inference_model import InferenceModel, checkpoint_to_read, load_inference_model
-from megatron.inference.lm_eval_ranks import Ranks
 from megatron.inference.prompts import configured_prompts
+from megatron.inference.ranks import Ranks
 from megatron.inference.terminal import Terminal
 from megatron.mpu.context import ParallelContext
 

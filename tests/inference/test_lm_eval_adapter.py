@@ -22,8 +22,8 @@ from megatron.inference.evaluation_hf import load_hf_model
 from megatron.inference.lm_eval_adapter import HarnessModel
 from megatron.inference.lm_eval_answers import Answers
 from megatron.inference.lm_eval_cache import AnswerCache
-from megatron.inference.lm_eval_ranks import Ranks
 from megatron.inference.lm_eval_scoring import plan_rows
+from megatron.inference.ranks import Ranks
 from megatron.mpu.context import ParallelContext
 from tests.helpers.eval_tasks import TASKS
 from tests.hf.checkpoints import VOCAB

@@ -1,7 +1,7 @@
-"""Rank 0 runs the harness and asks; every rank answers a share of what is asked, until it is told to stop.
+"""Rank 0 asks; every rank answers a share of what is asked, until it is told to stop.
 
-So all ranks' results meet in one place, tasks are read once, and metrics are computed by one process: they cannot
-depend on the number of ranks.
+So all ranks' results meet in one place, tasks and prompts are read once, and metrics are computed by one process: they
+cannot depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron.mpu.context import ParallelContext
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long ranks wait for rank 0, which may be reading tasks."""
+"""How long ranks wait for rank 0, which may be reading tasks, or waiting for a user."""
 
 
 class Ranks:
-    """The ranks of an evaluation, laid out by `context`.
+    """The ranks that a trained model runs on, laid out by `context`.
 
     `answer(method, items, options)` computes on every rank; the tensor-parallel ranks of one data-parallel rank are
     given the same items. Collective: all ranks make one. As a context manager, rank 0 dismisses the others at the end.
