@@ -88,6 +88,7 @@ class _Conversion:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.layouts = checkpoint_layouts(checkpoint)
+        self.final = checkpoint.path / FOLDER
         self.temporary = checkpoint.path / f"{FOLDER}.writing-{secrets.token_hex(4)}"
         self.files: dict[str, FileEntry] = {}
         self.optimizer: OptimizerFiles | None = None
@@ -95,11 +96,13 @@ class _Conversion:
         self.started = self.last_message = time.monotonic()
 
     def begin(self) -> None:
-        """Open the source, make the folder, and write what is not of one parameter."""
+        """Open the source, remove what is damaged, make the folder, and write what is not of one parameter."""
         logger.info("%s: converting weights and optimizer state, to be loaded in any layout", self.checkpoint.path)
         self.optimizer = OptimizerFiles(self.checkpoint)
         try:
             _remove_abandoned(self.checkpoint.path)
+            if self.final.exists():
+                shutil.rmtree(self.final)
             (self.temporary / "zero").mkdir(parents=True)
         except OSError as error:
             raise CheckpointError(
@@ -131,7 +134,7 @@ class _Conversion:
             logger.info("converted %d of %d layers", self.done, len(self.layouts))
 
     def publish(self) -> None:
-        """Give the folder its name; a damaged one of that name is removed."""
+        """Give the folder its name, unless another run has been faster: then its folder serves as well."""
         content = {
             "format": CONVERSION_FORMAT,
             "source": file_sha256(self.checkpoint.path / MANIFEST_FILE),
@@ -140,14 +143,14 @@ class _Conversion:
         write_durably(self.temporary / CONVERSION_FILE, json.dumps(content, indent=1) + "\n")
         for folder in (self.temporary, *(path for path in self.temporary.rglob("*") if path.is_dir())):
             flush_folder(folder)
-        final = self.checkpoint.path / FOLDER
-        if final.exists():
-            shutil.rmtree(final)
-        self.temporary.rename(final)
-        flush_folder(final.parent)
+        if self.final.exists():
+            self.remove()
+            return
+        self.temporary.rename(self.final)
+        flush_folder(self.final.parent)
         size = sum(entry.size for entry in self.files.values())
         seconds = time.monotonic() - self.started
-        logger.info("%s: converted, %.2f GiB in %.1f s; kept for the next time", final, size / 2**30, seconds)
+        logger.info("%s: converted, %.2f GiB in %.1f s; kept for the next time", self.final, size / 2**30, seconds)
 
     def remove(self) -> None:
         """Delete what a conversion that failed has written."""

@@ -18,7 +18,9 @@ import pytest
 import torch
 import yaml
 
+from megatron.checkpointing import universal
 from megatron.checkpointing.engine_files import EngineFiles
+from megatron.checkpointing.folder import read_checkpoint
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training import setup
@@ -267,9 +269,20 @@ def test_a_damaged_conversion_is_made_again(kind: str, runs: Runs, tmp_path: Pat
     assert_continues(runs.folder / f"damaged-{kind}", runs.whole(TOKENFORMER, "tokenformer"))
 
 
-def kill_at_layer(number: int) -> None:
-    from megatron.checkpointing import universal
+def test_two_runs_that_convert_at_once_do_not_disturb_each_other(runs: Runs, copy: Callable[..., Path]) -> None:
+    checkpoint = read_checkpoint(copy((2, 1, 1)))
+    slow, fast = universal._Conversion(checkpoint), universal._Conversion(checkpoint)
+    slow.begin()
+    fast.begin()
+    for conversion in (fast, slow):
+        for layout in conversion.layouts:
+            conversion.write_layer(layout)
+        conversion.publish()
+    assert [path.name for path in checkpoint.path.glob("universal*")] == ["universal"]
+    assert universal._problem(checkpoint.path / "universal", checkpoint, "full") is None
 
+
+def kill_at_layer(number: int) -> None:
     original = universal._Conversion.write_layer
 
     def write_layer(self: Any, layout: Any) -> None:
@@ -299,8 +312,6 @@ def test_a_killed_conversion_is_made_again(runs: Runs, copy: Callable[..., Path]
 
 def no_room() -> None:
     """Files can grow to a few kilobytes from the moment that the conversion begins."""
-    from megatron.checkpointing import universal
-
     original = universal._remove_abandoned
 
     def remove_abandoned(folder: Path) -> None:
@@ -331,9 +342,9 @@ def loaded_by_both(config: Path) -> None:
     sizes = loaded.run.parallel
     context = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size)
     engine = setup.build_engine(loaded.run, loaded.batch(context.tensor_size), VocabSize(512, 512), context)
-    universal = Path(loaded.run.checkpoint.load or "") / "universal"
+    folder = Path(loaded.run.checkpoint.load or "") / "universal"
     engine.checkpoint_engine = EngineFiles(allow_unsafe=False)
-    load_universal.load_universal(engine, universal, context, vocab_size=512, same_precision=True)
+    load_universal.load_universal(engine, folder, context, vocab_size=512, same_precision=True)
     adam = engine.optimizer.optimizer
     flats = [group["params"][0] for group in adam.param_groups]
     ours = [[flat.detach().clone(), *(adam.state[flat][key].clone() for key in MOMENTS)] for flat in flats]
@@ -342,13 +353,13 @@ def loaded_by_both(config: Path) -> None:
         flat.data.zero_()
         del adam.state[flat]
     engine._config.load_universal_checkpoint = True
-    engine.load_checkpoint(str(universal.parent), tag="universal")
+    engine.load_checkpoint(str(folder.parent), tag="universal")
     theirs = [[flat.detach(), *(adam.state[flat][key] for key in MOMENTS)] for flat in flats]
     for group, expected in zip(ours, theirs, strict=True):
         for ours_, theirs_ in zip(group, expected, strict=True):
             assert ours_.numel() > 0 and torch.equal(ours_, theirs_)
     assert all(map(torch.equal, weights, engine.module.parameters()))
-    assert load_tensors(universal / "mp_rank_00_model_states.pt")["global_steps"] == engine.global_steps == HALF
+    assert load_tensors(folder / "mp_rank_00_model_states.pt")["global_steps"] == engine.global_steps == HALF
 
 
 @pytest.mark.parametrize("model", BASES)
