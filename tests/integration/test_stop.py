@@ -61,6 +61,19 @@ def test_a_signal_to_one_rank_saves_all(
         assert records(run, key) == records(uninterrupted, key)
 
 
+def test_a_signal_to_all_processes_of_a_run(write_config: Callable[..., Path]) -> None:
+    """Loader workers get it as well, as from Slurm or Ctrl-C: none of them may die before the save."""
+    config = write_config(TWO_RANKS, num_workers=2, train_iters=10_000, eval_interval=2)
+    ranks = start_ranks(config, ranks=2)
+    ranks.wait_for(" 5/10,000")
+    os.killpg(ranks.processes[0].pid or 0, signal.SIGTERM)
+    stopped = ranks.wait()
+    assert stopped.codes == [75, 75], stopped.output
+    assert "again: aborting" not in stopped.output
+    [checkpoint] = saved(config.with_suffix(""))
+    assert int(checkpoint.removeprefix("global_step")) == len(records(config.with_suffix(""), "train/lm_loss")) >= 5
+
+
 def test_a_signal_during_evaluation(write_config: Callable[..., Path], uninterrupted: Path) -> None:
     config = write_config(TWO_RANKS)
     run = config.with_suffix("")
