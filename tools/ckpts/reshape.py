@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron.errors import CheckpointError, exit_on_user_error
 def main(argv: Sequence[str]) -> int:
     """Reshape as asked, then say what was written."""
     args = parse_args(argv)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.INFO)
     run = load_config(args.config_file, args.set).run
