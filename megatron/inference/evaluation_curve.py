@@ -67,6 +67,8 @@ def draw_curve(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.set_ylabel(kind)
         axes.set_xlabel("optimizer steps")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if "perplexity" in kind:
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)

@@ -128,9 +128,11 @@ def _load(name: str, manager: Any) -> dict[Any, Any]:
         if hasattr(manager, "load"):
             found: dict[Any, Any] = manager.load([name])
             return found
-        from lm_eval.tasks import get_task_dict  # lm-eval before 0.4.12
+        # lm-eval before 0.4.12
+        from lm_eval.tasks import get_task_dict
+        from lm_eval.utils import load_yaml_config
 
-        return dict(get_task_dict([name], manager))
+        return dict(get_task_dict([load_yaml_config(name) if name.endswith(".yaml") else name], manager))
     except OSError as error:
         offline = (
             " The Hugging Face hub is not asked, for it does not answer." if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -96,6 +96,33 @@ def test_the_second_evaluation_takes_its_answers_from_the_cache(
     assert read_record(tmp_path / "1.json")["metrics"] == read_record(tmp_path / "2.json")["metrics"]
 
 
+@pytest.mark.parametrize("names", [["zen"], ["zen_ch*", "zen_last_word.yaml"], ["zen_choice", "zen_choice"]])
+def test_groups_patterns_and_files(
+    names: list[str], eval_config: Path, eval_checkpoint: Checkpoint, eval_tasks: Path, tmp_path: Path
+) -> None:
+    tasks = shutil.copytree(eval_tasks, tmp_path / "tasks")
+    mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": False}
+    group = {"group": "zen", "task": ["zen_choice", "zen_last_word"], "aggregate_metric_list": [mean]}
+    (tasks / "zen_group.yaml").write_text(yaml.safe_dump(group))
+    paths = [str(tasks / name) if name.endswith(".yaml") else name for name in names]
+    flags = ["--include_path", str(tasks), "--output", str(tmp_path / "r.json"), "--eval_tasks", *paths]
+    assert run_eval(eval_config, *flags) == 0
+    found = read_record(tmp_path / "r.json")
+    wanted = {"zen_choice"} if names[0] == "zen_choice" else {"zen_choice", "zen_last_word"}
+    assert {task for task, _ in found["metrics"]} - {"zen"} == wanted
+    if names == ["zen"]:
+        parts = [found["metrics"][task, "acc"][0] for task in ("zen_choice", "zen_last_word")]
+        assert found["record"]["groups"]["zen"]["acc,none"] == pytest.approx(sum(parts) / 2)
+
+
+def test_a_task_that_is_asked_for_twice(eval_config: Path, eval_tasks: Path, tmp_path: Path) -> None:
+    group = {"group": "zen", "task": ["zen_choice", "zen_last_word"]}
+    tasks = shutil.copytree(eval_tasks, tmp_path / "tasks")
+    (tasks / "zen_group.yaml").write_text(yaml.safe_dump(group))
+    with pytest.raises(ConfigError, match="zen and zen_choice both ask for zen_choice"):
+        run_eval(eval_config, "--include_path", str(tasks), "--eval_tasks", "zen", "zen_choice")
+
+
 def broken_task(folder: Path, **settings: Any) -> Path:
     """An include path with one task, `broken`."""
     folder.mkdir()
