@@ -172,14 +172,19 @@ class TextGenerator:
 
 
 def write_records(generator: TextGenerator, ranks: Ranks, file: TextIO) -> None:
-    """Continue the prompts that are configured, a batch for each data-parallel rank at a time; a line per sample."""
-    prompts: Iterable[str] = configured_prompts(generator.config)
-    waits = generator.config.text_gen_type == "interactive"
-    if not waits:
+    """Continue the prompts that are configured, a batch for each data-parallel rank at a time; a line per sample.
+
+    From standard input, each prompt is answered before the next one is read.
+    """
+    config = generator.config
+    if config.text_gen_type != "input-file" and config.sample_input_file is not None:
+        logger.warning("sample_input_file is not read with text_gen_type: %s", config.text_gen_type)
+    prompts: Iterable[str] = configured_prompts(config)
+    total, size = "", config.num_samples
+    if config.text_gen_type != "interactive":
         prompts = list(prompts)
-        logger.info("prompts: %d, samples of each: %d", len(prompts), generator.config.num_samples)
+        total, size = f" of {len(prompts) * size}", generator.batch_size * ranks.context.data_size
     requests = chain.from_iterable(generator.requests(prompt, number) for number, prompt in enumerate(prompts))
-    size = generator.config.num_samples if waits else generator.batch_size * ranks.context.data_size
     done, reported = 0, time.monotonic()
     while chunk := list(islice(requests, size)):
         for record in ranks.ask("write", chunk):
@@ -187,7 +192,7 @@ def write_records(generator: TextGenerator, ranks: Ranks, file: TextIO) -> None:
         done += len(chunk)
         if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
-            logger.info("%d samples", done)
+            logger.info("%d%s samples", done, total)
 
 
 def converse(generator: TextGenerator, ranks: Ranks, file: TextIO | None) -> None:

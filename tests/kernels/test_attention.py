@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron.kernels.attention.op import causal_attention
+from megatron.kernels.attention.op import cached_attention, causal_attention
 from megatron.kernels.attention.reference import causal_attention_reference
 
 
@@ -44,3 +44,13 @@ def test_dropout_drops() -> None:
     q, k, v = random_qkv(torch.float32)
     assert not torch.equal(causal_attention(q, k, v, dropout=0.5), causal_attention(q, k, v, dropout=0.5))
     assert torch.equal(causal_attention(q, k, v), causal_attention(q, k, v))
+
+
+def test_new_queries_over_cached_keys_are_the_last_rows() -> None:
+    q, k, v = random_qkv()
+    want = causal_attention_reference(q, k, v)[0]
+    cached = [x.transpose(1, 2) for x in (k, v)]
+    got = cached_attention(q[:, -1:], *cached, None)
+    torch.testing.assert_close(got, want[:, -1:], rtol=1e-12, atol=1e-12)
+    mask = torch.ones(3, 7, dtype=torch.bool).tril(4).view(1, 1, 3, 7)
+    torch.testing.assert_close(cached_attention(q[:, -3:], *cached, mask), want[:, -3:], rtol=1e-12, atol=1e-12)
