@@ -70,7 +70,7 @@ class Saver:
         Collective. Raises what `save_checkpoint` raises, also for the save before, if that was still being written.
         """
         if self._pending is not None:
-            if not self._pending.is_written:
+            if not self._pending.is_written_everywhere():
                 logger.info("the save of step %d waits for the one before, which is being written", state.iteration)
             self.finish()
         self._pending = _Save(self.engine, state, self.config, self._files)

@@ -72,7 +72,8 @@ def test_checkpoints_are_those_of_synchronous_saves(changes: dict[str, Any], dat
 def test_a_save_waits_for_the_one_before(dataset: Path, tmp_path: Path, synchronous: Path) -> None:
     config = write(tmp_path, dataset, checkpoint_factor=1)
     output = train(config, ranks=2, before=slow_writes, arguments=(0.1, 1))
-    assert "the save of step 2 waits for the one before" in output or output.count("training waited") == 6
+    # A step on a busy machine may take longer than the writing.
+    assert output.count("waits for the one before") >= 2
     run = config.with_suffix("")
     assert sorted(path.name for path in run.glob("global_step*")) == [f"global_step{step}" for step in range(1, 7)]
     assert_same_checkpoint(run / "global_step6", synchronous / "global_step6")
