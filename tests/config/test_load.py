@@ -77,6 +77,13 @@ def test_published_pythia() -> None:
     assert any("zero_optimization.stage: 0: read as 1" in warning for warning in loaded.warnings)
 
 
+def test_trained_models_need_no_stages_and_no_batch() -> None:
+    loaded = load_config([PYTHIA], ["model_parallel_size=2", "pipe_parallel_size=3"])
+    assert [loaded.replicas(ranks) for ranks in (2, 4, 10)] == [1, 2, 5]
+    with pytest.raises(ConfigError, match=r"model_parallel_size x pipe_parallel_size = 2 x 1 = 2\. Start a multiple"):
+        loaded.replicas(3)
+
+
 def test_neox_defaults_apply_where_keys_are_absent(tmp_path: Path) -> None:
     file = tmp_path / "small.yml"
     file.write_text(
