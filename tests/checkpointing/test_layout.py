@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.checkpointing.layout import layer_layouts, merge, shard_shape
+from megatron.checkpointing.layout import fit_vocabulary, layer_layouts, merge, shard_shape, split
 from megatron.config.model import ModelConfig
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import build_local, layer_entries, layer_names, pipeline_location
@@ -67,6 +67,32 @@ def test_merged_parts_are_the_initial_weights(model: ModelConfig) -> None:
         for local, spec in layout.parameters.items():
             name = layout.global_name(local)
             assert torch.equal(merge([part[name] for part in parts], spec), whole[name]), name
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_split_weights_are_those_of_the_ranks(model: ModelConfig) -> None:
+    whole = dict(build_local(model, VOCAB, seed=3).named_parameters())
+    parts = [
+        dict(build_local(model, VOCAB, 3, ParallelContext(tensor_size=2, tensor_rank=rank)).named_parameters())
+        for rank in range(2)
+    ]
+    for layout in layer_layouts(model, VOCAB):
+        for local, spec in layout.parameters.items():
+            name = layout.global_name(local)
+            for ours, part in zip(split(whole[name].detach(), spec, 2), parts, strict=True):
+                assert torch.equal(ours, part[name]), name
+
+
+def test_vocabulary_rows_are_kept_and_padding_is_zero() -> None:
+    spec = ParameterSpec((4, 2), 0, zeros, decays=True)
+    whole = torch.arange(1.0, 7.0).view(3, 2)
+    assert fit_vocabulary(whole, spec, 3).tolist() == [[1, 2], [3, 4], [5, 6], [0, 0]]
+    assert fit_vocabulary(whole, spec, 2).tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]]
+    same = torch.ones(4, 2)
+    assert fit_vocabulary(same, spec, 2) is same
+    for rows, columns, tokens in ((3, 3, 3), (3, 2, 4), (8, 2, 5)):
+        with pytest.raises(CheckpointError, match=r"this run's has \(4, 2\)"):
+            fit_vocabulary(torch.ones(rows, columns), spec, tokens)
 
 
 def test_wrong_parts_are_refused() -> None:
