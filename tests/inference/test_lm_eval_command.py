@@ -96,7 +96,14 @@ def test_the_second_evaluation_takes_its_answers_from_the_cache(
     assert read_record(tmp_path / "1.json")["metrics"] == read_record(tmp_path / "2.json")["metrics"]
 
 
-@pytest.mark.parametrize("names", [["zen"], ["zen_ch*", "zen_last_word.yaml"], ["zen_choice", "zen_choice"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["zen"],
+        pytest.param(["zen_ch*", "zen_last_word.yaml"], marks=pytest.mark.full),
+        ["zen_choice", "zen_choice"],
+    ],
+)
 def test_groups_patterns_and_files(
     names: list[str], eval_config: Path, eval_checkpoint: Checkpoint, eval_tasks: Path, tmp_path: Path
 ) -> None:
