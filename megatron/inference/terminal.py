@@ -10,9 +10,6 @@ from types import FrameType
 
 from megatron.inference.prompts import decode_with_replacement
 
-with contextlib.suppress(ImportError):  # not everywhere, as on Windows
-    import readline  # noqa: F401 - gives input() line editing and a history
-
 FIRST_LINE = "Context prompt >>> "
 NEXT_LINE = "... "
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -28,6 +25,9 @@ class Terminal:
         self.shown = ""
         self.interrupted = False
         decode_with_replacement(sys.stdin)
+        # Gives input() line editing and a history. Not before there is a terminal: it may write to standard output.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
 
     def prompts(self) -> Iterator[str]:
         """What the user enters, until Ctrl-D or Ctrl-C at a prompt; an empty one is asked for again."""

@@ -10,7 +10,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -128,7 +128,7 @@ class TextGenerator:
             ]
         return records
 
-    def _stopper(self, request: Request) -> Any:
+    def _stopper(self, request: Request) -> Callable[[int, list[int]], bool]:
         def show(index: int, tokens: list[int]) -> bool:
             if self.terminal is None:
                 return False
