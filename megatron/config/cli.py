@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.config.effective import effective_text, summary
 from megatron.config.load import LoadedConfig, load_config
-from megatron.config.sources import OVERRIDE
+from megatron.config.sources import split_words
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
@@ -62,8 +62,8 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
     _add_evaluation_flags(parser)
     options = parser.parse_intermixed_args(argv)
-    overrides = [word for word in options.words if OVERRIDE.fullmatch(word)]
-    files = [options.conf_dir / _with_suffix(word) for word in options.words if word not in overrides]
+    names, overrides = split_words(options.words)
+    files = [options.conf_dir / _with_suffix(name) for name in names]
     if not files:
         parser.error("at least one YAML file is needed; it stands before --eval_tasks")
     overrides += _evaluation_overrides(options)
@@ -88,8 +88,8 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
         if value is not None:
             overrides.append(f"{key}={value}")
     for name, values in (("eval_tasks", options.eval_tasks), ("iteration", options.iteration)):
-        own = [value for value in values or () if not OVERRIDE.fullmatch(value)]
-        overrides += [value for value in values or () if value not in own]
+        own, others = split_words(values or ())
+        overrides += others
         if name == "eval_tasks" and values is not None:
             overrides.append(f"eval_tasks={json.dumps(own)}")
         elif own == ["all"]:

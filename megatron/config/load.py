@@ -10,7 +10,7 @@ from megatron.config.batch import data_parallel_size, resolve_batch
 from megatron.config.build import build, origins
 from megatron.config.problems import Origin, report
 from megatron.config.run import RunConfig
-from megatron.config.sources import gather
+from megatron.config.sources import gather, split_words
 from megatron.config.training import BatchConfig
 from megatron.config.translate import translate
 from megatron.errors import ConfigError
@@ -45,6 +45,12 @@ class LoadedConfig:
         Raises ConfigError when model_parallel_size does not divide the ranks.
         """
         return data_parallel_size(self.run.parallel.model_copy(update={"pipe_parallel_size": 1}), world_size)
+
+
+def load_words(words: Sequence[str]) -> LoadedConfig:
+    """`load_config` of `a.yml b.yml key=value`, in one list."""
+    files, overrides = split_words(words)
+    return load_config([Path(file) for file in files], overrides)
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedConfig:

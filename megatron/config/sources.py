@@ -14,6 +14,14 @@ from megatron.config.problems import Given, Origin, Problem, problem_with
 from megatron.config.yaml_reader import Entry, read_value, read_yaml
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(names of YAML files, `key=value` overrides) of what a command takes in one list."""
+    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
+    return [word for word in words if word not in overrides], overrides
+
+
 """Form of an override on the command line."""
 
 COMMAND_LINE = Origin("command line")

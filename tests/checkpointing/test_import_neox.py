@@ -464,7 +464,7 @@ def test_the_command_takes_overrides_and_refuses_in_one_line(tmp_path: Path) -> 
     refused = run_command(command)
     assert refused.returncode == 2
     assert "padded_vocab_size: 640" in refused.stderr and "Traceback" not in refused.stderr
-    finished = run_command([*command, "--set", "padded_vocab_size=640"])
+    finished = run_command([*command, "padded_vocab_size=640"])
     assert finished.returncode == 0, finished.stderr
     parameters = 640 * 32 + 2 * 2 * 32 * (3 * 24 + 40 + 48) + 2 * 32
     assert finished.stdout == f"{tmp_path}/out/global_step0: {source}, {parameters:,} parameters in float32\n"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.config.load import load_config
+from megatron.config.load import load_words
 from megatron.errors import exit_on_user_error
 from megatron.registry import require
 
@@ -34,11 +34,10 @@ def main(argv: Sequence[str]) -> int:
     from megatron.hf.write_config import write_config
 
     if args.write_config is not None:
-        write_config(args.input_dir, args.write_config)
-        print(f"{args.write_config}: the folder's model as a configuration")
-    difference = import_folder(
-        args.input_dir, load_config(args.config_file or [args.write_config]).run, args.output_dir
-    )
+        made = Path(args.write_config[0])
+        write_config(args.input_dir, made)
+        print(f"{made}: the folder's model as a configuration")
+    difference = import_folder(args.input_dir, load_words(args.config_file or args.write_config).run, args.output_dir)
     print(f"{args.output_dir}/global_step0: {args.input_dir}, logits within {difference:.1e} of transformers'")
     return 0
 
@@ -48,8 +47,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_dir", type=Path, required=True, help="the Hugging Face folder")
     config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument("--config_file", type=Path, nargs="+", help="YAML files that describe the folder's model")
-    config.add_argument("--write-config", type=Path, help="YAML file to make from the folder, and to use")
+    config.add_argument(
+        "--config_file", nargs="+", metavar="a.yml key=value", help="YAML files that describe the folder's model"
+    )
+    config.add_argument(
+        "--write-config", nargs="+", metavar="new.yml key=value", help="YAML file to make from the folder, and to use"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     return parser.parse_args(argv)
 

@@ -20,7 +20,7 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.search import find_checkpoint
-from megatron.config.load import load_config
+from megatron.config.load import load_words
 from megatron.errors import CheckpointError, exit_on_user_error
 from megatron.registry import require
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.hf.export import ExportOptions, export_checkpoint
 
     args = parse_args(argv)
-    run = load_config(args.config_file).run
+    run = load_words(args.config_file).run
     checkpoint = find_checkpoint(args.input_dir, None, run.checkpoint.verify_checkpoint)
     if checkpoint is None:
         raise CheckpointError(f"{args.input_dir} holds no checkpoint. Name a run's folder or a global_stepN folder.")
@@ -53,7 +53,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
-    parser.add_argument("--config_file", type=Path, nargs="+", required=True, help="the run's YAML files")
+    parser.add_argument(
+        "--config_file", nargs="+", required=True, metavar="a.yml key=value", help="the run's YAML files"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="auto keeps the checkpoint's")
     parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")

@@ -1,7 +1,7 @@
 """Turn a checkpoint of GPT-NeoX, or the published TokenFormer weights, into a checkpoint.
 
     python tools/ckpts/import_neox.py --input pytorch_model.bin --config_file configs/tokenformer/150M.yml \\
-        configs/data/pile.yml --output_dir runs/published-150M [--set vocab_file=20B_tokenizer.json]
+        configs/data/pile.yml vocab_file=20B_tokenizer.json --output_dir runs/published-150M
     python tools/ckpts/import_neox.py --input neox/global_step143000 --write-config pythia-1b.yml \\
         --output_dir runs/pythia-1b
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.import_neox import ImportedNeox, import_neox
 from megatron.checkpointing.neox_config import write_config
-from megatron.config.load import load_config
+from megatron.config.load import load_words
 from megatron.errors import exit_on_user_error
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -35,9 +35,10 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     if args.write_config is not None:
-        write_config(args.input, args.write_config)
-        print(f"{args.write_config}: the checkpoint's model as a configuration")
-    run = load_config(args.config_file or [args.write_config], args.set).run
+        made = Path(args.write_config[0])
+        write_config(args.input, made)
+        print(f"{made}: the checkpoint's model as a configuration")
+    run = load_words(args.config_file or args.write_config).run
     imported = import_neox(args.input, run, args.output_dir, progress_lines())
     print("\n".join(summary(imported, args.output_dir)))
     return 0
@@ -48,9 +49,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="file of weights, global_stepN folder, or run folder")
     config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument("--config_file", type=Path, nargs="+", help="YAML files that describe the checkpoint's model")
-    config.add_argument("--write-config", type=Path, help="YAML file to make from the checkpoint's own, and to use")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the YAML files")
+    config.add_argument(
+        "--config_file", nargs="+", metavar="a.yml key=value", help="YAML files that describe the checkpoint's model"
+    )
+    config.add_argument(
+        "--write-config",
+        nargs="+",
+        metavar="new.yml key=value",
+        help="YAML file to make from the checkpoint's own, and to use",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     return parser.parse_args(argv)
 

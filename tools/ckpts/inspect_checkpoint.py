@@ -34,10 +34,9 @@ from megatron.checkpointing.tensor_summary import TensorSummary, summarize_tenso
 from megatron.checkpointing.weights import checkpoint_layouts
 from megatron.checkpointing.weights_only import is_weights_only
 from megatron.config.differences import differences
-from megatron.config.load import load_config
+from megatron.config.load import load_words
 from megatron.config.output import Verification
 from megatron.config.problems import show
-from megatron.config.sources import OVERRIDE
 from megatron.errors import CheckpointError, exit_on_user_error
 
 Advance = Callable[[int], None]
@@ -129,8 +128,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def compare(checkpoint: Checkpoint, words: Sequence[str]) -> list[dict[str, Any]]:
     """What differs between the checkpoint's configuration and that of YAML files and overrides."""
-    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
-    given = load_config([Path(word) for word in words if word not in overrides], overrides).run
+    given = load_words(words).run
     found = differences(checkpoint.config, given)
     return [{"key": each.key, "checkpoint": each.first, "given": each.second} for each in found]
 

@@ -1,7 +1,7 @@
 """Rewrite a checkpoint, optimizer state included, for the parallel sizes and the precision of a configuration.
 
     python tools/ckpts/reshape.py --input_dir runs/150M/global_step1000 --config_file configs/tokenformer/150M.yml \\
-        --output_dir runs/150M-tp2 [--ranks 16] [--set model_parallel_size=2]
+        model_parallel_size=2 --output_dir runs/150M-tp2 [--ranks 16]
 
 Training converts by itself what another layout wrote. This is for a checkpoint that is to be kept or moved in one
 layout, or that lies where training may not write. It needs no GPU and no ranks, and the memory of a pipeline stage.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.search import find_checkpoint
 from megatron.config.batch import data_parallel_size
-from megatron.config.load import load_config
+from megatron.config.load import load_words
 from megatron.errors import CheckpointError, exit_on_user_error
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.INFO)
-    run = load_config(args.config_file, args.set).run
+    run = load_words(args.config_file).run
     sizes = run.parallel
     ranks = args.ranks or run.launch.num_gpus or sizes.model_parallel_size * sizes.pipe_parallel_size
     data_size = data_parallel_size(sizes, ranks)
@@ -53,12 +53,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
-    parser.add_argument("--config_file", type=Path, nargs="+", required=True, help="YAML files of the run to come")
+    parser.add_argument(
+        "--config_file", nargs="+", required=True, metavar="a.yml key=value", help="YAML files of the run to come"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder that the global_stepN folder goes to")
     parser.add_argument(
         "--ranks", type=int, help="ranks of the run to come; num_gpus, or one model's worth, when not given"
     )
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the YAML files")
     return parser.parse_args(argv)
 
 

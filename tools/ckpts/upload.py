@@ -18,7 +18,7 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.search import readable_checkpoints
-from megatron.config.load import load_config
+from megatron.config.load import load_words
 from megatron.errors import CheckpointError, exit_on_user_error
 from megatron.registry import require
 
@@ -56,7 +56,7 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
     from megatron.hf.export import ExportOptions
     from megatron.hf.upload import planned_branches, repository, upload_run
 
-    run = load_config(args.config_file).run
+    run = load_words(args.config_file).run
     checkpoints = readable_checkpoints(args.folder)
     if not checkpoints:
         raise CheckpointError(f"{args.folder} holds no checkpoints. Name a run's folder.")
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("repo", help="repository, as in my-org/my-model; made if it is not there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("branch", nargs="?", help="branch for an exported folder (main)")
-    which.add_argument("--config_file", type=Path, nargs="+", help="the run's YAML files")
+    which.add_argument("--config_file", nargs="+", metavar="a.yml key=value", help="the run's YAML files")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="of a run's exports (auto)")
     parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows out of a run's exports")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
