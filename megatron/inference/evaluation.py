@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from lm_eval.evaluator import evaluate
 
+from megatron.checkpointing.folder import checkpoint_name, checkpoint_paths, read_checkpoint
 from megatron.checkpointing.manifest import MANIFEST_FILE
-from megatron.checkpointing.search import readable_checkpoints
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError
@@ -84,23 +84,30 @@ def evaluate_hf_model(config: RunConfig) -> Path:
 
 
 def _iterations(config: RunConfig) -> Sequence[int | None]:
-    """Steps to score, each of which is there; None stands for the configured or newest checkpoint."""
+    """Steps to score; of several, all are there and can be read. None is the configured or newest checkpoint."""
     wanted = config.evaluation.iterations
-    if not wanted:
-        return [None]
+    if wanted != "all" and len(wanted) <= 1:
+        return wanted or [None]
     folder = Path(config.checkpoint.load or config.checkpoint.save or ".")
-    there = sorted(checkpoint.state.iteration for checkpoint in readable_checkpoints(folder))
-    if wanted == "all":
-        if not there:
-            raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
-        return there
-    missing = [iteration for iteration in wanted if iteration not in there]
+    there = sorted(iteration for iteration, _ in checkpoint_paths(folder))
+    if not there:
+        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
+    steps = there if wanted == "all" else list(dict.fromkeys(wanted))
+    missing = [step for step in steps if step not in there]
     if missing:
         raise CheckpointError(
             f"{folder} holds no checkpoint of step {', '.join(map(str, missing))}. Steps there: "
-            f"{', '.join(map(str, there)) or 'none'}."
+            f"{', '.join(map(str, there))}."
         )
-    return list(dict.fromkeys(wanted))
+    for step in steps:
+        path = folder / checkpoint_name(step)
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error}. Name the steps to score, as in `--iteration 1000 2000`."
+            ) from error
+    return steps
 
 
 def _evaluate_loaded(config: RunConfig, answers: Answers, ranks: Ranks, tasks: Tasks) -> dict[str, Any]:

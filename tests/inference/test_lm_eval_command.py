@@ -148,7 +148,7 @@ def broken_task(folder: Path, **settings: Any) -> Path:
         (["--eval_tasks", "zen_choice", "--eval_num_fewshot", "6"], DataError, f"has {FEWSHOT_EXAMPLES} solved"),
         (["--eval_tasks", "zen_last_word", "--eval_num_fewshot", "20"], DataError, "19 solved examples, and 20 are"),
         (["--eval_tasks", "zen_choice", "--iteration", "1", "7"], CheckpointError, "no checkpoint of step 1. Steps"),
-        (["--eval_tasks", "zen_choice", "--iteration", "99"], CheckpointError, "no checkpoint of step 99"),
+        (["--eval_tasks", "zen_choice", "--iteration", "99"], CheckpointError, "global_step99: no such checkpoint"),
         (["--eval_tasks", "zen_choice", "load=/nowhere"], CheckpointError, "/nowhere holds no checkpoint"),
         (["--eval_tasks", "zen_choice", "num_layers=3"], ConfigError, "another model than the configuration"),
         (["--eval_tasks", "zen_choice", "--hf_model", "/nowhere/model"], ConfigError, "/nowhere/model cannot be load"),
@@ -197,6 +197,16 @@ def test_a_damaged_checkpoint(eval_config: Path, eval_checkpoint: Checkpoint, ev
     next(damaged.glob("layer_00*")).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="is not whole"):
         run_eval(eval_config, f"load={damaged}", "--include_path", str(eval_tasks), "--eval_tasks", "zen_choice")
+
+
+def test_all_checkpoints_can_be_read_before_the_first_is_scored(
+    eval_config: Path, eval_checkpoint: Checkpoint, eval_tasks: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(eval_checkpoint.path, tmp_path / "global_step7")
+    (tmp_path / "global_step8").mkdir()
+    flags = [f"load={tmp_path}", "--include_path", str(eval_tasks), "--eval_tasks", "zen_choice", "--iteration", "all"]
+    with pytest.raises(CheckpointError, match="global_step8 cannot be read"):
+        run_eval(eval_config, *flags)
 
 
 def test_without_lm_eval(eval_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
