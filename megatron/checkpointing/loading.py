@@ -36,7 +36,7 @@ def load_checkpoint(
     """
     engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
     if not config.checkpoint.allow_unsafe_load:
-        _require_safe(checkpoint, prefix="")
+        _require_safe(checkpoint, prefix="", allow_unsafe=False)
     with configured_hyperparameters(engine.optimizer):
         _load(engine, checkpoint, config, context, vocab)
 
@@ -59,12 +59,12 @@ def _load(
 def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
     """Load weights alone, whatever layout wrote them. Collective; raises CheckpointError when a file is damaged or
     unsafe."""
-    _require_safe(checkpoint, prefix="layer_")
+    _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
     load_parameters(engine.module.global_parameters(), checkpoint, context)
     engine.optimizer.refresh_fp32_params()
 
 
-def _require_safe(checkpoint: Checkpoint, prefix: str) -> None:
+def _require_safe(checkpoint: Checkpoint, *, prefix: str, allow_unsafe: bool | None) -> None:
     """Open the tensor files that begin with `prefix`, a share of them on each rank, without reading the tensors.
 
     Collective. Raises CheckpointError, on all ranks, for a file that is damaged or could run code: a rank that met it
@@ -75,7 +75,7 @@ def _require_safe(checkpoint: Checkpoint, prefix: str) -> None:
     failure: str | None = None
     for name in names[rank::size]:
         try:
-            load_tensors(checkpoint.path / name)
+            load_tensors(checkpoint.path / name, allow_unsafe=allow_unsafe)
         except CheckpointError as error:
             failure = str(error)
             break

@@ -45,11 +45,12 @@ def _allowed_types() -> list[Any]:
     ]
 
 
-def load_tensors(path: Path, *, allow_unsafe: bool = False, mmap: bool = True) -> Any:
+def load_tensors(path: Path, *, allow_unsafe: bool | None = None, mmap: bool = True) -> Any:
     """The content of a .pt file on the CPU, memory-mapped or read.
 
     Raises CheckpointError for a damaged file, and for one that holds anything but tensors, plain values and the types
-    that DeepSpeed and GPT-NeoX write, unless `allow_unsafe`: then such a file may run any code.
+    that DeepSpeed and GPT-NeoX write, unless `allow_unsafe`: then such a file may run any code. None is False where
+    the user is offered no choice.
     """
     try:
         with torch.serialization.safe_globals(_allowed_types()):
@@ -57,9 +58,14 @@ def load_tensors(path: Path, *, allow_unsafe: bool = False, mmap: bool = True) -
     except pickle.UnpicklingError as error:
         if allow_unsafe:
             return _load_trusted(path, mmap)
+        remedy = (
+            "Training writes no such file: load another checkpoint, or restore this one."
+            if allow_unsafe is None
+            else "If you trust who wrote it, set `allow_unsafe_load: true`."
+        )
         raise CheckpointError(
             f"{path} holds more than tensors and plain values ({_reason(error)}), and loading it could run code: it is "
-            "refused. If you trust who wrote it, set `allow_unsafe_load: true`."
+            f"refused. {remedy}"
         ) from error
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is damaged or incomplete.") from error

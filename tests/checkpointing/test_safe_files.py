@@ -31,9 +31,12 @@ def bomb(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_a_pickle_bomb_does_not_run(bomb: Path, mmap: bool) -> None:
-    with pytest.raises(CheckpointError, match=r"could run code: it is refused.*`allow_unsafe_load: true`"):
-        load_tensors(bomb, mmap=mmap)
+@pytest.mark.parametrize(
+    ("allow_unsafe", "remedy"), [(False, "set `allow_unsafe_load: true`"), (None, "Training writes no such file")]
+)
+def test_a_pickle_bomb_does_not_run(bomb: Path, mmap: bool, allow_unsafe: bool | None, remedy: str) -> None:
+    with pytest.raises(CheckpointError, match=f"could run code: it is refused.*{remedy}"):
+        load_tensors(bomb, allow_unsafe=allow_unsafe, mmap=mmap)
     assert not (bomb.parent / "exploded").exists()
 
 
