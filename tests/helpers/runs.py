@@ -66,13 +66,15 @@ class RunningRanks:
                 os.killpg(self.processes[0].pid or 0, signal.SIGKILL)
             process.join(30)
 
-    def wait(self, timeout: float = 120.0) -> Finished:
-        """As under deepy.py, a rank that dies takes the others with it; one that is late is killed."""
+    def wait(self, timeout: float = 240.0) -> Finished:
+        """As under deepy.py, a rank that dies takes the others with it. Fails when a rank is late."""
         deadline = time.monotonic() + timeout
         while any(process.is_alive() for process in self.processes):
-            died = any(process.exitcode is not None and process.exitcode < 0 for process in self.processes)
-            if died or time.monotonic() > deadline:
+            if any(process.exitcode is not None and process.exitcode < 0 for process in self.processes):
                 self.kill()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"not done after {timeout:g} s:\n{self.output()}")
             time.sleep(0.01)
         for process in self.processes:
             process.join()
@@ -114,9 +116,9 @@ def start_ranks(
     return running
 
 
-def run_ranks(config: Path, *overrides: str, **more: Any) -> Finished:
-    """`start_ranks`, and wait for the end."""
-    return start_ranks(config, *overrides, **more).wait()
+def run_ranks(config: Path, *overrides: str, timeout: float = 240.0, **more: Any) -> Finished:
+    """`start_ranks`, and wait for the end, at most `timeout` seconds."""
+    return start_ranks(config, *overrides, **more).wait(timeout)
 
 
 def train(config: Path, *overrides: str, **more: Any) -> str:

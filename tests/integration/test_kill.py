@@ -132,7 +132,7 @@ def test_killed_at_random_moments(kills: int, dataset: Path, tmp_path: Path) -> 
     changes = {"train_iters": steps, "checkpoint_factor": 1, "keep_last_n_checkpoints": 2, "num_workers": 1}
     whole, config = (write(tmp_path / name, dataset, **changes) for name in ("whole", "killed"))
     begin = time.monotonic()
-    train(whole, ranks=2)
+    train(whole, ranks=2, timeout=1200.0)
     seconds_per_step = (time.monotonic() - begin) / steps
     moments = random.Random(5)
     ours, theirs = config.with_suffix(""), whole.with_suffix("")
@@ -146,7 +146,7 @@ def test_killed_at_random_moments(kills: int, dataset: Path, tmp_path: Path) -> 
         time.sleep(moments.uniform(0.0, 2 * seconds_per_step))
         assert all(process.is_alive() for process in ranks.processes), ranks.output()
         ranks.kill()
-    assert run_ranks(config, ranks=2).codes == [0, 0]
+    assert run_ranks(config, ranks=2, timeout=1200.0).codes == [0, 0]
     assert_same_checkpoint(ours / f"global_step{steps}", theirs / f"global_step{steps}")
     assert records(ours, "train/lm_loss") == records(theirs, "train/lm_loss")
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
