@@ -11,7 +11,7 @@ from megatron.checkpointing.folder import Checkpoint
 from megatron.config.generation import GenerationConfig
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import Tokenizer
-from megatron.errors import CheckpointError, ConfigError
+from megatron.errors import ConfigError
 from megatron.inference.generate import generate_tokens
 from megatron.inference.inference_model import InferenceModel, checkpoint_to_read, load_inference_model
 from megatron.inference.lm_eval_batches import BatchLimit, in_batches, tokens_that_fit
@@ -65,8 +65,6 @@ class Answers:
                 f"configured tokenizer has {self.tokenizer.vocab_size:,}. Configure the tokenizer of the run."
             )
         model = load_inference_model(self.config, checkpoint, self.context, self.device)
-        if not all(bool(torch.isfinite(weight).all()) for weight in model.model.parameters()):
-            raise CheckpointError(f"{checkpoint.path} holds NaN or infinity. Evaluate another checkpoint.")
         self._loaded = checkpoint, model
         return list(items)
 

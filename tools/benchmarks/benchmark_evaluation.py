@@ -11,12 +11,10 @@ turns, so that a machine that gets slower or faster does so for both. The first 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -32,20 +30,25 @@ import megatron.hf  # noqa: F401 - registers what transformers is to know
 from megatron.config.cli import parse_command_line
 from megatron.config.data import TokenizerConfig
 from megatron.config.load import load_config
-from megatron.config.parameters import count_parameters
 from megatron.config.run import RunConfig
-from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import exit_on_user_error
 from megatron.hf.tokenizer_files import write_tokenizer
-from megatron.inference.inference_model import DTYPES, InferenceModel
+from megatron.inference.inference_model import InferenceModel
 from megatron.inference.lm_eval_adapter import HarnessModel
 from megatron.inference.lm_eval_batches import BatchLimit, in_batches
 from megatron.inference.lm_eval_cache import AnswerCache
 from megatron.inference.lm_eval_scoring import score_batch
-from megatron.model.causal_lm import VocabSize, build_local
-from megatron.monitor.console import format_count
-from megatron.monitor.provenance import device_name
 from tools.benchmarks.transformers_model import transformers_model
+from tools.benchmarks.turns import (
+    benchmark_parser,
+    machine_line,
+    machine_report,
+    positive,
+    take_turns,
+    untrained_model,
+    write_report,
+)
 
 Request = tuple[None, list[int], list[int]]
 """Text that is not looked at, context, continuation."""
@@ -54,24 +57,10 @@ BYTES = TokenizerConfig(type="CharLevelTokenizer")
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description="Time log-likelihoods against lm-eval's own adapter.",
-        usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--questions", type=_positive, default=50, help="questions of each kind (default: 50)")
-    parser.add_argument("--batch-size", type=_positive, default=8, help="sequences at a time (default: 8)")
-    parser.add_argument("--rounds", type=_positive, default=5, help="timed rounds of each (default: 5)")
-    parser.add_argument("--vocab-size", type=_positive, help="ids of the vocabulary, in place of the tokenizer's")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = benchmark_parser("Time log-likelihoods against lm-eval's own adapter.")
+    parser.add_argument("--questions", type=positive, default=50, help="questions of each kind (default: 50)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="sequences at a time (default: 8)")
     return parser.parse_known_args(argv)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return value
 
 
 def make_requests(questions: int, vocab_size: int, context_length: int, seed: int) -> dict[str, list[Request]]:
@@ -92,50 +81,25 @@ def make_requests(questions: int, vocab_size: int, context_length: int, seed: in
 
 def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Both adapters' seconds by kind and round, and what was measured."""
-    actual = args.vocab_size or build_tokenizer(config.data.tokenizer).vocab_size
-    vocab = VocabSize(actual, padded_vocab_size(config.model, actual))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_local(config.model, vocab, config.training.seed).to(device, DTYPES[config.training.precision.dtype])
+    model = untrained_model(config, args.vocab_size)
     adapters = {
-        "ours": our_adapter(InferenceModel(model, config, vocab), args.batch_size),
-        "lm-eval hf": their_adapter(transformers_model(model, config, vocab), config, args.batch_size),
+        "ours": our_adapter(model, args.batch_size),
+        "lm-eval hf": their_adapter(transformers_model(model.model, config, model.vocab), config, args.batch_size),
     }
     kinds = {}
-    for kind, requests in make_requests(args.questions, actual, config.model.seq_length, config.training.seed).items():
+    requests_by_kind = make_requests(args.questions, model.vocab.actual, config.model.seq_length, config.training.seed)
+    for kind, requests in requests_by_kind.items():
         calls = {name: partial(adapter, requests, disable_tqdm=True) for name, adapter in adapters.items()}
-        kinds[kind] = {"requests": len(requests)} | take_turns(calls, args.rounds, len(requests))
-    return {
-        "parameters": count_parameters(config.model, vocab.padded),
-        "dtype": config.training.precision.dtype,
-        "device": device_name(),
-        "cpu_threads": torch.get_num_threads(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "lm_eval")},
-        "batch_size": args.batch_size,
-        "rounds": args.rounds,
-        "kinds": kinds,
-    }
-
-
-def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, requests: int) -> dict[str, Any]:
-    """Seconds of each call by round, the ratio of their rates, and the largest difference of their log-likelihoods."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    answers = {}
-    for number in range(rounds + 1):
-        # Whoever goes first in one round goes last in the next: a steady drift then favours neither.
-        for name in list(calls)[:: 1 if number % 2 else -1]:
-            start = _synchronized_seconds()
-            answers[name] = calls[name]()
-            seconds[name].append(_synchronized_seconds() - start)
-    timed = {name: values[1:] for name, values in seconds.items()}
-    ratios = [theirs / ours for ours, theirs in zip(*timed.values(), strict=True)]
-    differences = [abs(one[0] - other[0]) for one, other in zip(*answers.values(), strict=True)]
-    return {
-        "seconds": timed,
-        "requests_per_second": {name: requests / statistics.median(values) for name, values in timed.items()},
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
-        "largest_difference": max(differences),
-    }
+        timed, (ours, theirs) = take_turns(calls, args.rounds)
+        kinds[kind] = timed | {
+            "requests": len(requests),
+            "requests_per_second": {
+                name: len(requests) / statistics.median(seconds) for name, seconds in timed["seconds"].items()
+            },
+            "largest_difference": max(abs(one[0] - other[0]) for one, other in zip(ours, theirs, strict=True)),
+        }
+    versions = {package: version(package) for package in ("torch", "transformers", "lm_eval")}
+    return machine_report(model, versions) | {"batch_size": args.batch_size, "rounds": args.rounds, "kinds": kinds}
 
 
 def our_adapter(model: InferenceModel, batch_size: int) -> Callable[..., Any]:
@@ -157,18 +121,10 @@ def their_adapter(model: Any, config: RunConfig, batch_size: int) -> Callable[..
     return scored
 
 
-def _synchronized_seconds() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    where = f"{report['cpu_threads']} CPU threads" if report["device"] == "cpu" else report["device"]
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
-        f"{format_count(report['parameters'])} parameters, {report['dtype']}, {where}, {versions}",
+        machine_line(report),
         f"batches of {report['batch_size']}, median of {report['rounds']} rounds",
         "",
         f"{'requests/s':16}{'ours':>10}{'lm-eval hf':>12}   ours over lm-eval hf",
@@ -189,10 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parse_command_line(words)
     report = {"config": words} | benchmark(load_config(command.files, command.overrides).run, args)
     print(table(report))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(args.output)
+    write_report(report, args.output)
     return 0
 
 
