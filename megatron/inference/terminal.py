@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -15,6 +16,8 @@ NEXT_LINE = "... "
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 CONTROLS = {code: INCOMPLETE for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Characters that could command the terminal."""
+DUPLICATE_SECONDS = 0.1
+"""A launcher passes on the signal that the terminal has sent already; within this time it is the same one."""
 
 
 class Terminal:
@@ -40,7 +43,7 @@ class Terminal:
                 else:
                     print("An empty prompt has nothing to continue.", file=sys.stderr)
         except (EOFError, KeyboardInterrupt):
-            # A launcher may pass on the signal that the terminal has sent already.
+            # The launcher's copy of the signal may still come.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             print()
 
@@ -64,6 +67,8 @@ class Terminal:
         try:
             yield
         finally:
+            if self.interrupted:
+                time.sleep(DUPLICATE_SECONDS)
             signal.signal(signal.SIGINT, before)
 
     def show(self, text: str) -> None:
