@@ -78,6 +78,9 @@ class RunningRanks:
             time.sleep(0.01)
         for process in self.processes:
             process.join()
+        # Kept, they would keep a file descriptor each.
+        if self in _started:
+            _started.remove(self)
         return Finished([process.exitcode or 0 for process in self.processes], self.output())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -155,8 +155,10 @@ class TerminalSession:
         return before + text
 
     def _read(self, deadline: float) -> bool:
-        if not select.select([self.terminal], [], [], max(deadline - time.monotonic(), 0.0))[0]:
-            return False
+        with selectors.DefaultSelector() as selector:  # select() refuses the descriptors of a process with many
+            selector.register(self.terminal, selectors.EVENT_READ)
+            if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                return False
         try:
             data = os.read(self.terminal, 4096)
         except OSError:  # the other end is closed
