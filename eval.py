@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     run = loaded.run
     if not run.evaluation.tasks:
         raise ConfigError("eval_tasks: no task is named. Name some, as in `--eval_tasks lambada_openai hellaswag`.")
-    from megatron.training.distributed import prepare_environment, process_group
+    from megatron.training.distributed import inference_ranks, prepare_environment
 
     prepare_environment()
     require("lm_eval", "eval.py", "Install it: pip install -r requirements/eval.txt")
@@ -29,20 +28,15 @@ def main(argv: Sequence[str]) -> int:
     stay_offline_without_network()
     from megatron.inference.evaluation import evaluate_checkpoints, evaluate_hf_model
 
-    several = int(os.environ["WORLD_SIZE"]) > 1
     if run.evaluation.hf_model is not None:
-        if several:
+        if int(os.environ["WORLD_SIZE"]) > 1:
             raise ConfigError("eval_hf_model: one rank scores a Hugging Face model. Add `num_gpus=1`.")
         evaluate_hf_model(run)
         return 0
-    import torch
+    from megatron.inference.inference_model import local_device
 
-    from megatron.mpu.context import ParallelContext
-
-    with process_group() if several else contextlib.nullcontext():
-        context = ParallelContext.create(run.parallel.model_parallel_size, 1) if several else ParallelContext.single()
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        evaluate_checkpoints(run, context, device)
+    with inference_ranks(run.parallel.model_parallel_size) as context:
+        evaluate_checkpoints(run, context, local_device())
     return 0
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from megatron.checkpointing.neox_files import open_neox
 from megatron.checkpointing.neox_model import model_of
+from megatron.checkpointing.new_yaml import write_new_yaml
 from megatron.config.problems import report
 from megatron.config.yaml_reader import read_yaml
 from megatron.errors import ConfigError
@@ -41,13 +42,7 @@ def write_config(source: Path, path: Path) -> None:
             raise ConfigError(report(problems, configs))
         keys |= {key: entry.plain() for key, entry in entries.items() if key not in OF_THE_OLD_RUN}
     keys["padded_vocab_size"] = found.vocabulary_rows
-    try:
-        with path.open("x", encoding="utf-8") as written:
-            written.write(HEADER.format(folder=files.path) + yaml.safe_dump(keys, sort_keys=False))
-    except FileExistsError as error:
-        raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
-    except OSError as error:
-        raise ConfigError(f"--write-config {path}: cannot be written ({error.strerror}).") from error
+    write_new_yaml(path, HEADER.format(folder=files.path), keys)
 
 
 def _as_keys(settings: dict[str, Any]) -> str:

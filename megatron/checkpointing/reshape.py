@@ -31,13 +31,12 @@ from megatron.config.training import PrecisionConfig
 from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import LayerEntry, VocabSize, from_engine_name, layer_entries
+from megatron.model.number_formats import DTYPES
 from megatron.model.pipeline import layer_specs, stage_bounds
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import ParameterSpec, parameter_spec
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def reshape(source: Checkpoint, config: RunConfig, data_size: int, output: Path) -> Path:
@@ -72,9 +71,8 @@ def reshape(source: Checkpoint, config: RunConfig, data_size: int, output: Path)
             temporary, written, state, _with_layout(source.config, config), run_id=manifest.run_id,
             versions=manifest.versions,
         )  # fmt: skip
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone by then, under its own name, unless something failed
 
 
 def _write(

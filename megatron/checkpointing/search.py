@@ -59,6 +59,14 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
     return None
 
 
+def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:
+    """`find_checkpoint` of any iteration, for what cannot do without. Raises CheckpointError when there is none."""
+    found = find_checkpoint(folder, None, level)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint. Name a run's folder or a global_stepN folder.")
+    return found
+
+
 def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
     """What keeps a checkpoint from being whole, one sentence each; the same on every rank, each of which looks at a
     share of the files. Collective."""

@@ -25,9 +25,9 @@ from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture
 from megatron.hf.model_card import Publication, model_card
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.model.causal_lm import build_local
+from megatron.model.number_formats import DTYPES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_SHARD_BYTES = 1_000_000_000
 
 

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron.checkpointing.new_yaml import write_new_yaml
 from megatron.config.neox_keys.table import key_of
-from megatron.errors import ConfigError, DataError
+from megatron.errors import DataError
 from megatron.hf.import_folder import read_config
 from megatron.hf.mapping import HF_ARCHITECTURES
 
@@ -48,10 +47,4 @@ def write_config(folder: Path, path: Path) -> None:
     if not tokenizer.is_file():
         raise DataError(f"{folder} holds no tokenizer.json. Copy its tokenizer there, or give --config_file.")
     keys |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(tokenizer)} | TO_FILL_IN
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(HEADER.format(folder=folder) + yaml.safe_dump(keys, sort_keys=False))
-    except FileExistsError as error:
-        raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
-    except OSError as error:
-        raise ConfigError(f"--write-config {path}: cannot be written ({error.strerror}).") from error
+    write_new_yaml(path, HEADER.format(folder=folder), keys)

@@ -20,15 +20,16 @@ from megatron.checkpointing.search import find_checkpoint
 from megatron.checkpointing.weights import load_parameters, vocab_size
 from megatron.config.output import CheckpointConfig
 from megatron.config.run import RunConfig
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.kv_cache import KeyValueCache
+from megatron.model.number_formats import DTYPES
 from megatron.model.speedups import apply_speedups, choose_speedups
 from megatron.mpu.collectives import gather_output, max_over_ranks
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOGITS_AT_A_TIME = 2**26
 
 
@@ -136,6 +137,20 @@ def checkpoint_to_read(config: CheckpointConfig, iteration: int | None = None) -
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
     return checkpoint
+
+
+def require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError when a checkpoint was trained with another vocabulary than the tokenizer's."""
+    if checkpoint.state.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"{checkpoint.path} was trained with a vocabulary of {checkpoint.state.vocab_size:,} ids, and the "
+            f"configured tokenizer has {tokenizer.vocab_size:,}. Configure the tokenizer of the run."
+        )
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_inference_model(

@@ -11,9 +11,13 @@ from megatron.checkpointing.folder import Checkpoint
 from megatron.config.generation import GenerationConfig
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import Tokenizer
-from megatron.errors import ConfigError
 from megatron.inference.generate import generate_tokens
-from megatron.inference.inference_model import InferenceModel, checkpoint_to_read, load_inference_model
+from megatron.inference.inference_model import (
+    InferenceModel,
+    checkpoint_to_read,
+    load_inference_model,
+    require_tokenizer,
+)
 from megatron.inference.lm_eval_batches import BatchLimit, in_batches, tokens_that_fit
 from megatron.inference.lm_eval_scoring import Row, Scored, score_batch
 from megatron.mpu.context import ParallelContext
@@ -59,11 +63,7 @@ class Answers:
         """
         self._loaded = None
         checkpoint = checkpoint_to_read(self.config.checkpoint, iteration)
-        if checkpoint.state.vocab_size != self.tokenizer.vocab_size:
-            raise ConfigError(
-                f"{checkpoint.path} was trained with a vocabulary of {checkpoint.state.vocab_size:,} ids, and the "
-                f"configured tokenizer has {self.tokenizer.vocab_size:,}. Configure the tokenizer of the run."
-            )
+        require_tokenizer(checkpoint, self.tokenizer)
         model = load_inference_model(self.config, checkpoint, self.context, self.device)
         self._loaded = checkpoint, model
         return list(items)

@@ -17,14 +17,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from megatron.checkpointing.ranks import rank_and_size
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.errors import ConfigError, DataError
+from megatron.errors import DataError
 from megatron.inference.generate import Continuation, generate_tokens
-from megatron.inference.inference_model import InferenceModel, checkpoint_to_read, load_inference_model
+from megatron.inference.inference_model import (
+    InferenceModel,
+    checkpoint_to_read,
+    load_inference_model,
+    local_device,
+    require_tokenizer,
+)
 from megatron.inference.prompts import configured_prompts
 from megatron.inference.ranks import Ranks
 from megatron.inference.terminal import Terminal
@@ -65,13 +69,8 @@ def generate_text(config: RunConfig, context: ParallelContext) -> None:
     """
     checkpoint = checkpoint_to_read(config.checkpoint)
     tokenizer = build_tokenizer(config.data.tokenizer)
-    if checkpoint.state.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            f"{checkpoint.path} was trained with a vocabulary of {checkpoint.state.vocab_size:,} ids, and the "
-            f"configured tokenizer has {tokenizer.vocab_size:,}. Configure the tokenizer of the run."
-        )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    generator = TextGenerator(load_inference_model(config, checkpoint, context, device), tokenizer, config)
+    require_tokenizer(checkpoint, tokenizer)
+    generator = TextGenerator(load_inference_model(config, checkpoint, context, local_device()), tokenizer, config)
     interactive = config.generation.text_gen_type == "interactive"
     with Ranks(context, generator.answer) as ranks:
         if rank_and_size()[0] != 0:

@@ -15,13 +15,13 @@ from megatron.config.run import RunConfig
 from megatron.config.training import BatchConfig, CheckpointedActivations
 from megatron.data.batch import to_inputs_and_labels
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
+from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
 from megatron.training.lr_schedules import LRScheduler
 from megatron.training.optimizer import parameter_groups
 from megatron.training.setup import build_engine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The plain loop scales fp16 losses by a constant: random tokens need no search for the right one.
 FP16_LOSS_SCALE = 1024.0
 

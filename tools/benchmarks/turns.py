@@ -15,8 +15,9 @@ import torch
 from megatron.config.parameters import count_parameters
 from megatron.config.run import RunConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
-from megatron.inference.inference_model import DTYPES, InferenceModel
+from megatron.inference.inference_model import InferenceModel, local_device
 from megatron.model.causal_lm import VocabSize, build_local
+from megatron.model.number_formats import DTYPES
 from megatron.monitor.console import format_count
 from megatron.monitor.provenance import device_name
 
@@ -47,8 +48,8 @@ def untrained_model(config: RunConfig, vocab_size: int | None) -> InferenceModel
     """
     actual = vocab_size or build_tokenizer(config.data.tokenizer).vocab_size
     vocab = VocabSize(actual, padded_vocab_size(config.model, actual))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_local(config.model, vocab, config.training.seed).to(device, DTYPES[config.training.precision.dtype])
+    model = build_local(config.model, vocab, config.training.seed)
+    model = model.to(local_device(), DTYPES[config.training.precision.dtype])
     return InferenceModel(model, config, vocab)
 
 

@@ -19,9 +19,9 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.search import newest_checkpoint
 from megatron.config.load import load_words
-from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.errors import exit_on_user_error
 from megatron.registry import require
 
 
@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     args = parse_args(argv)
     run = load_words(args.config_file).run
-    checkpoint = find_checkpoint(args.input_dir, None, run.checkpoint.verify_checkpoint)
-    if checkpoint is None:
-        raise CheckpointError(f"{args.input_dir} holds no checkpoint. Name a run's folder or a global_stepN folder.")
+    checkpoint = newest_checkpoint(args.input_dir, run.checkpoint.verify_checkpoint)
     options = ExportOptions(
         precision=args.precision,
         trim_vocab=args.trim_vocab,

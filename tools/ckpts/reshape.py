@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.search import newest_checkpoint
 from megatron.config.batch import data_parallel_size
 from megatron.config.load import load_words
 from megatron.errors import CheckpointError, exit_on_user_error
@@ -36,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
     data_size = data_parallel_size(sizes, ranks)
     from megatron.checkpointing.reshape import reshape
 
-    source = find_checkpoint(args.input_dir, None, run.checkpoint.verify_checkpoint)
-    if source is None:
-        raise CheckpointError(f"{args.input_dir} holds no checkpoint. Name a run's folder or a global_stepN folder.")
+    source = newest_checkpoint(args.input_dir, run.checkpoint.verify_checkpoint)
     if args.output_dir.resolve() in (source.path.resolve().parent, source.path.resolve()):
         raise CheckpointError(f"{args.output_dir} is where the checkpoint lies. Name another folder.")
     path = reshape(source, run, data_size, args.output_dir)

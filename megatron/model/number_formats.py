@@ -1,0 +1,8 @@
+"""What torch calls the number formats of the configuration."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By `precision.dtype`."""
