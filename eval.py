@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.cli import load_command_line
+from megatron.config.command_line import load_command_line
 from megatron.errors import ConfigError, exit_on_user_error
 from megatron.registry import require
 
@@ -19,21 +19,22 @@ def main(argv: Sequence[str]) -> int:
     run = loaded.run
     if not run.evaluation.tasks:
         raise ConfigError("eval_tasks: no task is named. Name some, as in `--eval_tasks lambada_openai hellaswag`.")
-    from megatron.training.distributed import inference_ranks, prepare_environment
+    from megatron.launch.environment import prepare_environment
+    from megatron.mpu.process_group import inference_ranks
 
     prepare_environment()
     require("lm_eval", "eval.py", "Install it: pip install -r requirements/eval.txt")
-    from megatron.inference.lm_eval_tasks import stay_offline_without_network
+    from megatron.inference.evaluation.harness.harness_tasks import stay_offline_without_network
 
     stay_offline_without_network()
-    from megatron.inference.evaluation import evaluate_checkpoints, evaluate_hf_model
+    from megatron.inference.evaluation.evaluate_models import evaluate_checkpoints, evaluate_hf_model
 
     if run.evaluation.hf_model is not None:
         if int(os.environ["WORLD_SIZE"]) > 1:
             raise ConfigError("eval_hf_model: one rank scores a Hugging Face model. Add `num_gpus=1`.")
         evaluate_hf_model(run)
         return 0
-    from megatron.inference.inference_model import local_device
+    from megatron.loaded_model.loaded_model import local_device
 
     with inference_ranks(run.parallel.model_parallel_size) as context:
         evaluate_checkpoints(run, context, local_device())

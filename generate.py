@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.cli import load_command_line
+from megatron.config.command_line import load_command_line
 from megatron.errors import exit_on_user_error
 
 INTERRUPTED = 130
@@ -18,12 +18,13 @@ def main(argv: Sequence[str]) -> int:
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
-    from megatron.training.distributed import inference_ranks, prepare_environment
+    from megatron.launch.environment import prepare_environment
+    from megatron.mpu.process_group import inference_ranks
 
     prepare_environment()
     if os.environ["RANK"] == "0":
         print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
-    from megatron.inference.text import generate_text
+    from megatron.inference.generation.generate_text import generate_text
 
     loaded.replicas(int(os.environ["WORLD_SIZE"]))
     try:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.cli import load_command_line
+from megatron.config.command_line import load_command_line
 from megatron.errors import exit_on_user_error
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
-    from megatron.training.distributed import prepare_environment
+    from megatron.launch.environment import prepare_environment
 
     prepare_environment()
     if os.environ["RANK"] == "0":

@@ -17,17 +17,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.config.fields import Field, fields  # noqa: E402 - the script's own folder comes first on the path
 from megatron.config.json_schema import ANYTHING, DICTIONARY, Schema, describe  # noqa: E402
-from megatron.config.neox_keys.data import DATA_KEYS  # noqa: E402
-from megatron.config.neox_keys.entries import Entry, Inert, MapsTo, Rejected  # noqa: E402
-from megatron.config.neox_keys.model import MODEL_KEYS  # noqa: E402
-from megatron.config.neox_keys.output import CHECKPOINT_KEYS, EVALUATION_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
-from megatron.config.neox_keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS  # noqa: E402
-from megatron.config.neox_keys.speedups import SPEEDUP_KEYS  # noqa: E402
-from megatron.config.neox_keys.table import NEOX_KEYS, NESTED, key_of  # noqa: E402
-from megatron.config.neox_keys.training import TRAINING_KEYS  # noqa: E402
-from megatron.config.problems import YamlValue, show  # noqa: E402
+from megatron.config.neox.keys.data import DATA_KEYS  # noqa: E402
+from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected  # noqa: E402
+from megatron.config.neox.keys.model import MODEL_KEYS  # noqa: E402
+from megatron.config.neox.keys.output import CHECKPOINT_KEYS, EVALUATION_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
+from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS  # noqa: E402
+from megatron.config.neox.keys.speedups import SPEEDUP_KEYS  # noqa: E402
+from megatron.config.neox.keys.table import NEOX_KEYS, NESTED, key_of  # noqa: E402
+from megatron.config.neox.keys.training import TRAINING_KEYS  # noqa: E402
+from megatron.config.section_fields import Field, fields  # noqa: E402 - the script's own folder comes first on the path
+from megatron.config.yaml.problems import YamlValue, show  # noqa: E402
 
 THEMES: dict[str, Mapping[str, Entry]] = {
     "Model": MODEL_KEYS,

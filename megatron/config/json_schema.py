@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from megatron.config.problems import YamlValue, show
+from megatron.config.yaml.problems import YamlValue, show
 
 Schema: TypeAlias = Mapping[str, Any]
 

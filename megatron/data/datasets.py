@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron.config.data import DataConfig
-from megatron.config.training import TrainingConfig
-from megatron.data.blendable_dataset import BlendableDataset
-from megatron.data.gpt_dataset import GPTDataset
-from megatron.data.index_cache import cached_sample_index
-from megatron.data.indexed_dataset import IndexedDataset, data_file
-from megatron.data.sample_index import num_tokens_in
+from megatron.config.sections.data import DataConfig
+from megatron.config.sections.training import TrainingConfig
+from megatron.data.formats.mmap import IndexedDataset, data_file
+from megatron.data.order.blendable_dataset import BlendableDataset
+from megatron.data.order.gpt_dataset import GPTDataset
+from megatron.data.order.index_cache import cached_sample_index
+from megatron.data.order.sample_index import num_tokens_in
 from megatron.errors import ConfigError, DataError
 
 # What NeoX asks of each part of a blend beyond its share, against uneven interleaving.

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron.checkpointing.folder import read_checkpoint
-from megatron.checkpointing.imported_weights import imported_vocabulary, require_finite, with_configured_rows
-from megatron.checkpointing.layout import layer_layouts
-from megatron.checkpointing.name_map import our_names
-from megatron.checkpointing.new_folder import new_folder
-from megatron.checkpointing.tensor_folder import TensorFolder, open_folder
-from megatron.checkpointing.weights import read_weights
-from megatron.checkpointing.weights_only import write_weights_only
-from megatron.config.model import ModelConfig
-from megatron.config.run import RunConfig
+from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
+from megatron.checkpointing.states.name_map import our_names
+from megatron.checkpointing.states.parameter_layout import layer_layouts
+from megatron.checkpointing.states.tensor_folder import TensorFolder, open_folder
+from megatron.checkpointing.states.weights import read_weights
+from megatron.checkpointing.states.weights_only import write_weights_only
+from megatron.checkpointing.store.checkpoint import read_checkpoint
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
-from megatron.hf.check import fixed_tokens, logit_difference
-from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture, read_field
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture, read_field
+from megatron.hf.logit_check import fixed_tokens, logit_difference
+from megatron.io.new_folder import new_folder
 from megatron.model.causal_lm import VocabSize, build_local
 
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.config.parameters import count_parameters
-from megatron.config.run import RunConfig
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.config.count_parameters import count_parameters
+from megatron.config.sections.run_config import RunConfig
 
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -13,8 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron.config.data import TokenizerConfig
-from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
+from megatron.config.sections.data import TokenizerConfig
+from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.registry import Registry
 

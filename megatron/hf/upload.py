@@ -11,10 +11,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.config.run import RunConfig
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.config.sections.run_config import RunConfig
 from megatron.errors import EnvironmentSetupError
-from megatron.hf.export import ExportOptions, export_checkpoint
+from megatron.hf.export_checkpoint import ExportOptions, export_checkpoint
 from megatron.hf.model_card import Publication
 
 MAIN = "main"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
 from megatron.kernels.attention.op import CausalAttention, causal_attention
 from megatron.model.init_methods import input_initializer, output_initializer

@@ -8,8 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from megatron.config.model import ModelConfig
-from megatron.model.architectures import gpt_neox, tokenformer  # noqa: F401 - they register themselves
+from megatron.config.sections.model import ModelConfig
 from megatron.model.embedding import Head, TiedHead, TokenEmbedding, tied_logits
 from megatron.model.kv_cache import KeyValueCache
 from megatron.model.layer import TransformerLayer

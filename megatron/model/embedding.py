@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.init_methods import input_initializer
 from megatron.model.layer import HiddenDropout
 from megatron.mpu.collectives import from_residual

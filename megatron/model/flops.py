@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.model import ModelConfig
-from megatron.model.spec import ARCHITECTURES
+from megatron.config.sections.model import ModelConfig
+from megatron.model.layer_spec import ARCHITECTURES
 
 
 @dataclass(frozen=True)

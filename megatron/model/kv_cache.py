@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.kernels.attention.op import CausalAttention, cached_attention
 from megatron.model.positions import RotaryEmbedding, RotaryTables
 from megatron.mpu.context import ParallelContext

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.kv_cache import LayerCache
-from megatron.model.spec import ARCHITECTURES
+from megatron.model.layer_spec import ARCHITECTURES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import split_activations
 

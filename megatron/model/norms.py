@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.mpu.collectives import residual_weight
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import new_parameter, ones, zeros

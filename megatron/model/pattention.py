@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.kernels.pattention.op import pattention
 from megatron.kernels.pattention.theta import RowReduction
 from megatron.model.attention import SelfAttention

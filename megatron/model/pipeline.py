@@ -14,9 +14,9 @@ from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.model import ModelConfig
-from megatron.config.parallel import ParallelConfig
-from megatron.config.training import CheckpointedActivations
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.parallel import ParallelConfig
+from megatron.config.sections.training import CheckpointedActivations
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LayerEntry, VocabSize, global_parameters, layer_entries
 from megatron.model.embedding import TiedHead, tied_logits

@@ -14,8 +14,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from megatron.config.speedups import SpeedupsConfig, Switch
-from megatron.config.training import PrecisionConfig
+from megatron.config.sections.speedups import SpeedupsConfig, Switch
+from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.kernels.attention.op import flash_attention
 from megatron.model.attention import SelfAttention

@@ -11,9 +11,9 @@ import torch
 from torch import distributed
 
 from megatron.data.batch_hash import batch_hash, sample_digests
-from megatron.monitor.jsonl import read_records
+from megatron.monitor.writers.jsonl import read_records
 from megatron.mpu.context import ParallelContext
-from megatron.training.progress import Step
+from megatron.training.step import Step
 
 HASHES_FILE = "batch_hashes.jsonl"
 

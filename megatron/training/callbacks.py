@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.checkpointing.saving import Saver
-from megatron.checkpointing.state import RunState
-from megatron.config.run import RunConfig
-from megatron.config.training import TrainingConfig
+from megatron.checkpointing.engine.saving import Saver
+from megatron.checkpointing.store.run_state import RunState
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import TrainingConfig
+from megatron.monitor.monitor import Monitor
 from megatron.monitor.throughput import Throughput, TimedIterator, peak_memory_gib
-from megatron.monitor.writers import Monitor
 from megatron.training.evaluate import evaluate, loss_metrics
-from megatron.training.progress import Progress, Step
-from megatron.training.stop import StopRequest
+from megatron.training.step import Progress, Step
+from megatron.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

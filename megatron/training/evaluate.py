@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron.training.stop import StopRequest
+from megatron.training.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from megatron.config.training import BatchConfig, TrainingConfig
+from megatron.config.sections.training import BatchConfig, TrainingConfig
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
-from megatron.training.guard import StepGuard
-from megatron.training.non_finite import must_roll_back
-from megatron.training.progress import Callback, Progress, Step
+from megatron.training.stability.non_finite import must_roll_back
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.step import Callback, Progress, Step
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

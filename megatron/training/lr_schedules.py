@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron.config.training import LRScheduleConfig
+from megatron.config.sections.training import LRScheduleConfig
 from megatron.registry import Registry
 
 

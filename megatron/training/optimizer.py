@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from megatron.config.training import OptimizerConfig
+from megatron.config.sections.training import OptimizerConfig
 from megatron.mpu.parameters import decays
 from megatron.registry import require
 

@@ -8,25 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.loading import load_checkpoint, load_weights
-from megatron.checkpointing.schedule import save_iterations
-from megatron.checkpointing.state import RunState
-from megatron.config.run import RunConfig
-from megatron.config.training import BatchConfig
+from megatron.checkpointing.engine.loading import load_checkpoint, load_weights
+from megatron.checkpointing.engine.save_schedule import save_iterations
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.run_state import RunState
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
 from megatron.data.datasets import Datasets
 from megatron.errors import NonFiniteError
 from megatron.model.causal_lm import VocabSize
+from megatron.monitor.monitor import Monitor
 from megatron.monitor.throughput import Throughput, TimedIterator
-from megatron.monitor.writers import Monitor
 from megatron.training.batch_hashes import LogBatchHashes
-from megatron.training.batches import BatchReader
+from megatron.training.batch_reader import BatchReader
 from megatron.training.callbacks import FinalTest, LogMetrics, SaveCheckpoints, Validate
-from megatron.training.guard import StepGuard
 from megatron.training.loop import Ending, train
-from megatron.training.progress import Callback, Progress
-from megatron.training.record import open_record, recorded_versions
-from megatron.training.resume import Start, roll_back
+from megatron.training.run_record import open_record, recorded_versions
+from megatron.training.run_start import Start, roll_back
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.step import Callback, Progress
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

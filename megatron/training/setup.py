@@ -10,33 +10,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron.checkpointing.folder import require_writable
-from megatron.checkpointing.ranks import on_first_rank
-from megatron.checkpointing.same_model import require_same_vocabulary
-from megatron.checkpointing.state import RunState
-from megatron.config.deepspeed import deepspeed_config
-from megatron.config.parameters import count_parameters
-from megatron.config.run import RunConfig
-from megatron.config.training import BatchConfig
+from megatron.checkpointing.states.same_model import require_same_vocabulary
+from megatron.checkpointing.store.checkpoint import require_writable
+from megatron.checkpointing.store.run_state import RunState
+from megatron.config.count_parameters import count_parameters
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
+from megatron.data.data_fingerprint import data_fingerprint
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
-from megatron.data.fingerprint import data_fingerprint
-from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST, EnvironmentSetupError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
+from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
-from megatron.training.batches import BatchReader
-from megatron.training.deepspeed_repairs import repair
-from megatron.training.distributed import process_group
-from megatron.training.guard import StepGuard
+from megatron.mpu.process_group import process_group
+from megatron.training.batch_reader import BatchReader
 from megatron.training.loop import Ending
 from megatron.training.lr_schedules import LRScheduler
 from megatron.training.optimizer import build_optimizer
-from megatron.training.record import describe_run
-from megatron.training.resume import Start, adopt_schedule, find_start, require_same_data
 from megatron.training.run import Run, run_from
-from megatron.training.stop import StopRequest, signals_request
+from megatron.training.run_record import describe_run
+from megatron.training.run_start import Start, adopt_schedule, find_start, require_same_data
+from megatron.training.stability.deepspeed_repairs import repair
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.stop_request import StopRequest, signals_request
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine

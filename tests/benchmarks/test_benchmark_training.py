@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from megatron.config.load import load_config
+from megatron.config.load_config import load_config
 from megatron.errors import ConfigError, DataError
 from megatron.model.causal_lm import VocabSize
 from tools.benchmarks.benchmark_training import main, summarize, table

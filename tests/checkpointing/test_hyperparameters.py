@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-from megatron.checkpointing.hyperparameters import configured_hyperparameters
+from megatron.checkpointing.engine.hyperparameters import configured_hyperparameters
 
 
 def optimizer_with(scaler: Any, *, clip_grad: float = 1.0, **hyperparameters: Any) -> Any:

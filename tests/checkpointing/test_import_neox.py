@@ -15,12 +15,12 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.search import find_checkpoint
-from megatron.checkpointing.weights import read_weights
-from megatron.checkpointing.weights_only import is_weights_only
+from megatron.checkpointing.states.weights import read_weights
+from megatron.checkpointing.states.weights_only import is_weights_only
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError
-from megatron.inference.inference_model import load_inference_model
+from megatron.loaded_model.loaded_model import load_inference_model
 from megatron.mpu.context import ParallelContext
 from tests.checkpointing.neox_writer import Form, Weights, neox_weights, our_weights, rank_file, write_neox
 from tests.helpers import plain_torch

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.checkpointing.layout import fit_vocabulary, layer_layouts, merge, shard_shape, split
-from megatron.config.model import ModelConfig
+from megatron.checkpointing.states.parameter_layout import fit_vocabulary, layer_layouts, merge, shard_shape, split
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import build_local, layer_entries, layer_names, pipeline_location
 from megatron.model.embedding import TiedHead
-from megatron.model.spec import ARCHITECTURES
+from megatron.model.layer_spec import ARCHITECTURES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import ParameterSpec, zeros
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer

@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron.checkpointing.folder import checkpoint_paths, require_writable
-from megatron.checkpointing.publish import clear_leftovers, put_back_replaced, remove_old
-from megatron.checkpointing.search import find_checkpoint
-from megatron.config.output import CheckpointConfig
+from megatron.checkpointing.store.checkpoint import checkpoint_paths, require_writable
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+from megatron.checkpointing.store.publish import clear_leftovers, put_back_replaced, remove_old
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import CheckpointError
 from tests.helpers.checkpoints import save
 from tests.helpers.faults import watch_save

@@ -13,9 +13,9 @@ import torch
 import yaml
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from megatron.checkpointing.folder import read_checkpoint
-from megatron.checkpointing.manifest import describe_file, write_manifest
-from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.store.checkpoint import read_checkpoint
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+from megatron.checkpointing.store.manifest import describe_file, write_manifest
 from tests.helpers.configs import PYTHIA, TOKENFORMER, layout_keys, write_dataset
 from tests.helpers.covers import pairwise_cover
 from tests.helpers.runs import run_ranks

@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
-from megatron.checkpointing import universal
-from megatron.checkpointing.engine_files import EngineFiles
-from megatron.checkpointing.folder import read_checkpoint
+from megatron.checkpointing.engine import universal
+from megatron.checkpointing.engine.engine_files import EngineFiles
+from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training import setup
@@ -333,9 +333,9 @@ def loaded_by_both(config: Path) -> None:
     """This rank's partitions after our loader and after DeepSpeed's own."""
     import deepspeed
 
-    from megatron.checkpointing import load_universal
-    from megatron.checkpointing.safe_files import load_tensors
-    from megatron.config.load import load_config
+    from megatron.checkpointing.engine import load_universal
+    from megatron.checkpointing.store.safe_load import load_tensors
+    from megatron.config.load_config import load_config
 
     deepspeed.init_distributed("gloo", verbose=False)
     loaded = load_config([config])

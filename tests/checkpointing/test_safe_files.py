@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpointing.engine_files import EngineFiles, write_tensors
-from megatron.checkpointing.manifest import describe_file
-from megatron.checkpointing.safe_files import load_tensors
+from megatron.checkpointing.engine.engine_files import EngineFiles, write_tensors
+from megatron.checkpointing.store.manifest import describe_file
+from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
 
 

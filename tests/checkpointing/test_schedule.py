@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron.checkpointing.schedule import save_iterations
-from megatron.config.output import CheckpointConfig
+from megatron.checkpointing.engine.save_schedule import save_iterations
+from megatron.config.sections.checkpoint import CheckpointConfig
 
 
 def test_pythia_saves_154_checkpoints() -> None:

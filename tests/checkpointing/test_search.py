@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpointing import search
-from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.search import find_checkpoint
+from megatron.checkpointing.store import find_checkpoint as search
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.errors import CheckpointError
 from tests.helpers.checkpoints import CONFIG, STATE, save
 

@@ -12,10 +12,10 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from torch import nn
 
-from megatron.checkpointing import engine_files
-from megatron.checkpointing.engine_files import EngineFiles, SnapshotFiles
-from megatron.checkpointing.manifest import describe_file
-from megatron.checkpointing.safe_files import load_tensors
+from megatron.checkpointing.engine import engine_files
+from megatron.checkpointing.engine.engine_files import EngineFiles, SnapshotFiles
+from megatron.checkpointing.store.manifest import describe_file
+from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
 from tests.helpers.tensor_files import tensors
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from megatron.checkpointing.manifest import FileEntry, describe_file, read_manifest, write_manifest
+from megatron.checkpointing.store.manifest import FileEntry, describe_file, read_manifest, write_manifest
 from megatron.errors import CheckpointError
 from tests.helpers.configs import TOKENFORMER, write_dataset
 from tests.helpers.runs import train

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.build import build
-from megatron.config.neox_keys.table import NEOX_KEYS, NESTED
-from megatron.config.problems import Given, Origin, YamlValue
-from megatron.config.sources import gather
-from megatron.config.translate import translate
+from megatron.config.build_config import build
+from megatron.config.neox.keys.table import NEOX_KEYS, NESTED
+from megatron.config.neox.translate import translate
+from megatron.config.yaml.merge_files import gather
+from megatron.config.yaml.problems import Given, Origin, YamlValue
 
 BASES = [Path(__file__).parent / f"published_{name}.yml" for name in ("tokenformer", "pythia")]
 VALUES: list[YamlValue] = [

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron.config.batch import data_parallel_size, equation, resolve_batch
-from megatron.config.parallel import ParallelConfig
-from megatron.config.training import OptimizerConfig, TrainingConfig
+from megatron.config.batch_triangle import data_parallel_size, equation, resolve_batch
+from megatron.config.sections.parallel import ParallelConfig
+from megatron.config.sections.training import OptimizerConfig, TrainingConfig
 from megatron.errors import ConfigError
 
 

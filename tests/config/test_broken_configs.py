@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.load import load_config
+from megatron.config.load_config import load_config
 from megatron.errors import ConfigError
 
 BROKEN = Path(__file__).parent / "broken"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.cli import load_command_line, parse_command_line
+from megatron.config.command_line import load_command_line, parse_command_line
 from megatron.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -77,7 +77,7 @@ def test_configuration_imports_neither_torch_nor_numpy() -> None:
         ".".join(file.relative_to(HERE.parents[1]).with_suffix("").parts)
         for file in (HERE.parents[1] / "megatron" / "config").rglob("*.py")
     )
-    assert "megatron.config.neox_keys.table" in modules
+    assert "megatron.config.neox.keys.table" in modules
     code = (
         "import importlib, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"

@@ -6,9 +6,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from megatron.config.neox_keys.entries import MapsTo
-from megatron.config.neox_keys.table import NEOX_KEYS
-from megatron.config.yaml_reader import read_yaml
+from megatron.config.neox.keys.entries import MapsTo
+from megatron.config.neox.keys.table import NEOX_KEYS
+from megatron.config.yaml.yaml_reader import read_yaml
 from tools.generate_config_docs import flat_schema, generated, reference
 
 ROOT = Path(__file__).parents[2]

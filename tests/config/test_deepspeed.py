@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.config.deepspeed import deepspeed_config
-from megatron.config.load import load_config
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.load_config import load_config
 
 TOKENFORMER = Path(__file__).parent / "published_tokenformer.yml"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.config.differences import Difference, differences
-from megatron.config.fields import fields
-from megatron.config.load import load_config
-from megatron.config.neox_keys.table import key_of
+from megatron.config.config_differences import Difference, differences
+from megatron.config.load_config import load_config
+from megatron.config.neox.keys.table import key_of
+from megatron.config.section_fields import fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PYTHIA = CONFIGS / "pythia" / "14M.yml"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.load import LoadedConfig, load_config
-from megatron.config.run import RunConfig, config_text
+from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.sections.run_config import RunConfig, config_text
 from megatron.errors import ConfigError
 
 HERE = Path(__file__).parent

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.fields import fields
 from megatron.config.json_schema import conforms
-from megatron.config.neox_keys.entries import Inert, MapsTo, Rejected
-from megatron.config.neox_keys.table import NEOX_KEYS, NESTED, find_entry, key_of
-from megatron.config.problems import Given, Origin, YamlValue
-from megatron.config.translate import Translation, translate
-from megatron.config.yaml_reader import read_yaml
+from megatron.config.neox.keys.entries import Inert, MapsTo, Rejected
+from megatron.config.neox.keys.table import NEOX_KEYS, NESTED, find_entry, key_of
+from megatron.config.neox.translate import Translation, translate
+from megatron.config.section_fields import fields
+from megatron.config.yaml.problems import Given, Origin, YamlValue
+from megatron.config.yaml.yaml_reader import read_yaml
 
 HERE = Path(__file__).parent
 ROWS = [line.split("\t") for line in (HERE / "neox_arguments.tsv").read_text().splitlines() if not line.startswith("#")]

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron.config.model import ModelConfig, ParamTokenConfig
-from megatron.config.parameters import count_parameters
+from megatron.config.count_parameters import count_parameters
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 
 
 def tokenformer(layers: int, hidden: int) -> ModelConfig:

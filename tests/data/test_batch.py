@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron.data.batch import to_inputs_and_labels
+from megatron.data.micro_batch import to_inputs_and_labels
 
 TOKENS = torch.tensor([[5, 0, 7, 8], [0, 0, 2, 0]])
 

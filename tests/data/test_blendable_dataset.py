@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import blendable_dataset
-from megatron.data.blendable_dataset import BlendableDataset, blend_order
-from megatron.data.gpt_dataset import GPTDataset
+from megatron.data.order import blendable_dataset
+from megatron.data.order.blendable_dataset import BlendableDataset, blend_order
+from megatron.data.order.gpt_dataset import GPTDataset
 
 
 def blend_naively(weights: list[float], num_items: int) -> list[tuple[int, int]]:

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.config.data import DataConfig
-from megatron.config.training import OptimizerConfig, TrainingConfig
-from megatron.data.blendable_dataset import BlendableDataset
+from megatron.config.sections.data import DataConfig
+from megatron.config.sections.training import OptimizerConfig, TrainingConfig
 from megatron.data.datasets import (
     Datasets,
     SampleCounts,
@@ -17,9 +16,10 @@ from megatron.data.datasets import (
     split_documents,
     split_shares,
 )
-from megatron.data.gpt_dataset import GPTDataset
-from megatron.data.indexed_dataset import IndexedDatasetWriter
-from megatron.data.sample_index import build_sample_index
+from megatron.data.formats.mmap import IndexedDatasetWriter
+from megatron.data.order.blendable_dataset import BlendableDataset
+from megatron.data.order.gpt_dataset import GPTDataset
+from megatron.data.order.sample_index import build_sample_index
 from megatron.errors import ConfigError, DataError
 
 SEQ_LENGTH = 4

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.gpt_dataset import GPTDataset
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron.data.sample_index import build_sample_index
+from megatron.data.formats.mmap import IndexedDataset, IndexedDatasetWriter
+from megatron.data.order.gpt_dataset import GPTDataset
+from megatron.data.order.sample_index import build_sample_index
 from megatron.errors import DataError
 
 SEQ_LENGTH = 6

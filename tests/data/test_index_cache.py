@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 import torch.distributed as dist
 
-from megatron.data import index_cache
-from megatron.data.index_cache import cached_sample_index
-from megatron.data.sample_index import SampleIndex, build_sample_index
+from megatron.data.order import index_cache
+from megatron.data.order.index_cache import cached_sample_index
+from megatron.data.order.sample_index import SampleIndex, build_sample_index
 from megatron.errors import DataError
 from tests.helpers.distributed import run_distributed
 

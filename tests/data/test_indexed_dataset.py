@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, data_file, index_file, token_dtype
+from megatron.data.formats.mmap import IndexedDataset, IndexedDatasetWriter, data_file, index_file, token_dtype
 from megatron.errors import DataError
 
 DOCUMENTS = [[5, 1, 2], [], [65534], [7] * 40, [0]]
@@ -73,7 +73,7 @@ def test_a_dataset_without_tokens_can_be_read(tmp_path: Path) -> None:
 
 
 def test_many_documents_cross_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.data.indexed_dataset._CHUNK", 3)
+    monkeypatch.setattr("megatron.data.formats.mmap._CHUNK", 3)
     documents = [list(range(n % 5)) for n in range(10)]
     with IndexedDatasetWriter(tmp_path / "many", np.int32) as writer:
         for document in documents:

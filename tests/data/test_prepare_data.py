@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.formats.mmap import IndexedDataset
 from megatron.errors import DataError
 from tools.datasets.prepare_data import hold_out, main, manual_page, own_groups, prepare, python_groups, unigram_loss
 

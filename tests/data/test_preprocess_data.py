@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron.config.data import TokenizerConfig
-from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.tokenize_files import TokenizeOptions, tokenize_files
+from megatron.config.sections.data import TokenizerConfig
+from megatron.data.formats.mmap import IndexedDataset
+from megatron.data.prepare.tokenize_files import TokenizeOptions, tokenize_files
 from megatron.errors import DataError, EnvironmentSetupError
 from tools.datasets.preprocess_data import main
 
@@ -63,7 +63,7 @@ def test_a_dataset_per_key(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_change_a_byte(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.data.tokenize_files._BATCH_BYTES", 200)
+    monkeypatch.setattr("megatron.data.prepare.tokenize_files._BATCH_BYTES", 200)
     written = []
     for workers in ("1", "2"):
         prefix = tmp_path / workers

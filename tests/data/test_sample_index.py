@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data import sample_index
-from megatron.data.sample_index import SampleIndex, build_sample_index, num_epochs_for
+from megatron.data.order import sample_index
+from megatron.data.order.sample_index import SampleIndex, build_sample_index, num_epochs_for
 from megatron.errors import DataError
 
 

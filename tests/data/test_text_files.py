@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron.data import text_files
-from megatron.data.text_files import RawDocument, read_documents, require_text_files, texts_of
+from megatron.data.prepare import text_files
+from megatron.data.prepare.text_files import RawDocument, read_documents, require_text_files, texts_of
 from megatron.errors import DataError
 
 TEXTS = ["first", "second\nwith a line break", "üñí 東京", "x" * 5000, ""]

@@ -17,9 +17,15 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from megatron.config.data import TokenizerConfig, TokenizerType
-from megatron.config.model import ModelConfig
-from megatron.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.config.sections.data import TokenizerConfig, TokenizerType
+from megatron.config.sections.model import ModelConfig
+from megatron.data.tokenizers.tokenizer import (
+    END_OF_DOCUMENT,
+    TOKENIZERS,
+    Tokenizer,
+    build_tokenizer,
+    padded_vocab_size,
+)
 from megatron.errors import ConfigError, DataError
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.", "It's the fox's den; don't they say so?"] * 20

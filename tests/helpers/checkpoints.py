@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from megatron.checkpointing.engine_files import write_tensors
-from megatron.checkpointing.publish import begin, complete
-from megatron.checkpointing.state import RunState
-from megatron.config.model import ModelConfig
-from megatron.config.run import RunConfig
-from megatron.config.training import OptimizerConfig, TrainingConfig
+from megatron.checkpointing.store.publish import begin, complete
+from megatron.checkpointing.store.run_state import RunState
+from megatron.checkpointing.store.tensor_files import write_tensors
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import OptimizerConfig, TrainingConfig
 
 STATE = RunState(
     iteration=10,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.formats.mmap import IndexedDatasetWriter
 
 SEQ_LENGTH = 16
 VOCAB_SIZE = 512

@@ -72,7 +72,7 @@ def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
 
 def kill_in_the_middle_of_a_file(iteration: int, rank: int) -> None:
     """Kill all ranks when `rank` has written half of its largest write in the save of `iteration`."""
-    from megatron.checkpointing import engine_files
+    from megatron.checkpointing.engine import engine_files
 
     def write(self: Any, data: bytes) -> int:
         if f".global_step{iteration}.writing" in self.file.name and len(data) > 10_000 and this_rank() == rank:
@@ -87,7 +87,7 @@ def kill_in_the_middle_of_a_file(iteration: int, rank: int) -> None:
 
 def slow_writes(seconds: float, rank: int | None = None) -> None:
     """The thread that writes checkpoints sleeps so long before each file, on all ranks or on one."""
-    from megatron.checkpointing import engine_files
+    from megatron.checkpointing.engine import engine_files
 
     original = engine_files.write_tensors
 
@@ -101,7 +101,7 @@ def slow_writes(seconds: float, rank: int | None = None) -> None:
 
 def limit_file_size_in_save(iteration: int, rank: int, size: int) -> None:
     """From the save of `iteration` on, no file of `rank` can grow beyond `size` bytes, as on a full disk."""
-    from megatron.checkpointing import engine_files
+    from megatron.checkpointing.engine import engine_files
 
     original = engine_files.write_tensors
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.config.load import load_config
+from megatron.config.load_config import load_config
 from megatron.training import setup
 from tests.helpers.distributed import run_on_new_ranks
 

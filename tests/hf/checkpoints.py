@@ -13,12 +13,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from megatron.checkpointing.folder import Checkpoint, read_checkpoint
-from megatron.checkpointing.saving import save_checkpoint
-from megatron.config.load import load_config
-from megatron.config.run import RunConfig
+from megatron.checkpointing.engine.saving import save_checkpoint
+from megatron.checkpointing.store.checkpoint import Checkpoint, read_checkpoint
+from megatron.config.load_config import load_config
+from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
-from megatron.hf.export import ExportOptions, export_checkpoint
+from megatron.hf.export_checkpoint import ExportOptions, export_checkpoint
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.store.checkpoint import Checkpoint
 from tests.hf.checkpoints import MODELS, export, make_checkpoint, write_yaml
 
 

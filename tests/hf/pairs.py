@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import megatron.hf  # noqa: F401 - registers the architectures
-from megatron.config.model import ModelConfig, ParamTokenConfig
-from megatron.hf.mapping import HF_ARCHITECTURES
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
+from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.search import find_checkpoint
-from megatron.checkpointing.tensor_folder import open_folder
-from megatron.checkpointing.weights import read_weights
-from megatron.checkpointing.weights_only import is_weights_only
-from megatron.data.tokenizer import build_tokenizer
+from megatron.checkpointing.states.tensor_folder import open_folder
+from megatron.checkpointing.states.weights import read_weights
+from megatron.checkpointing.states.weights_only import is_weights_only
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+from megatron.data.tokenizers.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError, exit_on_user_error
 from megatron.hf.import_folder import import_folder
 from tests.hf.checkpoints import MODELS, VOCAB, export, make_checkpoint, read_run, tokens, whole_model, write_yaml
@@ -319,8 +319,8 @@ def test_wrong_arithmetic_is_found_by_the_check(
     tokenformer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The final comparison sees what no name or shape tells: another scale of the scores."""
-    from megatron.hf import export as exporting
-    from megatron.hf.mapping import HF_ARCHITECTURES, HFArchitecture
+    from megatron.hf import export_checkpoint as exporting
+    from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture
 
     right = HF_ARCHITECTURES["tokenformer"]
 

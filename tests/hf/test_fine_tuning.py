@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.search import find_checkpoint
-from megatron.checkpointing.weights import read_weights
+from megatron.checkpointing.states.weights import read_weights
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.errors import CheckpointError
 from megatron.hf.import_folder import import_folder
-from megatron.training.resume import find_start
+from megatron.training.run_start import find_start
 from tests.helpers.configs import write_dataset
 from tests.helpers.training import train_on_ranks
 from tests.hf.checkpoints import MODELS, export, read_run, tokens, whole_model, write_yaml

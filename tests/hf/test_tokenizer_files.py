@@ -11,8 +11,8 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
-from megatron.config.data import TokenizerConfig
-from megatron.data.tokenizer import END_OF_DOCUMENT, build_tokenizer
+from megatron.config.sections.data import TokenizerConfig
+from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, build_tokenizer
 from megatron.errors import DataError
 from megatron.hf import tokenizer_files
 from megatron.hf.tokenizer_files import PADDING, write_tokenizer

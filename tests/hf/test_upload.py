@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.checkpointing.search import readable_checkpoints
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
 from megatron.errors import CheckpointError, EnvironmentSetupError
 from megatron.hf import upload as uploading
-from megatron.hf.export import ExportOptions
+from megatron.hf.export_checkpoint import ExportOptions
 from megatron.hf.upload import repository, upload_folder, upload_run
 from tests.hf.checkpoints import MODELS, make_checkpoint, write_yaml
 from tools.ckpts import upload

@@ -6,10 +6,10 @@ import hashlib
 
 import torch
 
-from megatron.config.model import ModelConfig
-from megatron.config.run import RunConfig
-from megatron.config.training import OptimizerConfig, TrainingConfig
-from megatron.inference.inference_model import InferenceModel
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.loaded_model.loaded_model import InferenceModel
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec

@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig as TheirGenerationConfig
 
 import megatron.hf  # noqa: F401 - registers the architectures
-from megatron.config.generation import GenerationConfig
-from megatron.inference.generate import Continuation, fit_to_context, generate_tokens
-from megatron.inference.inference_model import InferenceModel
+from megatron.config.sections.generation import GenerationConfig
+from megatron.loaded_model.generate_tokens import Continuation, fit_to_context, generate_tokens
+from megatron.loaded_model.loaded_model import InferenceModel
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.config.model import ModelConfig
-from megatron.inference import inference_model as tested
-from megatron.inference.inference_model import vocab_parallel_argmax
+from megatron.config.sections.model import ModelConfig
+from megatron.loaded_model import loaded_model as tested
+from megatron.loaded_model.loaded_model import vocab_parallel_argmax
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB

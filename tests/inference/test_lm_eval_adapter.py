@@ -12,18 +12,18 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from megatron.checkpointing.folder import Checkpoint
-from megatron.config.load import load_config
-from megatron.config.run import RunConfig
-from megatron.data.tokenizer import build_tokenizer
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.config.load_config import load_config
+from megatron.config.sections.run_config import RunConfig
+from megatron.data.tokenizers.tokenizer import build_tokenizer
 from megatron.errors import DataError
-from megatron.inference.evaluation import evaluate_checkpoints, evaluate_hf_model
-from megatron.inference.evaluation_hf import load_hf_model
-from megatron.inference.lm_eval_adapter import HarnessModel
-from megatron.inference.lm_eval_answers import Answers
-from megatron.inference.lm_eval_cache import AnswerCache
-from megatron.inference.lm_eval_scoring import plan_rows
-from megatron.inference.ranks import Ranks
+from megatron.inference.evaluation.evaluate_models import evaluate_checkpoints, evaluate_hf_model
+from megatron.inference.evaluation.harness.answer_cache import AnswerCache
+from megatron.inference.evaluation.harness.answers import Answers
+from megatron.inference.evaluation.harness.harness_model import HarnessModel
+from megatron.inference.evaluation.harness.scoring import plan_rows
+from megatron.inference.evaluation.hf_model import load_hf_model
+from megatron.loaded_model.workers import Ranks
 from megatron.mpu.context import ParallelContext
 from tests.helpers.eval_tasks import TASKS
 from tests.hf.checkpoints import VOCAB

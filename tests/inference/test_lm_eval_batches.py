@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron.errors import EnvironmentSetupError
-from megatron.inference.inference_model import InferenceModel
-from megatron.inference.lm_eval_batches import CPU_TOKENS, BatchLimit, in_batches, tokens_that_fit
+from megatron.inference.evaluation.harness.batch_limit import CPU_TOKENS, BatchLimit, in_batches, tokens_that_fit
+from megatron.loaded_model.loaded_model import InferenceModel
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from tests.helpers.checkpoints import CONFIG

@@ -14,9 +14,9 @@ import yaml
 from matplotlib import image
 
 import eval as eval_script
-from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.errors import CheckpointError, ConfigError, DataError, EnvironmentSetupError, UserError
-from megatron.inference import lm_eval_tasks
+from megatron.inference.evaluation.harness import harness_tasks as lm_eval_tasks
 from tests.helpers.eval_tasks import FEWSHOT_EXAMPLES
 from tests.helpers.runs import run_ranks
 from tests.hf.checkpoints import make_checkpoint
@@ -91,7 +91,7 @@ def test_the_second_evaluation_takes_its_answers_from_the_cache(
 ) -> None:
     flags = ["--include_path", str(eval_tasks), "--eval_tasks", "zen_choice", f"eval_cache={tmp_path / 'cache'}"]
     assert run_eval(eval_config, *flags, "--output", str(tmp_path / "1.json")) == 0
-    monkeypatch.setattr("megatron.inference.lm_eval_answers.Answers.score", None)
+    monkeypatch.setattr("megatron.inference.evaluation.harness.answers.Answers.score", None)
     assert run_eval(eval_config, *flags, "--output", str(tmp_path / "2.json")) == 0
     assert read_record(tmp_path / "1.json")["metrics"] == read_record(tmp_path / "2.json")["metrics"]
 

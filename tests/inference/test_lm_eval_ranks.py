@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpointing.folder import Checkpoint
+from megatron.checkpointing.store.checkpoint import Checkpoint
 from tests.helpers.eval_tasks import TASKS
 from tests.helpers.runs import run_ranks
 from tests.hf.checkpoints import make_checkpoint

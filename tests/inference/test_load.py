@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron.checkpointing.folder import Checkpoint, read_checkpoint
-from megatron.config.generation import GenerationConfig
-from megatron.config.output import CheckpointConfig
-from megatron.config.run import RunConfig
+from megatron.checkpointing.store.checkpoint import Checkpoint, read_checkpoint
+from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.generation import GenerationConfig
+from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
-from megatron.inference.generate import generate_tokens
-from megatron.inference.inference_model import checkpoint_to_read, load_inference_model
+from megatron.loaded_model.generate_tokens import generate_tokens
+from megatron.loaded_model.loaded_model import checkpoint_to_read, load_inference_model
 from megatron.mpu.context import ParallelContext
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.distributed import run_distributed

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron.config.generation import GenerationConfig
-from megatron.inference.sampling import choose, keep_top_k, keep_top_p, uniform_numbers
+from megatron.config.sections.generation import GenerationConfig
+from megatron.loaded_model.sampling import choose, keep_top_k, keep_top_p, uniform_numbers
 
 
 def random_logits(rows: int = 64, vocabulary: int = 40) -> Tensor:

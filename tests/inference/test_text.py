@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from megatron.config.data import TokenizerConfig
-from megatron.config.generation import GenerationConfig
-from megatron.config.run import RunConfig
-from megatron.config.training import OptimizerConfig, TrainingConfig
-from megatron.data.tokenizer import CharLevelTokenizer
+from megatron.config.sections.data import TokenizerConfig
+from megatron.config.sections.generation import GenerationConfig
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.data.tokenizers.tokenizer import CharLevelTokenizer
 from megatron.errors import DataError
-from megatron.inference import text
-from megatron.inference.prompts import configured_prompts
-from megatron.inference.ranks import Ranks
-from megatron.inference.terminal import Terminal
-from megatron.inference.text import TextGenerator, write_records
+from megatron.inference.generation import generate_text as text
+from megatron.inference.generation.generate_text import TextGenerator, write_records
+from megatron.inference.generation.prompts import configured_prompts
+from megatron.inference.generation.terminal import Terminal
+from megatron.loaded_model.workers import Ranks
 from megatron.mpu.context import ParallelContext
 from tests.inference.models import MODELS, inference_model
 

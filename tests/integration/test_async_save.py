@@ -98,7 +98,7 @@ def test_killed_before_things_that_a_save_does(every: int, dataset: Path, tmp_pa
 
 
 def assert_loads(config: Path, event: str) -> None:
-    from megatron.checkpointing.search import find_checkpoint
+    from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 
     found = find_checkpoint(config.with_suffix(""), None, "full")
     assert found is not None, event

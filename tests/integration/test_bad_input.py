@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.formats.mmap import IndexedDatasetWriter
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.runs import run_ranks, train
 from tests.integration.conftest import run_command

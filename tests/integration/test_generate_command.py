@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from megatron.config.data import TokenizerConfig
-from megatron.data.tokenizer import CharLevelTokenizer
-from megatron.inference.terminal import CONTROLS
+from megatron.config.sections.data import TokenizerConfig
+from megatron.data.tokenizers.tokenizer import CharLevelTokenizer
+from megatron.inference.generation.terminal import CONTROLS
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import ROOT, run_ranks
 from tests.hf.checkpoints import make_checkpoint, write_yaml

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpointing.manifest import describe_file, read_manifest, write_manifest
+from megatron.checkpointing.store.manifest import describe_file, read_manifest, write_manifest
 from tests.checkpointing.test_safe_files import Bomb
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.faults import kill_in_the_middle_of_a_file, limit_file_size, watch_save

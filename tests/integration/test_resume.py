@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megatron.data.indexed_dataset import IndexedDatasetWriter
+from megatron.data.formats.mmap import IndexedDatasetWriter
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.runs import run_ranks, train
 from tests.helpers.tensor_files import assert_same_checkpoint

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.model.causal_lm import (
     VocabSize,
     build_local,

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config.model import ModelConfig
-from megatron.config.parallel import ParallelConfig
-from megatron.config.training import CheckpointedActivations
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.parallel import ParallelConfig
+from megatron.config.sections.training import CheckpointedActivations
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import build_local
 from megatron.model.pipeline import CausalLMPipeline, build_pipeline

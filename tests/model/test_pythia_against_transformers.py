@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.model.loss import CausalLMLoss
 from megatron.mpu.context import ParallelContext

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import get_args
 
-from megatron.config.model import Activation, Architecture, InitMethod, Norm, Theta
+from megatron.config.sections.model import Activation, Architecture, InitMethod, Norm, Theta
 from megatron.kernels.pattention.theta import THETAS
 from megatron.model.architectures import gpt_neox, tokenformer  # noqa: F401 - they register themselves
 from megatron.model.init_methods import INIT_METHODS
+from megatron.model.layer_spec import ARCHITECTURES
 from megatron.model.mlp import ACTIVATIONS
 from megatron.model.norms import NORMS
-from megatron.model.spec import ARCHITECTURES
 
 
 def test_names_agree() -> None:

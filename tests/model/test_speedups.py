@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.config.speedups import SpeedupsConfig
-from megatron.config.training import OptimizerConfig, PrecisionConfig
+from megatron.config.sections.speedups import SpeedupsConfig
+from megatron.config.sections.training import OptimizerConfig, PrecisionConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.model.causal_lm import build_local
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.model.causal_lm import build_local
 from tests.helpers.models import VOCAB, tiny_tokenformer
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from megatron.monitor.console import ConsoleWriter, format_count, format_duration
+from megatron.monitor.writers.console import ConsoleWriter, format_count, format_duration
 
 TRAIN = {
     "consumed_tokens": 251658240,
@@ -78,7 +78,8 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_a_closed_pipe_does_not_end_the_run() -> None:
     code = (
-        "import sys; from megatron.monitor.console import ConsoleWriter; from megatron.monitor.writers import Monitor\n"
+        "import sys; from megatron.monitor.monitor import Monitor\n"
+        "from megatron.monitor.writers.console import ConsoleWriter\n"
         "monitor = Monitor([ConsoleWriter(10)])\n"
         "sys.stdin.read()\n"
         "for step in range(1, 11): monitor.write(step, {'train/lm_loss': 1.0})\n"

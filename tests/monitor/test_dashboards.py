@@ -15,20 +15,20 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from megatron.config.output import MonitorConfig
-from megatron.monitor.dashboards import TensorBoardWriter
-from megatron.monitor.jsonl import read_records
+from megatron.config.sections.monitor import MonitorConfig
+from megatron.monitor.monitor import build_monitor
 from megatron.monitor.redaction import REDACTED
-from megatron.monitor.writers import build_monitor
+from megatron.monitor.writers.dashboards import TensorBoardWriter
+from megatron.monitor.writers.jsonl import read_records
 
 PLANTED_KEY = "0123456789abcdef" * 2 + "planted0"
 
 WANDB_RUN = """
 import json, logging, os, sys
 from pathlib import Path
-from megatron.config.output import MonitorConfig, WandbConfig
+from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.monitor.redaction import REDACTED
-from megatron.monitor.writers import build_monitor
+from megatron.monitor.monitor import build_monitor
 
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 folder, resume_iteration, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

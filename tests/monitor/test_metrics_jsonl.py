@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import DataError, EnvironmentSetupError
-from megatron.monitor.jsonl import JsonlWriter, read_records
+from megatron.monitor.writers.jsonl import JsonlWriter, read_records
 
 RECORD = {
     "consumed_tokens": 2**33,
@@ -131,7 +131,7 @@ def test_an_unwritable_folder_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_killed_process_loses_no_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import os, sys; from pathlib import Path; from megatron.monitor.jsonl import JsonlWriter\n"
+        "import os, sys; from pathlib import Path; from megatron.monitor.writers.jsonl import JsonlWriter\n"
         "writer = JsonlWriter.start(Path(sys.argv[1]))\n"
         "for step in range(1, 4): writer.write(step, {'train/lm_loss': 1.0})\n"
         "os.kill(os.getpid(), 9)"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron import registry
-from megatron.config.output import MonitorConfig, WandbConfig
+from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
-from megatron.monitor.backend import BackendLostError
-from megatron.monitor.jsonl import JsonlWriter, read_records
-from megatron.monitor.writers import WRITERS, Monitor, build_monitor
+from megatron.monitor.monitor import WRITERS, Monitor, build_monitor
+from megatron.monitor.writers.jsonl import JsonlWriter, read_records
+from megatron.monitor.writers.metrics_writer import BackendLostError
 
 
 def _names(folder: Path) -> list[str]:
@@ -110,7 +110,7 @@ def test_a_missing_package_that_was_asked_for_is_an_error(
 
 
 def test_dashboards_are_imported_only_when_asked_for() -> None:
-    code = "import sys, megatron.monitor.writers\nprint(*{'wandb', 'tensorboard', 'torch'}.intersection(sys.modules))"
+    code = "import sys, megatron.monitor.monitor\nprint(*{'wandb', 'tensorboard', 'torch'}.intersection(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60).stdout
     assert output.split() == []
 

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from megatron.config.run import RunConfig
+from megatron.config.sections.run_config import RunConfig
 from megatron.monitor.redaction import REDACTED, redact
 
 

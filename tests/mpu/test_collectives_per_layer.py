@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.model.layer import TransformerLayer
 from megatron.mpu import context as context_module
 from megatron.mpu.collectives import ALL_GATHER, REDUCE_SCATTER

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-from megatron.config.model import ParamTokenConfig
+from megatron.config.sections.model import ParamTokenConfig
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.mpu.context import ParallelContext

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.layer import HiddenDropout, TransformerLayer
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters

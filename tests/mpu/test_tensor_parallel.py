@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.config.model import ModelConfig, ParamTokenConfig
+from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.model.embedding import tied_logits
 from megatron.model.layer import TransformerLayer

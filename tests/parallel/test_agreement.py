@@ -18,7 +18,7 @@ import torch.distributed as dist
 import yaml
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-from megatron.config.load import load_config
+from megatron.config.load_config import load_config
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training.setup import build_engine

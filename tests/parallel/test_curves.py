@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.load import load_config
+from megatron.config.load_config import load_config
 from megatron.model.causal_lm import VocabSize, build_local
 from tests.helpers.configs import PYTHIA, TOKENFORMER, VOCAB_SIZE, layout_keys, write_dataset
 from tests.helpers.covers import pairs, pairwise_cover

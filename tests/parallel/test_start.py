@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from megatron.config.load import load_config
+from megatron.config.load_config import load_config
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.mpu.parameters import parameter_spec
 from tests.helpers.configs import PYTHIA, SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, layout_keys, write_dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.errors import EnvironmentSetupError
-from megatron.training.distributed import adopt_launcher_environment
+from megatron.launch.environment import adopt_launcher_environment
 
 MEETING_POINT = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 

@@ -12,13 +12,13 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.pipe import schedule
 
-from megatron.config.training import BatchConfig, NonFiniteConfig, PrecisionConfig
+from megatron.config.sections.training import BatchConfig, NonFiniteConfig, PrecisionConfig
 from megatron.errors import NonFiniteError
 from megatron.mpu.context import ParallelContext
-from megatron.training.guard import StepGuard
-from megatron.training.non_finite import must_roll_back
-from megatron.training.progress import Progress
-from megatron.training.stop import StopRequest
+from megatron.training.stability.non_finite import must_roll_back
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.step import Progress
+from megatron.training.stop_request import StopRequest
 from tests.helpers.distributed import run_distributed
 
 BATCH = BatchConfig(micro_batch_size=2, gradient_accumulation_steps=1, data_parallel_size=1)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron.config.training import LRDecayStyle, LRScheduleConfig
+from megatron.config.sections.training import LRDecayStyle, LRScheduleConfig
 from megatron.training.lr_schedules import LR_DECAYS, LRScheduler, lr_at
 
 # (steps, warmup): {step: learning rate} for cosine from 6e-4 to 6e-5.

@@ -22,10 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.config.cli import parse_command_line
-from megatron.config.load import load_config
+from megatron.config.command_line import parse_command_line
+from megatron.config.load_config import load_config
 from megatron.errors import exit_on_user_error
-from megatron.monitor.console import format_count
+from megatron.monitor.writers.console import format_count
 from tools.benchmarks.benchmark_training import Settings, require_one_rank
 
 MEANINGS = {
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(parse_command_line(words), steps=1, rounds=args.rounds, vocab_size=args.vocab_size)
     require_one_rank(load_config(settings.command.files, settings.command.overrides))
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    from megatron.training.distributed import prepare_environment
+    from megatron.launch.environment import prepare_environment
 
     prepare_environment()
     # DeepSpeed, which this imports, asks which accelerator was prepared.

@@ -27,18 +27,18 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 import megatron.hf  # noqa: F401 - registers what transformers is to know
-from megatron.config.cli import parse_command_line
-from megatron.config.data import TokenizerConfig
-from megatron.config.load import load_config
-from megatron.config.run import RunConfig
-from megatron.data.tokenizer import build_tokenizer
+from megatron.config.command_line import parse_command_line
+from megatron.config.load_config import load_config
+from megatron.config.sections.data import TokenizerConfig
+from megatron.config.sections.run_config import RunConfig
+from megatron.data.tokenizers.tokenizer import build_tokenizer
 from megatron.errors import exit_on_user_error
 from megatron.hf.tokenizer_files import write_tokenizer
-from megatron.inference.inference_model import InferenceModel
-from megatron.inference.lm_eval_adapter import HarnessModel
-from megatron.inference.lm_eval_batches import BatchLimit, in_batches
-from megatron.inference.lm_eval_cache import AnswerCache
-from megatron.inference.lm_eval_scoring import score_batch
+from megatron.inference.evaluation.harness.answer_cache import AnswerCache
+from megatron.inference.evaluation.harness.batch_limit import BatchLimit, in_batches
+from megatron.inference.evaluation.harness.harness_model import HarnessModel
+from megatron.inference.evaluation.harness.scoring import score_batch
+from megatron.loaded_model.loaded_model import InferenceModel
 from tools.benchmarks.transformers_model import transformers_model
 from tools.benchmarks.turns import (
     benchmark_parser,

@@ -24,13 +24,13 @@ import transformers
 from torch import Tensor
 
 import megatron.hf  # noqa: F401 - registers what transformers is to know
-from megatron.config.cli import parse_command_line
-from megatron.config.generation import GenerationConfig
-from megatron.config.load import load_config
-from megatron.config.run import RunConfig
+from megatron.config.command_line import parse_command_line
+from megatron.config.load_config import load_config
+from megatron.config.sections.generation import GenerationConfig
+from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError, exit_on_user_error
-from megatron.inference.generate import generate_tokens
-from megatron.inference.inference_model import InferenceModel
+from megatron.loaded_model.generate_tokens import generate_tokens
+from megatron.loaded_model.loaded_model import InferenceModel
 from tools.benchmarks.transformers_model import transformers_model
 from tools.benchmarks.turns import (
     benchmark_parser,

@@ -25,10 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.config.cli import CommandLine, parse_command_line
-from megatron.config.load import LoadedConfig, load_config
+from megatron.config.command_line import CommandLine, parse_command_line
+from megatron.config.load_config import LoadedConfig, load_config
 from megatron.errors import ConfigError, EnvironmentSetupError, UserError, exit_on_user_error
-from megatron.monitor.console import format_count
+from megatron.monitor.writers.console import format_count
 
 NAMES = ("engine", "plain torch")
 
@@ -135,7 +135,7 @@ def serve(name: str, settings: Settings, connection: Connection) -> None:
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    from megatron.training.distributed import prepare_environment
+    from megatron.launch.environment import prepare_environment
 
     prepare_environment()
     # DeepSpeed, which this imports, asks which accelerator was prepared.

@@ -11,18 +11,18 @@ from typing import Any
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from megatron.checkpointing.folder import read_checkpoint
-from megatron.checkpointing.load_universal import load_universal
-from megatron.checkpointing.loading import load_checkpoint
-from megatron.checkpointing.reshape import reshape
-from megatron.checkpointing.saving import Saver
-from megatron.checkpointing.search import problems_of
-from megatron.checkpointing.universal import universal_form
-from megatron.config.parallel import ParallelConfig
-from megatron.config.run import RunConfig
+from megatron.checkpointing.convert.reshape import reshape
+from megatron.checkpointing.engine.load_universal import load_universal
+from megatron.checkpointing.engine.loading import load_checkpoint
+from megatron.checkpointing.engine.saving import Saver
+from megatron.checkpointing.engine.universal import universal_form
+from megatron.checkpointing.store.checkpoint import read_checkpoint
+from megatron.checkpointing.store.find_checkpoint import problems_of
+from megatron.config.sections.parallel import ParallelConfig
+from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
-from megatron.training.distributed import process_group
+from megatron.mpu.process_group import process_group
 from megatron.training.setup import build_engine, initial_state
 from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe

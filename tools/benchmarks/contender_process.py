@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.config.load import load_config
-from megatron.config.parameters import count_parameters
-from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.config.count_parameters import count_parameters
+from megatron.config.load_config import load_config
+from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.model.causal_lm import VocabSize
 from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
-from megatron.training.distributed import process_group
+from megatron.mpu.process_group import process_group
 from megatron.training.setup import require_hardware
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 

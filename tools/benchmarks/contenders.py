@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.run import RunConfig
-from megatron.config.training import BatchConfig, CheckpointedActivations
-from megatron.data.batch import to_inputs_and_labels
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig, CheckpointedActivations
+from megatron.data.micro_batch import to_inputs_and_labels
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext

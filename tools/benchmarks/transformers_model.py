@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from megatron.config.run import RunConfig
-from megatron.hf.mapping import HF_ARCHITECTURES
+from megatron.config.sections.run_config import RunConfig
+from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.model.causal_lm import LocalCausalLM, VocabSize
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from megatron.config.parameters import count_parameters
-from megatron.config.run import RunConfig
-from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
-from megatron.inference.inference_model import InferenceModel, local_device
+from megatron.config.count_parameters import count_parameters
+from megatron.config.sections.run_config import RunConfig
+from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.loaded_model.loaded_model import InferenceModel, local_device
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
-from megatron.monitor.console import format_count
 from megatron.monitor.provenance import device_name
+from megatron.monitor.writers.console import format_count
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.config.load import load_words
+from megatron.config.load_config import load_words
 from megatron.errors import exit_on_user_error
 from megatron.registry import require
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     require("transformers", "convert_hf_to_neox.py", "Install it with `pip install -r requirements/hf.txt`.")
+    from megatron.hf.import_config import write_config
     from megatron.hf.import_folder import import_folder
-    from megatron.hf.write_config import write_config
 
     if args.write_config is not None:
         made = Path(args.write_config[0])

@@ -19,8 +19,8 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.search import newest_checkpoint
-from megatron.config.load import load_words
+from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
+from megatron.config.load_config import load_words
 from megatron.errors import exit_on_user_error
 from megatron.registry import require
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """Export as asked, then say what was written and how well it agrees."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
     require("transformers", "convert_neox_to_hf.py", "Install it with `pip install -r requirements/hf.txt`.")
-    from megatron.hf.export import ExportOptions, export_checkpoint
+    from megatron.hf.export_checkpoint import ExportOptions, export_checkpoint
 
     args = parse_args(argv)
     run = load_words(args.config_file).run
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """NeoX's flags, with its defaults."""
-    from megatron.hf.export import DEFAULT_SHARD_BYTES, Precision
+    from megatron.hf.export_checkpoint import DEFAULT_SHARD_BYTES, Precision
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")

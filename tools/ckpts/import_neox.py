@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.import_neox import ImportedNeox, import_neox
-from megatron.checkpointing.neox_config import write_config
-from megatron.config.load import load_words
+from megatron.checkpointing.convert.neox.import_neox import ImportedNeox, import_neox
+from megatron.checkpointing.convert.neox.neox_config import write_config
+from megatron.config.load_config import load_words
 from megatron.errors import exit_on_user_error
 
 SECONDS_BETWEEN_LINES = 2.0

@@ -27,16 +27,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.folder import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
-from megatron.checkpointing.manifest import damage, unlisted
-from megatron.checkpointing.search import survey
-from megatron.checkpointing.tensor_summary import TensorSummary, summarize_tensors
-from megatron.checkpointing.weights import checkpoint_layouts
-from megatron.checkpointing.weights_only import is_weights_only
-from megatron.config.differences import differences
-from megatron.config.load import load_words
-from megatron.config.output import Verification
-from megatron.config.problems import show
+from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
+from megatron.checkpointing.states.weights import checkpoint_layouts
+from megatron.checkpointing.states.weights_only import is_weights_only
+from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
+from megatron.checkpointing.store.find_checkpoint import survey
+from megatron.checkpointing.store.manifest import damage, unlisted
+from megatron.config.config_differences import differences
+from megatron.config.load_config import load_words
+from megatron.config.sections.checkpoint import Verification
+from megatron.config.yaml.problems import show
 from megatron.errors import CheckpointError, exit_on_user_error
 
 Advance = Callable[[int], None]

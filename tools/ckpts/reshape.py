@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.search import newest_checkpoint
-from megatron.config.batch import data_parallel_size
-from megatron.config.load import load_words
+from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
+from megatron.config.batch_triangle import data_parallel_size
+from megatron.config.load_config import load_words
 from megatron.errors import CheckpointError, exit_on_user_error
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     sizes = run.parallel
     ranks = args.ranks or run.launch.num_gpus or sizes.model_parallel_size * sizes.pipe_parallel_size
     data_size = data_parallel_size(sizes, ranks)
-    from megatron.checkpointing.reshape import reshape
+    from megatron.checkpointing.convert.reshape import reshape
 
     source = newest_checkpoint(args.input_dir, run.checkpoint.verify_checkpoint)
     if args.output_dir.resolve() in (source.path.resolve().parent, source.path.resolve()):

@@ -17,8 +17,8 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.search import readable_checkpoints
-from megatron.config.load import load_words
+from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
+from megatron.config.load_config import load_words
 from megatron.errors import CheckpointError, exit_on_user_error
 from megatron.registry import require
 
@@ -53,7 +53,7 @@ def upload_export(args: argparse.Namespace) -> None:
 
 def upload_checkpoints(args: argparse.Namespace) -> None:
     """Export and upload every checkpoint of a run."""
-    from megatron.hf.export import ExportOptions
+    from megatron.hf.export_checkpoint import ExportOptions
     from megatron.hf.upload import planned_branches, repository, upload_run
 
     run = load_words(args.config_file).run
@@ -71,7 +71,7 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Folder, repository and branch as in NeoX; what an export needs."""
-    from megatron.hf.export import Precision
+    from megatron.hf.export_checkpoint import Precision
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an exported folder, or with --config_file a run's folder")

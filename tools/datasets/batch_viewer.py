@@ -23,16 +23,16 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.checkpointing.search import find_checkpoint
-from megatron.checkpointing.state import RunState
-from megatron.config.batch import implied_data_parallel_size, resolve_batch
-from megatron.config.cli import CommandLine, parse_command_line
-from megatron.config.load import LoadedConfig, load_config
-from megatron.config.output import CheckpointConfig
-from megatron.data.atomic_files import written_whole
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+from megatron.checkpointing.store.run_state import RunState
+from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
+from megatron.config.command_line import CommandLine, parse_command_line
+from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
-from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError, exit_on_user_error
+from megatron.io.whole_files import written_whole
 
 
 def main(argv: Sequence[str]) -> int:

@@ -36,13 +36,13 @@ from tokenizers.trainers import BpeTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.config.data import TokenizerConfig
-from megatron.data.atomic_files import written_whole
-from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.text_files import read_documents, require_text_files, texts_of
-from megatron.data.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
-from megatron.data.tokenizer import END_OF_DOCUMENT
+from megatron.config.sections.data import TokenizerConfig
+from megatron.data.formats.mmap import IndexedDataset
+from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
+from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError, exit_on_user_error
+from megatron.io.whole_files import written_whole
 
 HELD_OUT = 0.05  # share of the characters
 SMALLEST_TEXT = 20_000  # characters

@@ -21,9 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.config.data import TokenizerConfig, TokenizerType
-from megatron.data.indexed_dataset import data_file
-from megatron.data.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.config.sections.data import TokenizerConfig, TokenizerType
+from megatron.data.formats.mmap import data_file
+from megatron.data.prepare.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
 from megatron.errors import exit_on_user_error
 
 

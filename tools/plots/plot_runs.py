@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.errors import DataError, EnvironmentSetupError, exit_on_user_error
-from megatron.monitor.console import format_count
+from megatron.monitor.writers.console import format_count
 from tools.plots.run_records import Run, load_runs, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
-from megatron.monitor.jsonl import METRICS_FILE, read_records
+from megatron.monitor.writers.jsonl import METRICS_FILE, read_records
 
 
 @dataclass(frozen=True)

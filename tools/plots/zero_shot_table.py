@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.errors import ConfigError, DataError, exit_on_user_error
-from megatron.inference.evaluation_results import metrics_of
-from megatron.monitor.console import format_count
+from megatron.inference.evaluation.results_file import metrics_of
+from megatron.monitor.writers.console import format_count
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (

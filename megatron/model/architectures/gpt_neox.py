@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.attention import LinearSelfAttention
+from megatron.model.layer_spec import ARCHITECTURES, TransformerLayerSpec
 from megatron.model.mlp import MLP
 from megatron.model.norms import NORMS
-from megatron.model.spec import ARCHITECTURES, TransformerLayerSpec
 
 
 @ARCHITECTURES.register("gpt_neox")

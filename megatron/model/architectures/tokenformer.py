@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron.config.model import ModelConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.model.layer_spec import ARCHITECTURES, TransformerLayerSpec
 from megatron.model.norms import NORMS
 from megatron.model.pattention import PattentionMLP, PattentionSelfAttention, param_tokens
-from megatron.model.spec import ARCHITECTURES, TransformerLayerSpec
 from megatron.mpu.context import ParallelContext
 
 

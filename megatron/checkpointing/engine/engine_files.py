@@ -1,0 +1,124 @@
+"""How DeepSpeed's engine writes and reads its files here: flushed and hashed while written, never unpickled freely."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from torch import Tensor
+
+from megatron.checkpointing.store.manifest import FileEntry
+from megatron.checkpointing.store.safe_load import load_tensors
+from megatron.checkpointing.store.tensor_files import write_tensors
+from megatron.errors import CheckpointError
+
+
+class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untyped
+    """DeepSpeed's `checkpoint_engine`.
+
+    A failure to write is kept rather than raised: the other ranks are on their way to a barrier, and would wait there
+    for ever. `taken` hands out what happened once all ranks are through.
+    """
+
+    def __init__(self, *, allow_unsafe: bool) -> None:
+        self._allow_unsafe = allow_unsafe
+        self._written: dict[str, FileEntry] = {}
+        self._failure: str | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """A save begins."""
+        self._written, self._failure = {}, None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folder of a save exists already."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file and bring it to disk."""
+        if self._failure is not None:
+            return
+        file = Path(path)
+        try:
+            self._written[file.name] = write_tensors(state_dict, file)
+        # torch's writer turns an OSError of the file below it into a RuntimeError of its own.
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            self._failure = f"{file.name}: {reason}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file on the CPU. Raises CheckpointError when it is damaged or could run code."""
+        return load_tensors(Path(path), allow_unsafe=self._allow_unsafe, mmap=False)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Nothing is left to do: the checkpoint is published by whoever asked the engine for it."""
+        return True
+
+    def taken(self) -> dict[str, FileEntry]:
+        """The files that this rank wrote since the save began. Raises CheckpointError when one could not be written."""
+        if self._failure is not None:
+            raise CheckpointError(self._failure)
+        return self._written
+
+
+class SnapshotFiles(EngineFiles):
+    """Copies what is to be saved into host memory; `write` writes it, in another thread.
+
+    The memory of a save serves the next one, for to get it anew takes several times as long as to copy into it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_unsafe=False)
+        self._copies: dict[str, Any] = {}
+        self._unwritten: list[str] = []
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """A save begins."""
+        super().create(info)
+        self._unwritten = []
+
+    def preserves_storage_sharing(self) -> bool:
+        """The copies share no storage, so that DeepSpeed need not make its own."""
+        return False
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Copy the content of one file."""
+        name = Path(path).name
+        try:
+            self._copies[name] = _copied(state_dict, self._copies.get(name))
+        # torch tells of too little host memory by a RuntimeError.
+        except (MemoryError, RuntimeError) as error:
+            self._failure = f"{name}: no copy for async_save: {str(error).splitlines()[0]}"
+        else:
+            self._unwritten.append(path)
+
+    def write(self) -> None:
+        """Write the files that are copied."""
+        while self._unwritten:
+            path = self._unwritten[0]
+            super().save(self._copies[Path(path).name], path)
+            del self._unwritten[0]
+
+    def taken(self) -> dict[str, FileEntry]:
+        if self._unwritten:
+            raise CheckpointError(f"{Path(self._unwritten[0]).name}: the writing thread has ended unexpectedly")
+        return super().taken()
+
+
+def _copied(content: Any, before: Any) -> Any:
+    """Tensors on the CPU and everything else, in dictionaries and lists, as they are now.
+
+    The memory of the copy `before` is used again where tensors have the same size and type.
+    """
+    if isinstance(content, Tensor):
+        if not (isinstance(before, Tensor) and (before.shape, before.dtype) == (content.shape, content.dtype)):
+            before = torch.empty(content.shape, dtype=content.dtype, pin_memory=content.is_cuda)
+        return before.detach().copy_(content.detach()).requires_grad_(content.requires_grad)
+    if isinstance(content, dict):
+        known = before if isinstance(before, dict) else {}
+        return {key: _copied(value, known.get(key)) for key, value in content.items()}
+    if isinstance(content, list):
+        known = dict(enumerate(before)) if isinstance(before, list) else {}
+        return [_copied(value, known.get(number)) for number, value in enumerate(content)]
+    return copy.deepcopy(content)

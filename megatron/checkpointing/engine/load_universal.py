@@ -1,0 +1,110 @@
+"""Loads a checkpoint's universal form into an engine of any layout and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from megatron.checkpointing.engine.universal import OPTIMIZER_FILE, parameter_folder
+from megatron.checkpointing.states.parameter_layout import fit_vocabulary
+from megatron.checkpointing.states.read_optimizer import LOSS_SCALE, STATES
+from megatron.checkpointing.store.safe_load import load_tensors
+from megatron.errors import CheckpointError
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import local_shard, parameter_spec
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+
+def load_universal(
+    engine: PipelineEngine, universal: Path, context: ParallelContext, *, vocab_size: int, same_precision: bool
+) -> None:
+    """Load weights, moments, counters and schedule from the folder `universal`.
+
+    `vocab_size` is the number of embedding rows that tokens have, padding apart. The state of fp16's loss scale is
+    loaded only into a run of the `same_precision`. Hyperparameters stay the engine's. Raises CheckpointError when a
+    file is damaged or unsafe, or a parameter has another shape.
+
+    DeepSpeed's engine does it but for the optimizer. Its loader for that one unpickles freely, fails on a rank whose
+    partition of a parameter group has no parameter, and takes one group's weight decay for another's where stages
+    have different groups.
+    """
+    engine.optimizer._load_universal_checkpoint = partial(
+        _load_optimizer, engine.optimizer, context=context, vocab_size=vocab_size, same_precision=same_precision
+    )
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, _ = engine.load_checkpoint(str(universal.parent), tag=universal.name)
+    finally:
+        engine._config.load_universal_checkpoint = False
+        del engine.optimizer._load_universal_checkpoint
+    if loaded is None:
+        raise CheckpointError(
+            f"{universal}: DeepSpeed found nothing to load in it. Delete the folder; it is made anew."
+        )
+
+
+def _load_optimizer(
+    optimizer: Any,
+    universal: str,
+    load_optimizer_states: bool,
+    load_from_fp32_weights: bool,
+    *,
+    context: ParallelContext,
+    vocab_size: int,
+    same_precision: bool,
+) -> None:
+    """Stands in for DeepSpeed's `_load_universal_checkpoint`, with its arguments."""
+    folder = Path(universal)
+    common = load_tensors(folder / OPTIMIZER_FILE)
+    optimizer._load_global_state(
+        common if same_precision else {key: value for key, value in common.items() if key not in LOSS_SCALE}
+    )
+    groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
+    adam = optimizer.optimizer
+    for group, parameters in zip(adam.param_groups, groups, strict=True):
+        (flat,) = group["params"]
+        targets = {"fp32": flat.data}
+        if _file(folder, optimizer, parameters[0], "step").exists():
+            targets |= {key: adam.state[flat].setdefault(key, torch.zeros_like(flat)) for key in STATES[1:]}
+            _set_steps(adam, group, load_tensors(_file(folder, optimizer, parameters[0], "step")))
+        else:
+            adam.state.pop(flat, None)
+        for parameter in parameters:
+            if parameter.__dict__["_hp_mapping"] is not None:
+                for key, target in targets.items():
+                    whole = _whole(load_tensors(_file(folder, optimizer, parameter, key)), parameter, vocab_size)
+                    _copy_own(whole, parameter, target, context)
+
+
+def _file(universal: Path, optimizer: Any, parameter: nn.Parameter, key: str) -> Path:
+    return parameter_folder(universal, optimizer.param_names[parameter]) / f"{key}.pt"
+
+
+def _set_steps(adam: torch.optim.Optimizer, group: dict[str, Any], steps: Tensor) -> None:
+    """torch counts steps by parameter, apex by group."""
+    if isinstance(adam, torch.optim.AdamW):
+        (flat,) = group["params"]
+        # A fused AdamW needs its count on the parameters' device.
+        adam.state[flat]["step"] = steps.clone().to(flat.device if group["fused"] else "cpu")
+    else:
+        group["step"] = int(steps)
+
+
+def _whole(content: Mapping[str, Tensor], parameter: nn.Parameter, vocab_size: int) -> Tensor:
+    return fit_vocabulary(content["param"], parameter_spec(parameter), vocab_size)
+
+
+def _copy_own(whole: Tensor, parameter: nn.Parameter, target: Tensor, context: ParallelContext) -> None:
+    """Copy what of a whole parameter lies in this rank's partition."""
+    mapping: Any = parameter.__dict__["_hp_mapping"]
+    own, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+    share = local_shard(whole, parameter_spec(parameter).shard_dim, context).flatten()
+    target.narrow(0, there.start, there.numel).copy_(share.narrow(0, own.start, own.numel))

@@ -1,0 +1,84 @@
+"""Loads a run through DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from megatron.checkpointing.engine.engine_files import EngineFiles
+from megatron.checkpointing.engine.hyperparameters import configured_hyperparameters
+from megatron.checkpointing.engine.load_universal import load_universal
+from megatron.checkpointing.engine.same_layout import layout_differences
+from megatron.checkpointing.engine.universal import universal_form
+from megatron.checkpointing.states.weights import load_parameters
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.safe_load import load_tensors
+from megatron.config.sections.run_config import RunConfig
+from megatron.errors import CheckpointError
+from megatron.model.causal_lm import VocabSize
+from megatron.mpu.agreement import gather, rank_and_size
+from megatron.mpu.context import ParallelContext
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(
+    engine: PipelineEngine, checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, vocab: VocabSize
+) -> None:
+    """Load weights, optimizer state and the place in the schedule, whatever layout and precision wrote them.
+
+    Hyperparameters stay the engine's. Collective. What another layout or precision wrote is converted first, unless
+    that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it
+    needs.
+    """
+    engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
+    if not config.checkpoint.allow_unsafe_load:
+        _require_safe(checkpoint, prefix="", allow_unsafe=False)
+    with configured_hyperparameters(engine.optimizer):
+        _load(engine, checkpoint, config, context, vocab)
+
+
+def _load(
+    engine: PipelineEngine, checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, vocab: VocabSize
+) -> None:
+    differences = layout_differences(checkpoint, config, context, vocab.padded)
+    if differences:
+        logger.info("%s was written in another layout: %s", checkpoint.path, "; ".join(differences))
+        universal = universal_form(checkpoint, config.checkpoint.verify_checkpoint)
+        same_precision = checkpoint.config.training.precision.dtype == config.training.precision.dtype
+        load_universal(engine, universal, context, vocab_size=vocab.actual, same_precision=same_precision)
+        return
+    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    if loaded is None:
+        raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
+
+
+def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
+    """Load weights alone, whatever layout wrote them. Collective; raises CheckpointError when a file is damaged or
+    unsafe."""
+    _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
+    load_parameters(engine.module.global_parameters(), checkpoint, context)
+    engine.optimizer.refresh_fp32_params()
+
+
+def _require_safe(checkpoint: Checkpoint, *, prefix: str, allow_unsafe: bool | None) -> None:
+    """Open the tensor files that begin with `prefix`, a share of them on each rank, without reading the tensors.
+
+    Collective. Raises CheckpointError, on all ranks, for a file that is damaged or could run code: a rank that met it
+    later would leave the others waiting.
+    """
+    names = sorted(name for name in checkpoint.manifest.files if name.startswith(prefix) and name.endswith(".pt"))
+    rank, size = rank_and_size()
+    failure: str | None = None
+    for name in names[rank::size]:
+        try:
+            load_tensors(checkpoint.path / name, allow_unsafe=allow_unsafe)
+        except CheckpointError as error:
+            failure = str(error)
+            break
+    failures = [text for text in gather(failure) if text is not None]
+    if failures:
+        raise CheckpointError(failures[0])

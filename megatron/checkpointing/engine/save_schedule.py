@@ -1,0 +1,22 @@
+"""At which steps a run saves."""
+
+from __future__ import annotations
+
+import itertools
+
+from megatron.config.sections.checkpoint import CheckpointConfig
+
+
+def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int]:
+    """Steps after which a checkpoint is written, as GPT-NeoX spaces them; 0 stands for the initial weights.
+
+    Pythia's 154 checkpoints are `checkpoint_factor: 1000` with `extra_save_iters: [0, 1, 2, 4, ..., 512]` over 143,000
+    steps. The last step is always among them.
+    """
+    iterations = {iteration for iteration in config.extra_save_iters if iteration <= train_iters}
+    factor = config.checkpoint_factor
+    if factor is not None:
+        spaced = range(1, train_iters) if config.checkpoint_scale == "linear" else itertools.count()
+        positions = (k * factor if config.checkpoint_scale == "linear" else float(factor) ** k for k in spaced)
+        iterations.update(int(position) for position in itertools.takewhile(lambda p: p < train_iters, positions))
+    return frozenset(iterations | {train_iters})

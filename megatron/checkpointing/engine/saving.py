@@ -1,0 +1,173 @@
+"""Saves a run through DeepSpeed's engine: while training waits, or from a copy while it goes on."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed
+
+from megatron.checkpointing.engine.engine_files import EngineFiles, SnapshotFiles
+from megatron.checkpointing.store.manifest import FileEntry
+from megatron.checkpointing.store.publish import begin, complete, remove_old
+from megatron.checkpointing.store.run_state import RunState
+from megatron.config.sections.run_config import RunConfig
+from megatron.errors import CheckpointError
+from megatron.mpu.agreement import gather, on_first_rank
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    engine: PipelineEngine, state: RunState, config: RunConfig, *, run_id: str, versions: Mapping[str, str | None]
+) -> Path:
+    """Write weights, optimizer state and `state` to global_stepN in the configured folder `save`; returns its path.
+
+    Collective. A kill or a failure at any moment leaves every earlier checkpoint and `latest` whole. `versions` are of
+    the packages and the code, for the manifest. Raises CheckpointError, on all ranks, when a rank cannot write.
+    """
+    return _Save(engine, state, config, EngineFiles(allow_unsafe=False)).publish(run_id, versions)
+
+
+class Saver:
+    """The saves of a run, one at a time.
+
+    With `async_save` a save copies what it is to write into this rank's memory, and a thread writes it. The thread
+    takes no part in collectives: the checkpoint is published between two steps, once all ranks have written, or before
+    the next save at the latest. Until then it has a hidden name, and a crash leaves the one before as the newest.
+    """
+
+    def __init__(
+        self, engine: PipelineEngine, config: RunConfig, *, run_id: str, versions: Mapping[str, str | None]
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.run_id = run_id
+        self.versions = versions
+        self._pending: _Save | None = None
+        self._files = SnapshotFiles() if config.checkpoint.async_save else EngineFiles(allow_unsafe=False)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is not published yet; the same on every rank."""
+        return self._pending is not None
+
+    def save(self, state: RunState, *, wait: bool) -> None:
+        """Save, and be done with it when this returns if `wait`, or unless saves are asynchronous.
+
+        Collective. Raises what `save_checkpoint` raises, also for the save before, if that was still being written.
+        """
+        if self._pending is not None:
+            if not self._pending.is_written_everywhere():
+                logger.info("the save of step %d waits for the one before, which is being written", state.iteration)
+            self.finish()
+        self._pending = _Save(self.engine, state, self.config, self._files)
+        if wait or not self.config.checkpoint.async_save:
+            self.finish()
+
+    def publish_if_written(self) -> None:
+        """Publish a save that all ranks have written by now. Collective; raises what `save_checkpoint` raises."""
+        if self._pending is not None and self._pending.is_written_everywhere():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a save that is being written, and publish it. Collective; raises what `save_checkpoint` raises."""
+        save, self._pending = self._pending, None
+        if save is not None:
+            save.publish(self.run_id, self.versions)
+
+
+class _Save:
+    """A checkpoint on its way."""
+
+    def __init__(self, engine: PipelineEngine, state: RunState, config: RunConfig, files: EngineFiles) -> None:
+        """Write it, or begin to. Collective."""
+        if config.checkpoint.save is None:
+            raise CheckpointError("save: no folder is configured to save checkpoints in.")
+        self.config = config
+        self.state = state
+        self.device = engine.device
+        self.folder = Path(config.checkpoint.save).resolve()
+        self.files = files
+        self.seconds_waited = 0.0
+        self.started = time.perf_counter()
+        with self._training_waits():
+            self.temporary = on_first_rank(partial(begin, self.folder, state.iteration))
+            engine.checkpoint_engine = files
+            # DeepSpeed would drop scripts into the folder which unpickle whatever they find there.
+            engine._copy_recovery_script = lambda save_path: None
+            engine.save_checkpoint(str(self.folder), tag=self.temporary.name, save_latest=False)
+        self.thread: threading.Thread | None = None
+        if isinstance(files, SnapshotFiles):
+            # A daemon, so that a run which fails does not stay alive to write what it cannot publish.
+            self.thread = threading.Thread(target=files.write, name="checkpoint writer", daemon=True)
+            self.thread.start()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written its files, or failed to."""
+        return self.thread is None or not self.thread.is_alive()
+
+    def is_written_everywhere(self) -> bool:
+        """Whether all ranks have written their files, or failed to. Collective."""
+        with self._training_waits():
+            writing = torch.tensor(not self.is_written, dtype=torch.int32, device=self.device)
+            distributed.all_reduce(writing, op=distributed.ReduceOp.MAX)
+            return not writing.item()
+
+    def publish(self, run_id: str, versions: Mapping[str, str | None]) -> Path:
+        """Wait until all is written, give the checkpoint its name, and remove old ones. Collective."""
+        with self._training_waits():
+            if self.thread is not None:
+                self.thread.join()
+            try:
+                written = _gathered(self.files)
+                named = partial(complete, run_id=run_id, versions=versions)
+                final = on_first_rank(partial(named, self.temporary, written, self.state, self.config))
+            except CheckpointError as error:
+                on_first_rank(partial(shutil.rmtree, self.temporary, ignore_errors=True))
+                raise CheckpointError(
+                    f"save: the checkpoint of step {self.state.iteration} could not be written to {self.folder}: "
+                    f"{error}. Earlier ones are as they were. Make room or repair the disk, then go on with "
+                    "`auto_resume: true`."
+                ) from error
+            on_first_rank(partial(remove_old, self.folder, self.config.checkpoint, run_id))
+        logger.info(
+            "saved %s, %.2f GiB, in %.1f s; training waited %.2f s of them",
+            final,
+            sum(entry.size for entry in written.values()) / 2**30,
+            time.perf_counter() - self.started,
+            self.seconds_waited,
+        )
+        return final
+
+    @contextmanager
+    def _training_waits(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds_waited += time.perf_counter() - begin
+
+
+def _gathered(files: EngineFiles) -> dict[str, FileEntry]:
+    """All ranks' files. Raises CheckpointError, on all ranks, when one of them could not write."""
+    try:
+        own: dict[str, FileEntry] | str = files.taken()
+    except CheckpointError as error:
+        own = str(error)
+    reports = gather(own)
+    failures = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
+    if failures:
+        raise CheckpointError("; ".join(failures))
+    return dict(chain.from_iterable(report.items() for report in reports if not isinstance(report, str)))

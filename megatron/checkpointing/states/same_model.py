@@ -1,0 +1,41 @@
+"""Whether a checkpoint's weights mean the same in a configured model."""
+
+from __future__ import annotations
+
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.config.sections.model import ModelConfig
+from megatron.errors import CheckpointError
+from megatron.model.causal_lm import VocabSize
+
+FREE_MODEL_FIELDS = frozenset(
+    {"seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method",
+     "output_layer_init_method", "init_method_std", "make_vocab_size_divisible_by", "padded_vocab_size"}
+)  # fmt: skip
+"""What may differ between a checkpoint's model and the configured one: none of it changes what weights mean."""
+
+
+def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[str]:
+    """What differs and matters, one sentence each."""
+    theirs, ours = checkpoint.model_dump(), configured.model_dump()
+    return [
+        f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}"
+        for name in ours
+        if name not in FREE_MODEL_FIELDS and ours[name] != theirs[name]
+    ]
+
+
+def require_same_vocabulary(checkpoint: Checkpoint, vocab: VocabSize, *, padding_is_masked: bool) -> None:
+    """Raise CheckpointError when the checkpoint's embedding has another number of rows than `vocab`, unless only the
+    padding differs and takes no part in the softmax."""
+    state = checkpoint.state
+    if state.padded_vocab_size == vocab.padded:
+        return
+    same_tokens = state.vocab_size == vocab.actual
+    if same_tokens and padding_is_masked:
+        return
+    masked = ". With `mask_padded_vocab: true` from a run's start, its padding could be changed" if same_tokens else ""
+    raise CheckpointError(
+        f"{checkpoint.path} has a vocabulary of {state.vocab_size} tokens padded to {state.padded_vocab_size}, "
+        f"this run one of {vocab.actual} padded to {vocab.padded}. Use the tokenizer that the checkpoint was trained "
+        f"with (`vocab_file`, `tokenizer_type`), or set `padded_vocab_size: {state.padded_vocab_size}`{masked}."
+    )

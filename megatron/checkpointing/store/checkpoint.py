@@ -1,0 +1,116 @@
+"""What lies in a run's checkpoint folder, and what one checkpoint is.
+
+<save>/latest                                 the name of the newest checkpoint, one line (DeepSpeed's convention)
+<save>/global_step<N>/manifest.json           what the checkpoint consists of (manifest.py)
+<save>/global_step<N>/state.json              where the run stood (state.py)
+<save>/global_step<N>/config.json             the resolved configuration
+<save>/global_step<N>/layer_*-model_*.pt …    DeepSpeed's weights and optimizer states
+<save>/.global_step<N>.<writing|replaced|removed>   on its way in or out (publish.py); never read
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megatron.checkpointing.store.manifest import MANIFEST_FILE, Manifest, damage, read_manifest
+from megatron.checkpointing.store.run_state import STATE_FILE, RunState, read_state
+from megatron.config.sections.run_config import RunConfig
+from megatron.errors import CheckpointError
+from megatron.io.durable import write_durably
+
+CHECKPOINT_NAME = re.compile(r"global_step(\d+)")
+LATEST = "latest"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest and state could be read."""
+
+    path: Path
+    state: RunState
+    manifest: Manifest
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of the run that wrote it. Raises CheckpointError when this version does not know it."""
+        try:
+            return RunConfig.model_validate_json((self.path / CONFIG_FILE).read_bytes())
+        except (OSError, ValidationError) as error:
+            reasons = _reasons(error) if isinstance(error, ValidationError) else str(error.strerror)
+            writer = self.manifest.versions.get("code") or "an unknown commit"
+            raise CheckpointError(
+                f"{self.path / CONFIG_FILE} cannot be understood: {reasons}. The checkpoint was written by {writer}. "
+                "Load it with that version of the code, or, if the file was changed, restore it."
+            ) from error
+
+
+def _reasons(error: ValidationError) -> str:
+    found = error.errors(include_url=False)
+    shown = [": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in found[:3]]
+    return "; ".join(shown) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Folder name of the checkpoint after `iteration` steps."""
+    return f"global_step{iteration}"
+
+
+def checkpoint_paths(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(iteration, path) of every folder in `folder` that has a checkpoint's name, in no order.
+
+    Links are left out: what they lead to belongs to something else.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = CHECKPOINT_NAME.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            yield int(match.group(1)), path
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one global_stepN folder, up to its tensors. What is small is compared with its hash.
+
+    Raises CheckpointError, with a reason alone, when it is no whole checkpoint of this trainer.
+    """
+    manifest = read_manifest(path)
+    state = read_state(path)
+    small = {name: entry for name, entry in manifest.files.items() if name in (STATE_FILE, CONFIG_FILE)}
+    problems = damage(path, small, "full") if len(small) == 2 else [f"{MANIFEST_FILE} does not name all files"]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    if path.resolve().name != checkpoint_name(state.iteration):
+        raise CheckpointError(f"it is of step {state.iteration}, which its name does not say")
+    return Checkpoint(path, state, manifest)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.json."""
+    write_durably(folder / CONFIG_FILE, config.model_dump_json(indent=1) + "\n")
+
+
+def read_latest(folder: Path) -> str | None:
+    """What `latest` says; None when there is no such file."""
+    try:
+        return (folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def require_writable(folder: Path) -> None:
+    """Create `folder` and see that files can be made in it. Raises CheckpointError before a run spends any time."""
+    probe = folder / f".write-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"save: {folder} cannot be written ({error.strerror}). Name a folder that you may write to, or give "
+            "yourself the permission."
+        ) from error

@@ -1,0 +1,151 @@
+"""Which checkpoint to load: one that is named, or the newest that is whole. What is passed over is named, with why."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from megatron.checkpointing.store.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    checkpoint_name,
+    checkpoint_paths,
+    read_checkpoint,
+    read_latest,
+)
+from megatron.checkpointing.store.manifest import FileEntry, damage, unlisted
+from megatron.config.sections.checkpoint import Verification
+from megatron.errors import CheckpointError
+from megatron.mpu.agreement import gather, on_first_rank, rank_and_size
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_MESSAGES = 5.0
+
+
+def find_checkpoint(folder: Path, iteration: int | None, level: Verification) -> Checkpoint | None:
+    """The checkpoint of `iteration` in `folder`, or the newest whole one there; `folder` may be a checkpoint itself.
+
+    Collective: every rank verifies a share of the files, and all find the same. None when there is nothing that could
+    be a checkpoint. Raises CheckpointError when the named one is missing or damaged, or when all that there are are.
+    """
+    named = on_first_rank(partial(_named, folder, iteration))
+    if named is not None:
+        checkpoint = on_first_rank(partial(_read_named, named))
+        problems = problems_of(checkpoint, level)
+        if problems:
+            raise CheckpointError(f"{named} is not whole: {'; '.join(problems)}. Load another one, or restore it.")
+        return checkpoint
+    candidates, rejected = on_first_rank(partial(survey, folder))
+    damaged: list[tuple[int, str]] = []
+    for checkpoint in candidates:
+        problems = problems_of(checkpoint, level)
+        if not problems:
+            # When something unreadable was saved is not known; a higher step was most likely saved later.
+            _tell(checkpoint, damaged + [found for found in rejected if found[0] > checkpoint.state.iteration])
+            return checkpoint
+        damaged.append((checkpoint.state.iteration, f"{checkpoint.path.name}: {'; '.join(problems)}"))
+    rejected += damaged
+    if rejected:
+        reasons = "".join(f"\n  {reason}" for _, reason in sorted(rejected, reverse=True))
+        raise CheckpointError(
+            f"{folder}: none of its checkpoints is whole.{reasons}\nRestore one of them, or move them away to start "
+            "without."
+        )
+    return None
+
+
+def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:
+    """`find_checkpoint` of any iteration, for what cannot do without. Raises CheckpointError when there is none."""
+    found = find_checkpoint(folder, None, level)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint. Name a run's folder or a global_stepN folder.")
+    return found
+
+
+def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
+    """What keeps a checkpoint from being whole, one sentence each; the same on every rank, each of which looks at a
+    share of the files. Collective."""
+    rank, size = rank_and_size()
+    files = checkpoint.manifest.files
+    by_size = sorted(files, key=lambda name: files[name].size, reverse=True)
+    own = _damage_with_progress(checkpoint.path, {name: files[name] for name in by_size[rank::size]}, level)
+    if rank == 0:
+        own += [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
+    return sorted(chain.from_iterable(gather(own)))
+
+
+def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:
+    """`damage`, with a message now and then."""
+    problems = []
+    done, total = 0, sum(entry.size for entry in files.values())
+    last_message = time.monotonic()
+    for name, entry in files.items():
+        problems += damage(folder, {name: entry}, level)
+        done += entry.size
+        if time.monotonic() - last_message > SECONDS_BETWEEN_MESSAGES:
+            last_message = time.monotonic()
+            logger.info("%s: verified %.1f of %.1f GiB of this rank's share", folder, done / 2**30, total / 2**30)
+    return problems
+
+
+def readable_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Checkpoints in `folder` whose manifest and state can be read, newest save first. Looks at no other file."""
+    return survey(folder)[0]
+
+
+def _named(folder: Path, iteration: int | None) -> Path | None:
+    """The checkpoint that is asked for by name, or None when any will do."""
+    match = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
+    if match:
+        if iteration is not None and int(match.group(1)) != iteration:
+            raise CheckpointError(
+                f"load: {folder} is not the checkpoint of iteration {iteration}. Correct one of them."
+            )
+        return folder
+    return None if iteration is None else folder / checkpoint_name(iteration)
+
+
+def _read_named(path: Path) -> Checkpoint:
+    if not path.is_dir():
+        there = ", ".join(str(iteration) for iteration, _ in sorted(checkpoint_paths(path.parent))) or "none"
+        raise CheckpointError(f"{path}: no such checkpoint. Iterations there: {there}.")
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} cannot be loaded: {error}. Name a checkpoint that this trainer has written, or convert a foreign "
+            "one first."
+        ) from error
+
+
+def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
+    """Readable checkpoints, newest save first, and (iteration, reason) of what only looks like one."""
+    readable, rejected = [], []
+    for iteration, path in checkpoint_paths(folder):
+        try:
+            readable.append(read_checkpoint(path))
+        except CheckpointError as error:
+            rejected.append((iteration, f"{path.name}: {error}"))
+    return sorted(readable, key=lambda found: found.manifest.sequence, reverse=True), rejected
+
+
+def _tell(chosen: Checkpoint, passed_over: list[tuple[int, str]]) -> None:
+    """Warn, on the first rank, of what is passed over for an older checkpoint."""
+    if rank_and_size()[0] != 0:
+        return
+    for _, reason in sorted(passed_over):
+        logger.warning("%s: passed over %s. Going back to %s.", chosen.path.parent, reason, chosen.path.name)
+    latest = read_latest(chosen.path.parent)
+    if latest is not None and latest != chosen.path.name:
+        logger.warning(
+            "%s: `latest` says %r, but the newest whole checkpoint is %s, which is taken. To go back to an older one, "
+            "give `load` and `iteration`.",
+            chosen.path.parent,
+            latest,
+            chosen.path.name,
+        )

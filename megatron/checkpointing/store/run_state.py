@@ -1,0 +1,75 @@
+"""Where a run stands, apart from weights and optimizer state."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron.errors import CheckpointError
+from megatron.io.durable import write_durably
+
+STATE_FILE = "state.json"
+STATE_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run must know to go on exactly. Dropout needs no generator state: it follows from seed, step and rank."""
+
+    iteration: int
+    """Optimizer steps done [steps]."""
+
+    consumed_train_samples: int
+    """Training samples read by all ranks together [samples]. With the index below it decides the epoch as well."""
+
+    consumed_valid_samples: int
+    """Validation samples read by all ranks together [samples]."""
+
+    schedule_steps: int
+    """Steps of the learning-rate schedule that are done; a step that was left out is none [steps]."""
+
+    non_finite_steps: int
+    """Steps left out or rolled back so far because of NaN or infinity [steps]."""
+
+    train_index_samples: int
+    """Samples that the training index was built for. The order depends on it, so a resumed run builds the same index
+    whatever its train_iters [samples]."""
+
+    valid_index_samples: int
+    """The same for validation [samples]."""
+
+    data_fingerprint: dict[str, str]
+    """What decides the tokens of every step, by configuration key (megatron/data/data_fingerprint.py)."""
+
+    tensor_parallel_size: int
+    """Tensor-parallel ranks that wrote the checkpoint."""
+
+    pipe_parallel_size: int
+    """Pipeline stages that wrote the checkpoint."""
+
+    data_parallel_size: int
+    """Data-parallel ranks that wrote the checkpoint."""
+
+    vocab_size: int
+    """Tokens that the tokenizer knows."""
+
+    padded_vocab_size: int
+    """Rows of the embedding."""
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Write state.json."""
+    write_durably(folder / STATE_FILE, json.dumps({"format": STATE_FORMAT, **asdict(state)}, indent=1) + "\n")
+
+
+def read_state(folder: Path) -> RunState:
+    """Read state.json. Raises CheckpointError when it is missing, damaged or of another format."""
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state.pop("format", None) != STATE_FORMAT:
+            raise CheckpointError(f"{path}: written in another format than {STATE_FORMAT}")
+        return RunState(**state)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,133 @@
+"""Builds the typed configuration from settings, and says in terms of keys and lines what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from types import SimpleNamespace
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from megatron.config.checks import CHECKS, Finding
+from megatron.config.json_schema import describe, likely_meant
+from megatron.config.neox.keys.entries import MapsTo
+from megatron.config.neox.keys.table import NEOX_KEYS, key_of
+from megatron.config.neox.translate import Setting
+from megatron.config.section_fields import fields
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.yaml.problems import DEFAULT, Origin, Problem, YamlValue, problem_with, show
+
+_SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
+
+
+def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig | None, list[Problem]]:
+    """The configuration, or None and all that is wrong with it: types first, then what does not fit together.
+
+    Paths in `refused` have a problem that is reported already.
+    """
+    try:
+        run = RunConfig.model_validate(_nest(settings))
+    except ValidationError as error:
+        found = {_path_of(details["loc"]): None for details in error.errors() if _says_something(details["type"])}
+        problems = [_type_problem(path, settings) for path in found if path not in refused]
+        return None, problems + _checked_in_part(settings, refused | found.keys())
+    if refused:
+        return None, _checked_in_part(settings, refused)
+    findings = [finding for check in CHECKS for finding in check(run)]
+    return (None if findings else run), [_located(finding, settings) for finding in findings]
+
+
+def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin]:
+    """Where every value of the configuration came from, by dotted path."""
+    found: dict[str, Origin] = {}
+    for path, field in fields().items():
+        if path.startswith("model.param_tokens.") and run.model.param_tokens is None:
+            continue
+        found[path] = settings[path].origin if path in settings else Origin("derived") if field.derived else DEFAULT
+    return found
+
+
+def _nest(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    sections = list(_SECTIONS_WITH_REQUIRED_KEYS)
+    if _is_tokenformer(settings):
+        sections.append("model.param_tokens")
+    nested: dict[str, Any] = {}
+    for section in sections:
+        _section_at(nested, section.split("."))
+    for path, setting in settings.items():
+        *section_parts, name = path.split(".")
+        _section_at(nested, section_parts)[name] = setting.value
+    return nested
+
+
+def _section_at(nested: dict[str, Any], parts: list[str]) -> dict[str, Any]:
+    for part in parts:
+        nested = nested.setdefault(part, {})
+    return nested
+
+
+def _is_tokenformer(settings: Mapping[str, Setting]) -> bool:
+    architecture = settings.get("model.architecture")
+    return architecture is not None and architecture.value == "tokenformer"
+
+
+def _says_something(error_type: str) -> bool:
+    """Pydantic also reports defaults that it could not compute because another value was wrong."""
+    return error_type != "default_factory_not_called"
+
+
+def _path_of(location: tuple[int | str, ...]) -> str:
+    """The field that a pydantic error is about: its location, without list positions and union branches."""
+    parts = [str(part) for part in location]
+    while ".".join(parts) not in fields():
+        parts.pop()
+    return ".".join(parts)
+
+
+def _type_problem(path: str, settings: Mapping[str, Setting]) -> Problem:
+    setting = settings.get(path)
+    schema = fields()[path].schema
+    if setting is not None and setting.given is not None:
+        return problem_with(setting.given, f"expected {describe(schema)}{likely_meant(setting.given.value, schema)}")
+    key = key_of(path)
+    entry = NEOX_KEYS[key]
+    advice = f"; {entry.difference}" if isinstance(entry, MapsTo) and entry.difference.startswith("must be") else ""
+    return Problem(f"missing key {key}", f"expected {describe(schema)}{advice}")
+
+
+def _checked_in_part(settings: Mapping[str, Setting], wrong: Set[str]) -> list[Problem]:
+    """What the checks find among the values that are right; a check that needs a wrong one is left out."""
+    known = cast(RunConfig, _partial(settings, wrong))
+    findings: list[Finding] = []
+    for check in CHECKS:
+        try:
+            findings += check(known)
+        except AttributeError:
+            continue
+    return [_located(finding, settings) for finding in findings]
+
+
+def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespace:
+    root = SimpleNamespace()
+    for path, field in fields().items():
+        if path in wrong or (path not in settings and (field.required or field.derived)):
+            continue
+        *section_parts, name = path.split(".")
+        section = root
+        for part in section_parts:
+            if not hasattr(section, part):
+                setattr(section, part, SimpleNamespace())
+            section = getattr(section, part)
+        setattr(section, name, settings[path].value if path in settings else field.default)
+    if not _is_tokenformer(settings):
+        root.model.param_tokens = None
+    return root
+
+
+def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
+    setting = settings.get(finding.path)
+    if setting is not None and setting.given is not None:
+        return problem_with(setting.given, finding.message)
+    value: YamlValue = fields()[finding.path].default
+    shown = "" if value is None else f": {show(value)} (default)"
+    return Problem(key_of(finding.path) + shown, finding.message)

@@ -1,0 +1,299 @@
+"""Checks across values, one function each. They need no hardware and no other package."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.batch_triangle import NEITHER_GIVEN
+from megatron.config.sections.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Values that do not fit together, reported at one of them."""
+
+    path: str
+    """Dotted path of the value to point at."""
+    message: str
+    """What is wrong, why, and a way out. Other values are named by their YAML keys."""
+
+
+def nearest_multiple(value: int, divisor: int) -> int:
+    """The positive multiple of `divisor` that lies nearest to `value`."""
+    return max(round(value / divisor), 1) * divisor
+
+
+def divisors(value: int) -> list[int]:
+    """What divides `value`, from 1 to itself."""
+    return [number for number in range(1, value + 1) if value % number == 0]
+
+
+def _nearest(valid: Iterable[int], value: int) -> int:
+    return min(valid, key=lambda number: abs(number - value))
+
+
+def _does_not_split(ranks: int) -> str:
+    return f"does not split over model_parallel_size {ranks}"
+
+
+def _heads(run: RunConfig) -> Iterator[Finding]:
+    hidden, heads = run.model.hidden_size, run.model.num_attention_heads
+    ranks = run.parallel.model_parallel_size
+    if hidden % heads == 0 and heads % ranks == 0:
+        return
+    wrong = f"does not divide hidden_size {hidden}" if hidden % heads else _does_not_split(ranks)
+    valid = [count for count in divisors(hidden) if count % ranks == 0]
+    if valid:
+        yield Finding("model.num_attention_heads", f"{wrong}; nearest valid value: {_nearest(valid, heads)}")
+    else:
+        yield Finding(
+            "parallel.model_parallel_size",
+            f"does not divide hidden_size {hidden}, so no number of heads splits over it; nearest valid value: "
+            f"{_nearest(divisors(hidden), ranks)}",
+        )
+
+
+def _rotary_dimensions(run: RunConfig) -> Iterator[Finding]:
+    model = run.model
+    if model.pos_emb != "rotary" or model.hidden_size % model.num_attention_heads:
+        return
+    head_dim = model.hidden_size // model.num_attention_heads
+    rotated = int(head_dim * model.rotary_pct)
+    if rotated < 2 or rotated % 2:
+        yield Finding(
+            "model.rotary_pct",
+            f"rotates {rotated} of the {head_dim} dimensions of a head; rotary positions need an even number above 0",
+        )
+
+
+def _positions(run: RunConfig) -> Iterator[Finding]:
+    length, longest = run.model.seq_length, run.model.max_position_embeddings
+    if length > longest:
+        yield Finding("model.seq_length", f"is above max_position_embeddings {longest}; raise that, or shorten this")
+
+
+def _padded_vocabulary(run: RunConfig) -> Iterator[Finding]:
+    padded, multiple = run.model.padded_vocab_size, run.model.make_vocab_size_divisible_by
+    if padded is not None and padded % multiple:
+        yield Finding(
+            "model.padded_vocab_size",
+            f"is not a multiple of make_vocab_size_divisible_by {multiple}; nearest valid value: "
+            f"{nearest_multiple(padded, multiple)}",
+        )
+
+
+def _tokenformer_has_no_mlp(run: RunConfig) -> Iterator[Finding]:
+    model = run.model
+    if model.architecture != "tokenformer":
+        return
+    reason = "belongs to gpt_neox: a TokenFormer has no"
+    if model.use_bias_in_attn_linear:
+        yield Finding("model.use_bias_in_attn_linear", f"{reason} biases; use false")
+    if model.use_bias_in_mlp:
+        yield Finding("model.use_bias_in_mlp", f"{reason} biases; use false")
+    if model.activation != "gelu":
+        yield Finding("model.activation", f"{reason} MLP activation; norm_activation_type normalizes its scores")
+    if model.parallel_residual:
+        yield Finding("model.parallel_residual", "the published TokenFormer layer is sequential; use false")
+
+
+def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
+    model, ranks = run.model, run.parallel.model_parallel_size
+    sizes = {}
+    if model.param_tokens is not None:
+        sizes["model.param_tokens.qkv"] = model.param_tokens.qkv
+        sizes["model.param_tokens.proj"] = model.param_tokens.proj
+        sizes["model.param_tokens.ffn"] = model.param_tokens.ffn
+    for path, size in sizes.items():
+        if size % ranks:
+            yield Finding(path, f"{_does_not_split(ranks)}; nearest valid value: {nearest_multiple(size, ranks)}")
+    if run.parallel.sequence_parallel and model.seq_length % ranks:
+        nearest = nearest_multiple(model.seq_length, ranks)
+        if nearest > max(model.max_position_embeddings, ranks):
+            nearest -= ranks
+        yield Finding(
+            "model.seq_length", f"{_does_not_split(ranks)}, as sequence_parallel asks; nearest valid value: {nearest}"
+        )
+
+
+def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
+    """The vocabulary's padding never depends on the layout, so it has to fit it."""
+    ranks, padded = run.parallel.model_parallel_size, run.model.padded_vocab_size
+    multiple = run.model.make_vocab_size_divisible_by
+    if padded is None and multiple % ranks:
+        yield Finding(
+            "parallel.model_parallel_size",
+            f"does not divide the multiple to which the vocabulary is padded, make_vocab_size_divisible_by {multiple}; "
+            f"nearest valid value: {_nearest(divisors(multiple), ranks)}, or give padded_vocab_size",
+        )
+    if padded is not None and padded % ranks:
+        nearest = nearest_multiple(padded, math.lcm(ranks, multiple))
+        yield Finding("model.padded_vocab_size", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
+
+
+def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
+    stages, layers = run.parallel.pipe_parallel_size, run.model.num_layers
+    if stages > layers:
+        yield Finding(
+            "parallel.pipe_parallel_size",
+            f"is above num_layers {layers}, and each stage needs a layer; nearest valid value: {layers}",
+        )
+    kind, _, pattern = run.parallel.pipe_partition_method.partition(":")
+    if kind == "type":
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield Finding("parallel.pipe_partition_method", f"is no regular expression after type: ({error})")
+
+
+def _batch_is_given(run: RunConfig) -> Iterator[Finding]:
+    training = run.training
+    if training.train_batch_size is None and training.train_micro_batch_size_per_gpu is None:
+        path = "train_batch_size" if training.gradient_accumulation_steps is None else "gradient_accumulation_steps"
+        yield Finding(f"training.{path}", NEITHER_GIVEN)
+
+
+def _batch_divides(run: RunConfig) -> Iterator[Finding]:
+    """On any number of ranks, the global batch is a multiple of what one rank contributes."""
+    training = run.training
+    total = training.train_batch_size
+    micro, steps = training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
+    share = (micro or 1) * (steps or 1)
+    if total is not None and total % share:
+        given = [f"micro batch {micro}"] * (micro is not None) + [f"accumulation {steps}"] * (steps is not None)
+        yield Finding(
+            "training.train_batch_size",
+            f"is not a multiple of {' x '.join(given)}; nearest valid value: {nearest_multiple(total, share)}",
+        )
+
+
+def _betas(run: RunConfig) -> Iterator[Finding]:
+    if not all(0.0 <= beta < 1.0 for beta in run.training.optimizer.betas):
+        yield Finding("training.optimizer.betas", "expected numbers of at least 0 and below 1")
+
+
+def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
+    lowest, peak = run.training.lr_schedule.min_lr, run.training.optimizer.lr
+    if lowest > peak:
+        yield Finding("training.lr_schedule.min_lr", f"is above the peak learning rate {peak:g}")
+
+
+def _one_schedule(run: RunConfig) -> Iterator[Finding]:
+    schedule = run.training.lr_schedule
+    if schedule.override_lr_scheduler and schedule.use_checkpoint_lr_scheduler:
+        yield Finding(
+            "training.lr_schedule.override_lr_scheduler", "contradicts use_checkpoint_lr_scheduler: true; keep one"
+        )
+
+
+def _split(run: RunConfig) -> Iterator[Finding]:
+    shares = run.data.split.replace("/", ",").split(",")
+    try:
+        numbers = [float(share) for share in shares]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or not all(math.isfinite(n) and n >= 0 for n in numbers) or sum(numbers) <= 0:
+        yield Finding("data.split", "expected up to three shares for training, validation and test, such as 969, 30, 1")
+
+
+def _one_kind_of_dataset(run: RunConfig) -> Iterator[Finding]:
+    data = run.data
+    parts = {part: getattr(data, f"{part}_data_paths") for part in ("train", "valid", "test")}
+    given = [part for part, paths in parts.items() if paths is not None]
+    if data.data_path is not None and given:
+        yield Finding("data.data_path", f"contradicts {given[0]}_data_paths; give one split dataset or separate ones")
+    elif given and parts["train"] is None:
+        yield Finding(f"data.{given[0]}_data_paths", "needs train_data_paths as well")
+    elif given and parts["valid"] is None and run.training.eval_iters:
+        yield Finding("data.train_data_paths", "needs valid_data_paths as well, or eval_iters: 0")
+
+
+def _dataset_lists(run: RunConfig) -> Iterator[Finding]:
+    for part in ("train", "valid", "test"):
+        paths, weights = getattr(run.data, f"{part}_data_paths"), getattr(run.data, f"{part}_data_weights")
+        if paths is not None and not paths:
+            yield Finding(f"data.{part}_data_paths", "expected at least one path")
+        if weights is None:
+            continue
+        if paths is None or len(weights) != len(paths):
+            count = len(paths or ())
+            yield Finding(f"data.{part}_data_weights", f"has {len(weights)} weights for {count} {part}_data_paths")
+        elif any(weight < 0 for weight in weights) or sum(weights) <= 0:
+            yield Finding(f"data.{part}_data_weights", "expected numbers of at least 0, not all 0")
+
+
+def _tokenizer_files(run: RunConfig) -> Iterator[Finding]:
+    tokenizer = run.data.tokenizer
+    if tokenizer.type == "GPT2BPETokenizer" and tokenizer.vocab_file is not None and tokenizer.merge_file is None:
+        yield Finding("data.tokenizer.vocab_file", "GPT2BPETokenizer needs merge_file as well; or use HFTokenizer")
+
+
+def _checkpoint_steps(run: RunConfig) -> Iterator[Finding]:
+    factor, scale = run.checkpoint.checkpoint_factor, run.checkpoint.checkpoint_scale
+    if factor is None:
+        return
+    if scale == "linear" and not float(factor).is_integer():
+        yield Finding("checkpoint.checkpoint_factor", "expected a whole number of steps, or checkpoint_scale: log")
+    if scale == "log" and factor <= 1:
+        yield Finding("checkpoint.checkpoint_factor", "expected a ratio above 1 with checkpoint_scale: log")
+
+
+def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
+    checkpoint = run.checkpoint
+    if checkpoint.load is None:
+        if checkpoint.iteration is not None:
+            yield Finding("checkpoint.iteration", "needs load: the folder of a checkpoint")
+        if checkpoint.finetune:
+            yield Finding("checkpoint.finetune", "needs load: the folder of a checkpoint")
+    if checkpoint.auto_resume and checkpoint.save is None:
+        yield Finding("checkpoint.auto_resume", "needs save: the folder that the run goes on from")
+    if checkpoint.auto_resume and checkpoint.iteration is not None and checkpoint.load == checkpoint.save:
+        yield Finding(
+            "checkpoint.iteration", "contradicts auto_resume: true, which goes on from the newest checkpoint; keep one"
+        )
+    if checkpoint.pretrain_partial_init is not None and run.model.param_tokens is None:
+        yield Finding("checkpoint.pretrain_partial_init", "only a TokenFormer has parameter tokens to start from")
+
+
+def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
+    if run.speedups.apex_fused_adam == "on" and run.speedups.torch_fused_adamw == "on":
+        yield Finding("speedups.torch_fused_adamw", "cannot be on together with apex_fused_adam; choose one of them")
+
+
+def _prompts(run: RunConfig) -> Iterator[Finding]:
+    if run.generation.text_gen_type == "input-file" and run.generation.sample_input_file is None:
+        yield Finding("generation.text_gen_type", "needs sample_input_file")
+    files = run.generation.sample_input_file, run.generation.sample_output_file
+    if None not in files and len({str(Path(str(file)).resolve()) for file in files}) == 1:
+        yield Finding("generation.sample_output_file", "would overwrite the prompts; name another file")
+    if run.generation.text_gen_type == "interactive" and run.generation.return_logits:
+        yield Finding("generation.return_logits", "a terminal has no room for logits; use text_gen_type: input-file")
+
+
+CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+    _heads,
+    _rotary_dimensions,
+    _positions,
+    _padded_vocabulary,
+    _tokenformer_has_no_mlp,
+    _tensor_parallel_sizes,
+    _tensor_parallel_vocabulary,
+    _pipeline_stages,
+    _batch_is_given,
+    _batch_divides,
+    _betas,
+    _smallest_learning_rate,
+    _one_schedule,
+    _split,
+    _one_kind_of_dataset,
+    _dataset_lists,
+    _one_optimizer,
+    _tokenizer_files,
+    _checkpoint_steps,
+    _checkpoint_to_load,
+    _prompts,
+)

@@ -1,0 +1,130 @@
+"""The command line that deepy.py, train.py, generate.py and eval.py share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.effective_config import effective_text, summary
+from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.yaml.merge_files import split_words
+
+SUFFIXES = (".yml", ".yaml", ".json")
+
+EVALUATION_FLAGS = {
+    "--eval_results_prefix": "eval_results_prefix",
+    "--eval_num_fewshot": "eval_num_fewshot",
+    "--eval_task_limit": "eval_task_limit",
+    "--limit": "eval_task_limit",
+    "--eval_batch_size": "eval_batch_size",
+    "--include_path": "eval_include_path",
+    "--output": "eval_output",
+    "--hf_model": "eval_hf_model",
+}
+"""Flags of NeoX and of lm-eval, and the key that each sets."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user asked for."""
+
+    files: tuple[Path, ...]
+    overrides: tuple[str, ...] = ()
+    check: bool = False
+    """Validate and stop."""
+    world_size: int | None = None
+    """Ranks to validate the batch for."""
+    print_effective_config: bool = False
+    """Show the effective configuration and stop."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether validating the configuration was all that was asked for."""
+        return self.check or self.print_effective_config
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Parse `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]` and the flags of
+    evaluation, each of which is an override by another name.
+
+    As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. Exits with code 2 and a usage
+    line when the arguments make no sense.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("-d", "--conf_dir", "--conf-dir", type=Path, default=Path(), help="folder of the YAML files")
+    parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
+    parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
+    parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
+    parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
+    _add_evaluation_flags(parser)
+    options = parser.parse_intermixed_args(argv)
+    names, overrides = split_words(options.words)
+    files = [options.conf_dir / _with_suffix(name) for name in names]
+    if not files:
+        parser.error("at least one YAML file is needed; it stands before --eval_tasks")
+    overrides += _evaluation_overrides(options)
+    return CommandLine(
+        tuple(files), tuple(overrides), options.check, options.world_size, options.print_effective_config
+    )
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_tasks", "--eval-tasks", nargs="*", metavar="TASK", help="tasks of lm-eval")
+    group.add_argument("--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py")
+    for flag, key in EVALUATION_FLAGS.items():
+        group.add_argument(flag, flag.replace("_", "-"), dest=key, metavar="VALUE", help=f"{key}=VALUE")
+
+
+def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
+    """The flags as overrides. A key=value after a list of values is an override of its own."""
+    overrides = []
+    for key in dict.fromkeys(EVALUATION_FLAGS.values()):
+        value = getattr(options, key)
+        if value is not None:
+            overrides.append(f"{key}={value}")
+    for name, values in (("eval_tasks", options.eval_tasks), ("iteration", options.iteration)):
+        own, others = split_words(values or ())
+        overrides += others
+        if name == "eval_tasks" and values is not None:
+            overrides.append(f"eval_tasks={json.dumps(own)}")
+        elif own == ["all"]:
+            overrides.append("eval_iterations=all")
+        elif len(own) > 1 or (own and options.eval_tasks is not None):
+            overrides.append(f"eval_iterations=[{', '.join(own)}]")
+        elif own:
+            overrides.append(f"iteration={own[0]}")
+    return overrides
+
+
+def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
+    """Load the configuration that a command line names, and print what `--check` and `--print-effective-config` ask.
+
+    Raises ConfigError for what is wrong with it, also with its batch on `--world-size` ranks.
+    """
+    command = parse_command_line(argv)
+    loaded = load_config(command.files, command.overrides)
+    if command.world_size is not None:
+        loaded.batch(command.world_size)
+    if command.print_effective_config:
+        print(effective_text(loaded, command.world_size))
+    elif command.check:
+        print("\n".join(["the configuration is valid", *summary(loaded, command.world_size)]))
+    if command.answered:
+        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+    return command, loaded
+
+
+def _ranks(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("expected at least 1 rank")
+    return count
+
+
+def _with_suffix(name: str) -> str:
+    return name if name.endswith(SUFFIXES) else f"{name}.yml"

@@ -1,0 +1,57 @@
+"""The effective configuration as text: every value, where it came from, and what the keys without effect were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.config.batch_triangle import equation, implied_data_parallel_size
+from megatron.config.count_parameters import count_parameters
+from megatron.config.load_config import LoadedConfig
+from megatron.config.yaml.problems import show
+from megatron.errors import ConfigError
+
+
+def effective_text(loaded: LoadedConfig, world_size: int | None = None) -> str:
+    """Every value with `default`, `file:line` or `derived`, and the batch as an equation.
+
+    Without `world_size` [ranks], the batch is shown for the ranks that its three sides fix, or else for the fewest.
+    """
+    lines = [f"configuration from {', '.join(map(str, loaded.sources))}"]
+    section = ""
+    for path, origin in loaded.origins.items():
+        prefix, _, name = path.rpartition(".")
+        if prefix != section:
+            section = prefix
+            lines += ["", section]
+        key = f" {origin.key}" if origin.key not in ("", name) and origin.kind != "derived" else ""
+        lines.append(f"  {name:<32}{show(_value_at(loaded, path)):<32} {origin}{key}")
+    if loaded.inert:
+        lines += ["", "keys without effect", *(f"  {note}" for note in loaded.inert)]
+    return "\n".join([*lines, "", "size", *(f"  {line}" for line in summary(loaded, world_size))])
+
+
+def summary(loaded: LoadedConfig, world_size: int | None = None) -> list[str]:
+    """The number of parameters where the vocabulary is known, and the batch equation or why there is none."""
+    model = loaded.run.model
+    lines = []
+    if model.padded_vocab_size is not None:
+        count = count_parameters(model, model.padded_vocab_size)
+        lines.append(f"{count:,} parameters with a vocabulary of {model.padded_vocab_size:,}")
+    try:
+        batch = loaded.batch(_ranks(loaded) if world_size is None else world_size)
+    except ConfigError as error:
+        return [*lines, str(error)]
+    return [*lines, equation(batch, model.seq_length)]
+
+
+def _ranks(loaded: LoadedConfig) -> int:
+    parallel = loaded.run.parallel
+    data = implied_data_parallel_size(loaded.run.training) or 1
+    return parallel.model_parallel_size * parallel.pipe_parallel_size * data
+
+
+def _value_at(loaded: LoadedConfig, path: str) -> Any:
+    value: Any = loaded.run
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,77 @@
+"""From YAML files and overrides to a checked configuration that remembers where every value came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.batch_triangle import data_parallel_size, resolve_batch
+from megatron.config.build_config import build, origins
+from megatron.config.neox.translate import translate
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
+from megatron.config.yaml.merge_files import gather, split_words
+from megatron.config.yaml.problems import Origin, report
+from megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration that passed every check which needs no hardware."""
+
+    run: RunConfig
+    origins: Mapping[str, Origin]
+    """Where each value came from, by dotted path of the sections."""
+    sources: tuple[Path, ...]
+    """The YAML files."""
+    warnings: tuple[str, ...]
+    """Keys without effect that the user might count on."""
+    inert: tuple[str, ...]
+    """All keys without effect, and why."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run leaves its metrics: `log_dir`, else `save`, else runs/<name of the first YAML>."""
+        return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.sources[0].stem}")
+
+    def batch(self, world_size: int) -> BatchConfig:
+        """The batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""
+        return resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)
+
+    def replicas(self, world_size: int) -> int:
+        """Copies of the model that `world_size` ranks hold at run time, where there is always one pipeline stage.
+
+        Raises ConfigError when model_parallel_size does not divide the ranks.
+        """
+        return data_parallel_size(self.run.parallel.model_copy(update={"pipe_parallel_size": 1}), world_size)
+
+
+def load_words(words: Sequence[str]) -> LoadedConfig:
+    """`load_config` of `a.yml b.yml key=value`, in one list."""
+    files, overrides = split_words(words)
+    return load_config([Path(file) for file in files], overrides)
+
+
+def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read, merge, translate and check YAML files and `key=value` overrides.
+
+    Raises ConfigError with everything that is wrong. What cannot be read or stands twice is reported before the rest,
+    which would be misleading without it.
+    """
+    sources = tuple(Path(file) for file in files)
+    given, problems = gather(sources, overrides)
+    if problems:
+        raise ConfigError(report(problems, sources))
+    translation = translate(given)
+    run, wrong = build(translation.settings, translation.refused)
+    problems = translation.problems + wrong
+    if problems or run is None:
+        raise ConfigError(report(problems, sources))
+    return LoadedConfig(
+        run=run,
+        origins=origins(run, translation.settings),
+        sources=sources,
+        warnings=tuple(translation.warnings),
+        inert=tuple(translation.inert),
+    )

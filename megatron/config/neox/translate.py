@@ -1,0 +1,158 @@
+"""Turns flat NeoX keys into settings: values at dotted paths of the sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron.config.json_schema import Schema, conforms, describe, did_you_mean, likely_meant
+from megatron.config.neox.keys.entries import UNSET, Converted, Flat, Inert, MapsTo, RefusedError, Rejected
+from megatron.config.neox.keys.table import find_entry, mapped_keys
+from megatron.config.section_fields import fields
+from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, show
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value for one path, and the key that set it; None where it was derived without a key."""
+
+    value: YamlValue
+    given: Given | None = None
+
+    @property
+    def origin(self) -> Origin:
+        """Where the value came from."""
+        if self.given is None:
+            return Origin("derived")
+        return Origin(self.given.origin.kind, self.given.key, self.given.origin.file, self.given.origin.line)
+
+
+@dataclass
+class Translation:
+    """What the given keys amount to."""
+
+    settings: dict[str, Setting] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    """Paths whose key was given a value that it may not have."""
+    inert: list[str] = field(default_factory=list)
+    """Keys without effect, and why."""
+    warnings: list[str] = field(default_factory=list)
+    """Those of them that the user might count on."""
+
+
+def translate(given: Mapping[str, Given]) -> Translation:
+    """Look every key up in the table. A null leaves its key unset, as if it were not there."""
+    translation = Translation()
+    flat = {key: item.value for key, item in given.items() if item.value is not None}
+    for item in given.values():
+        if item.value is not None:
+            _translate_key(item, flat, translation)
+    _contradicted_switches(given, translation)
+    _complete(translation)
+    return translation
+
+
+def _translate_key(item: Given, flat: Flat, translation: Translation) -> None:
+    entry = find_entry(item.key)
+    match entry:
+        case None:
+            translation.problems.append(problem_with(item, "unknown key" + _suggestion(item.key)))
+        case Rejected():
+            if not entry.allows(item.value):
+                translation.problems.append(problem_with(item, entry.message()))
+        case Inert():
+            _note_inert(item, entry, flat, translation)
+        case MapsTo():
+            _set(item, entry, flat, translation)
+
+
+def _suggestion(key: str) -> str:
+    """The key that was probably meant: one of the same name in a dictionary, or one that is spelt alike."""
+    _, _, name = key.rpartition(".")
+    nested = [known for known in mapped_keys() if known.endswith(f".{name}")]
+    return f"; did you mean {nested[0]}?" if nested else did_you_mean(key, mapped_keys())
+
+
+def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation) -> None:
+    refusal = mistyped(item.value, entry.accepts) or entry.check(item.value, flat)
+    if refusal is not None:
+        translation.problems.append(problem_with(item, refusal))
+        return
+    note = f"{item}: no effect: {entry.reason}"
+    translation.inert.append(note)
+    if entry.warn and item.value is not False:
+        translation.warnings.append(note)
+
+
+def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> None:
+    refusal = mistyped(item.value, entry.accepts) if entry.accepts and "type" in entry.accepts else None
+    value: Converted = item.value
+    if refusal is None and entry.convert is not None:
+        try:
+            value = entry.convert(item.value, flat)
+        except RefusedError as refused:
+            refusal = str(refused)
+    if refusal is not None:
+        translation.problems.append(problem_with(item, refusal))
+        translation.refused.add(entry.path)
+    elif value is not UNSET:
+        if type(item.value) is type(value) is int and value != item.value:
+            translation.warnings.append(f"{item}: read as {value}: {entry.difference}")
+        _settle(entry.path, Setting(value, item), translation)
+
+
+def _settle(path: str, setting: Setting, translation: Translation) -> None:
+    """Keep one setting of a path: the command line's before the files'; else two keys must agree."""
+    other = translation.settings.get(path)
+    if other is None or (other.value != setting.value and _beats(setting, other)):
+        translation.settings[path] = setting
+    elif other.value != setting.value and not _beats(other, setting) and setting.given is not None:
+        translation.problems.append(problem_with(setting.given, f"contradicts {other.given}"))
+
+
+def _beats(setting: Setting, other: Setting) -> bool:
+    return setting.origin.kind == "command line" and other.origin.kind != "command line"
+
+
+def mistyped(value: YamlValue, schema: Schema) -> str | None:
+    """What was expected of a value that does not have the schema's type; None for one that has it."""
+    if conforms(value, schema):
+        return None
+    return f"expected {describe(schema)}{likely_meant(value, schema)}"
+
+
+def _contradicted_switches(given: Mapping[str, Given], translation: Translation) -> None:
+    """`fp16: {enabled: false}` leaves the precision to other keys, but not to one that says fp16."""
+    dtype = translation.settings.get("training.precision.dtype")
+    for key, excluded in {"fp16.enabled": "fp16", "bf16.enabled": "bf16"}.items():
+        switch = given.get(key)
+        if switch is None or switch.value is not False or dtype is None or dtype.value != excluded:
+            continue
+        if not _beats(dtype, Setting(False, switch)):
+            translation.problems.append(problem_with(switch, f"contradicts {dtype.given}"))
+
+
+def _complete(translation: Translation) -> None:
+    """Settle what follows from other settings where NeoX's default would not do."""
+    settings = translation.settings
+    if "generation.sample_input_file" in settings:
+        settings.setdefault("generation.text_gen_type", Setting("input-file"))
+    if "model.architecture" in translation.refused:
+        return
+    architecture = settings.setdefault("model.architecture", Setting("gpt_neox")).value
+    if architecture == "tokenformer":
+        settings.setdefault("model.use_bias_in_attn_linear", Setting(False))
+        settings.setdefault("model.use_bias_in_mlp", Setting(False))
+    else:
+        _refuse_parameter_tokens(translation, show(architecture))
+
+
+def _refuse_parameter_tokens(translation: Translation, architecture: str) -> None:
+    for path in [path for path in fields() if path.startswith("model.param_tokens.")]:
+        setting = translation.settings.pop(path, None)
+        if setting is not None and setting.given is not None:
+            message = f"only the tokenformer architecture has parameter tokens, and this is {architecture}"
+            given_by = translation.settings["model.architecture"].given
+            message += f" ({given_by})" if given_by else "; add architecture: tokenformer"
+            translation.problems.append(problem_with(setting.given, message))

@@ -1,0 +1,70 @@
+"""When and where checkpoints are written and read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron.config.sections.section import Section
+
+Verification = Literal["full", "sizes"]
+
+
+class CheckpointConfig(Section):
+    """When and where checkpoints are written and read."""
+
+    save: str | None = None
+    """Folder for this run's checkpoints; None saves nothing."""
+
+    load: str | None = None
+    """Folder to load from; it must hold a checkpoint."""
+
+    checkpoint_factor: PositiveInt | PositiveFloat | None = None
+    """Steps between checkpoints (linear, a whole number) or ratio between them (log, above 1); None saves only at
+    extra_save_iters and at the end."""
+
+    checkpoint_scale: Literal["linear", "log"] = "linear"
+    """Whether checkpoints are evenly or exponentially spaced."""
+
+    extra_save_iters: list[NonNegativeInt] = Field(default=[])
+    """Further steps at which to save [steps]; 0 saves the initial weights."""
+
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on, from a copy in host memory, which is as large as the
+    files that a rank writes. Only the copying, and the last save of a run, are waited for."""
+
+    keep_last_n_checkpoints: PositiveInt | None = None
+    """Newest complete checkpoints of this run that are kept [checkpoints]; None keeps all."""
+
+    keep_extra_save_iters: bool = False
+    """Keep the checkpoints of extra_save_iters for ever, whatever keep_last_n_checkpoints says."""
+
+    keep_every_n_iters: PositiveInt | None = None
+    """Keep the checkpoint of every multiple of this step for ever [steps]; None keeps none for that reason."""
+
+    verify_checkpoint: Verification = "full"
+    """What is compared with the manifest before a checkpoint is loaded: sizes and SHA-256 of all files, or sizes."""
+
+    allow_unsafe_load: bool = False
+    """Load .pt files that hold more than tensors and plain values. Such files can run any code."""
+
+    allow_changed_data: bool = False
+    """Go on with a run although its datasets, tokenizer, seed or sequence length are not those of the checkpoint."""
+
+    auto_resume: bool = False
+    """Continue from the newest complete checkpoint in `save` when there is one; otherwise start from `load`, or
+    fresh."""
+
+    iteration: NonNegativeInt | None = None
+    """Step of the checkpoint to load [steps]; None means the newest complete one."""
+
+    finetune: bool = False
+    """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""
+
+    pretrain_partial_init: str | None = None
+    """Checkpoint folder of a TokenFormer with fewer parameter tokens, as the published growth runs start from: its
+    tokens fill the first rows, the other rows keep their initial values, and everything else is copied."""
+
+    no_load_optim: bool = False
+    """Load everything but the optimizer state."""

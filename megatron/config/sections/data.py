@@ -1,0 +1,68 @@
+"""What the model reads: datasets, their order, and the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt
+
+from megatron.config.sections.section import Section
+
+TokenizerType = Literal["HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer", "CharLevelTokenizer"]
+
+
+class TokenizerConfig(Section):
+    """How text becomes token ids."""
+
+    type: TokenizerType = "GPT2BPETokenizer"
+    """Kind of tokenizer."""
+
+    vocab_file: str | None = None
+    """tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer) or .model (SPMTokenizer); CharLevelTokenizer
+    needs none."""
+
+    merge_file: str | None = None
+    """merges.txt (GPT2BPETokenizer only)."""
+
+
+class DataConfig(Section):
+    """Tokenized datasets: one that is split by documents, or separate ones, possibly blended."""
+
+    data_path: str | None = None
+    """Prefix of one .bin/.idx pair, split by `split`."""
+
+    split: str = "969, 30, 1"
+    """Shares of documents for training, validation and test when data_path is given."""
+
+    train_data_paths: list[str] | None = None
+    """Prefixes of the training datasets, blended by their weights."""
+
+    valid_data_paths: list[str] | None = None
+    """Prefixes of the validation datasets."""
+
+    test_data_paths: list[str] | None = None
+    """Prefixes of the test datasets."""
+
+    train_data_weights: list[float] | None = None
+    """Weights of the training datasets; equal when unset."""
+
+    valid_data_weights: list[float] | None = None
+    """Weights of the validation datasets; equal when unset."""
+
+    test_data_weights: list[float] | None = None
+    """Weights of the test datasets; equal when unset."""
+
+    impl: Literal["mmap", "infer"] = "mmap"
+    """Dataset format; both names mean NeoX's memory-mapped .bin/.idx files."""
+
+    eod_mask_loss: bool = False
+    """Leave end-of-document tokens out of the loss."""
+
+    num_workers: NonNegativeInt = 2
+    """Loader processes per rank [processes]."""
+
+    index_cache_dir: str | None = None
+    """Folder for the sample indices, shared by all ranks of a machine; None keeps them beside the dataset."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer that made the datasets."""

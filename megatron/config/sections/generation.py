@@ -1,0 +1,48 @@
+"""How text is sampled from a trained model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from megatron.config.sections.section import Section
+
+
+class GenerationConfig(Section):
+    """Sampling."""
+
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] = "unconditional"
+    """Where prompts come from: nowhere, sample_input_file, or the terminal (without one, standard input)."""
+
+    temperature: NonNegativeFloat = 0.0
+    """Divides the logits before sampling; 0 decodes greedily."""
+
+    top_k: NonNegativeInt = 0
+    """Sample among this many likeliest tokens; 0 means all."""
+
+    top_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Sample among the likeliest tokens that together reach this probability; 0 means all."""
+
+    maximum_tokens: PositiveInt = 64
+    """Tokens generated per sample at most [tokens]. A prompt loses tokens on the left to make room for them, at most
+    for half of seq_length; where a sequence reaches seq_length, it ends."""
+
+    num_samples: PositiveInt = 1
+    """Samples of each prompt [samples]."""
+
+    prompt_end: str = Field(default="\n", min_length=1)
+    """What ends a prompt in sample_input_file and in the terminal. It is no part of the prompt."""
+
+    recompute: bool = False
+    """Compute the whole sequence anew for every token, without a cache of keys and values. The text is the same."""
+
+    return_logits: bool = False
+    """Write the logits that each generated token was chosen from into the records: as many numbers as the vocabulary
+    has ids, for every token."""
+
+    sample_input_file: str | None = None
+    """File of prompts (input-file)."""
+
+    sample_output_file: str | None = None
+    """File of records, one JSON line per sample; None prints them."""

@@ -1,0 +1,136 @@
+"""What the model is: architecture, sizes, initialization. Everything that a checkpoint's weights depend on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from megatron.config.sections.section import Section
+
+Architecture = Literal["tokenformer", "gpt_neox"]
+Theta = Literal["softmax", "gelu_l2_norm", "l2_norm_gelu"]
+Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
+Activation = Literal["gelu", "gelu_tanh"]
+InitMethod = Literal[
+    "normal",
+    "scaled_normal",
+    "small_init",
+    "wang_init",
+    "xavier_uniform",
+    "xavier_normal",
+    "orthogonal",
+    "scaled_orthogonal",
+]
+PositionEmbedding = Literal["rotary", "none"]
+
+
+class ParamTokenConfig(Section):
+    """Sizes of the learnable parameter tokens (TokenFormer only), and how their scores are normalized."""
+
+    qkv: PositiveInt
+    """Parameter tokens in each of the query, key and value Pattentions [tokens, summed over tensor ranks]."""
+
+    proj: PositiveInt
+    """Parameter tokens in the Pattention that replaces the attention output projection [tokens]."""
+
+    ffn: PositiveInt
+    """Parameter tokens in the Pattention that replaces the MLP [tokens]."""
+
+    theta: Theta = "l2_norm_gelu"
+    """Normalization of the scores between input tokens and parameter tokens."""
+
+    qkv_scale_base: PositiveInt = Field(default_factory=lambda given: given["qkv"])
+    """Token count that scales the q, k and v scores [tokens]; the current count unless set. Growth pins it to the count
+    of the first stage, so that appended zero keys leave the model unchanged."""
+
+    proj_scale_base: PositiveInt = Field(default_factory=lambda given: given["proj"])
+    """Token count that scales the output projection's scores [tokens]; the current count unless set."""
+
+    ffn_scale_base: PositiveInt = Field(default_factory=lambda given: given["ffn"])
+    """Token count that scales the feed-forward scores [tokens]; the current count unless set."""
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    architecture: Architecture
+    """Layer design; inferred from `attention_config` in NeoX YAMLs that do not name it."""
+
+    num_layers: PositiveInt
+    """Transformer layers [layers]."""
+
+    hidden_size: PositiveInt
+    """Width of the residual stream [features]."""
+
+    num_attention_heads: PositiveInt
+    """Attention heads; must divide hidden_size [heads]."""
+
+    seq_length: PositiveInt
+    """Tokens in a training sample [tokens]."""
+
+    max_position_embeddings: PositiveInt
+    """Longest sequence that the model is meant for [tokens]; at least seq_length."""
+
+    pos_emb: PositionEmbedding
+    """Position encoding."""
+
+    param_tokens: ParamTokenConfig | None = None
+    """Parameter tokens; required for tokenformer, absent otherwise."""
+
+    norm: Norm = "layernorm"
+    """Normalization inside the layers."""
+
+    final_norm: Norm | None = None
+    """Normalization before the head; None means the same kind as `norm`."""
+
+    layernorm_epsilon: PositiveFloat = 1.0e-5
+    """Added to the variance in LayerNorm."""
+
+    rms_norm_epsilon: PositiveFloat = 1.0e-8
+    """Added to the mean square in RMSNorm."""
+
+    activation: Activation = "gelu"
+    """MLP activation (gpt_neox): exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it."""
+
+    rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of each head's dimensions that is rotated."""
+
+    rotary_emb_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+
+    parallel_residual: bool = False
+    """Attention and MLP read the same residual input (gpt_neox)."""
+
+    use_bias_in_attn_linear: bool = True
+    """Biases in the attention projections (gpt_neox)."""
+
+    use_bias_in_mlp: bool = True
+    """Biases in the MLP (gpt_neox)."""
+
+    tie_embeddings: bool = True
+    """The head shares the embedding matrix."""
+
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout probability on attention probabilities."""
+
+    hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout probability on the embeddings and on each residual branch."""
+
+    init_method: InitMethod = "normal"
+    """Initialization of input-side weights: embeddings, key tokens, qkv and first MLP matrices."""
+
+    output_layer_init_method: InitMethod = "scaled_normal"
+    """Initialization of output-side weights: value tokens, attention output and second MLP matrices."""
+
+    init_method_std: NonNegativeFloat = 0.02
+    """Standard deviation of the normal initializations."""
+
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The vocabulary is padded up to a multiple of this [tokens]; never of the tensor-parallel size."""
+
+    padded_vocab_size: PositiveInt | None = None
+    """Rows of the embedding [tokens]; None derives it from the tokenizer."""
+
+    mask_padded_vocab: bool = False
+    """Keep the padding rows out of the softmax; the published models let them in."""

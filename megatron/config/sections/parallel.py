@@ -1,0 +1,41 @@
+"""How the model and the optimizer are spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from megatron.config.sections.section import Section
+
+
+class ZeroConfig(Section):
+    """ZeRO-1 data parallelism: each data-parallel rank keeps a slice of the optimizer state."""
+
+    stage: Literal[1] = 1
+    """ZeRO stage; 0 is raised to 1 and 2 or 3 are refused."""
+
+    allgather_bucket_size: PositiveInt = 500_000_000
+    """Elements gathered at a time after the optimizer step [elements]."""
+
+    reduce_bucket_size: PositiveInt = 500_000_000
+    """Elements reduced at a time [elements]."""
+
+
+class ParallelConfig(Section):
+    """Sizes of the tensor- and pipeline-parallel groups; the data-parallel size is what remains of the ranks."""
+
+    model_parallel_size: PositiveInt = 1
+    """Tensor-parallel ranks [ranks]."""
+
+    pipe_parallel_size: PositiveInt = 1
+    """Pipeline stages [stages]."""
+
+    pipe_partition_method: str = Field(default="type:transformer|mlp", pattern=r"^(uniform|parameters|type:.+)$")
+    """How layers are spread over stages: `uniform`, `parameters`, or `type:REGEX` of layer class names."""
+
+    sequence_parallel: bool = False
+    """Split the residual stream over the tensor-parallel ranks by sequence."""
+
+    zero: ZeroConfig = ZeroConfig()
+    """ZeRO-1 settings."""

@@ -1,0 +1,28 @@
+"""Optional packages and compilers that make the same arithmetic faster. The default needs none of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron.config.sections.section import Section
+
+Switch = Literal["auto", "on", "off"]
+
+
+class SpeedupsConfig(Section):
+    """Each is `auto` (used where it is installed and fits), `on` (an error where it is not) or `off`."""
+
+    flash_attention: Switch = "auto"
+    """flash-attn's kernels in place of torch's own (SDPA). Auto uses them on a GPU in bf16 or fp16."""
+
+    apex_fused_adam: Switch = "auto"
+    """apex's FusedAdam in place of torch's AdamW. Auto uses it on a GPU."""
+
+    apex_fused_layernorm: Switch = "auto"
+    """apex's FusedLayerNorm in place of torch's. Auto uses it on a GPU."""
+
+    torch_fused_adamw: Switch = "auto"
+    """torch's single-kernel AdamW. Auto uses it on a GPU unless apex's is used."""
+
+    torch_compile: Switch = "auto"
+    """torch.compile of each transformer layer. Auto does not: the first step of every run would take minutes."""

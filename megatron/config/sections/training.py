@@ -1,0 +1,165 @@
+"""How the model is trained: batch, precision, optimizer, schedule, recomputation, evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron.config.sections.section import Section
+
+LRDecayStyle = Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt"]
+
+
+class BatchConfig(Section):
+    """The batch triangle as resolved for the data-parallel ranks of this run:
+    micro batch x accumulation x data-parallel ranks = global batch."""
+
+    micro_batch_size: PositiveInt
+    """Samples per forward pass and data-parallel rank."""
+
+    gradient_accumulation_steps: PositiveInt
+    """Micro batches per optimizer step."""
+
+    data_parallel_size: PositiveInt
+    """Data-parallel ranks."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.data_parallel_size
+
+
+class PrecisionConfig(Section):
+    """Number formats and loss scaling."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Format of weights and activations; the optimizer always keeps fp32 master weights."""
+
+    loss_scale: NonNegativeFloat = 0.0
+    """fp16 only: fixed loss scale, 0 for dynamic."""
+
+    initial_scale_power: NonNegativeInt = 16
+    """fp16 only: the dynamic scale starts at 2 to this power."""
+
+    loss_scale_window: PositiveInt = 1000
+    """fp16 only: steps without overflow before the scale doubles [steps]."""
+
+    hysteresis: PositiveInt = 2
+    """fp16 only: overflows before the scale halves."""
+
+    min_loss_scale: PositiveInt = 1
+    """fp16 only: smallest dynamic scale."""
+
+
+class OptimizerConfig(Section):
+    """AdamW. Weight decay spares norms and biases."""
+
+    type: Literal["Adam", "AdamW"] = "Adam"
+    """NeoX's "Adam" is decoupled AdamW; both names mean that here."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+
+    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the first and second moment."""
+
+    eps: PositiveFloat = 1.0e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay on everything but norms and biases."""
+
+
+class LRScheduleConfig(Section):
+    """Learning rate over steps."""
+
+    style: LRDecayStyle = "linear"
+    """Shape of the decay after the warmup."""
+
+    warmup: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of lr_decay_iters that warms up linearly from 0."""
+
+    decay_iters: PositiveInt | None = None
+    """Steps until min_lr is reached [steps]; None means train_iters."""
+
+    min_lr: NonNegativeFloat = 0.0
+    """Smallest learning rate; held after the end of the decay."""
+
+    override_lr_scheduler: bool = False
+    """On resume, follow this schedule instead of the checkpoint's, whatever that was."""
+
+    use_checkpoint_lr_scheduler: bool = False
+    """On resume, follow the checkpoint's schedule instead of this one."""
+
+
+class CheckpointedActivations(Section):
+    """Activation checkpointing: recompute layers in the backward pass instead of keeping their activations."""
+
+    enabled: bool = False
+    """Recompute."""
+
+    num_layers: PositiveInt = 1
+    """Layers between two kept activations [layers]."""
+
+
+class NonFiniteConfig(Section):
+    """What happens when a loss or gradient is NaN or infinite on any rank (fp16's search for a scale apart)."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """Stop with an error and leave the last checkpoint the last; leave the step out; or go back to the newest complete
+    checkpoint and on with the samples after the bad ones."""
+
+    budget: PositiveInt = 10
+    """Steps of the run that may be left out or rolled back before it stops after all [steps]."""
+
+
+class TrainingConfig(Section):
+    """The run's schedule."""
+
+    seed: NonNegativeInt = 1234
+    """Seed of weights, data order and dropout."""
+
+    train_iters: PositiveInt
+    """Optimizer steps [steps]."""
+
+    train_batch_size: PositiveInt | None = None
+    """Samples per optimizer step, over all ranks [samples]; derived when unset."""
+
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    """Samples per forward pass and data-parallel rank [samples]; derived when unset."""
+
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro batches per optimizer step [micro batches]; derived when unset."""
+
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+    non_finite: NonFiniteConfig = NonFiniteConfig()
+    """NaN and infinity."""
+
+    exit_interval: PositiveInt | None = None
+    """Save and end the run after every multiple of this step, with the exit code that asks to be resumed [steps]; None
+    does not."""
+
+    exit_duration_in_mins: PositiveFloat | None = None
+    """Save and end the run at the first step that ends this long after its start, with the exit code that asks to be
+    resumed [minutes]; None does not."""
+
+    eval_interval: PositiveInt = 1000
+    """Steps between validations [steps]."""
+
+    eval_iters: NonNegativeInt = 100
+    """Global batches per validation and per final test [batches]; 0 does not evaluate."""
+
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+
+    optimizer: OptimizerConfig
+    """Optimizer."""
+
+    lr_schedule: LRScheduleConfig = LRScheduleConfig()
+    """Learning-rate schedule."""
+
+    checkpoint_activations: CheckpointedActivations = CheckpointedActivations()
+    """Activation checkpointing."""

@@ -1,0 +1,86 @@
+"""What decides the tokens of every training step, in a form that two runs can compare."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.config.sections.data import DataConfig
+from megatron.data.datasets import split_shares
+from megatron.data.formats.mmap import data_file, index_file
+from megatron.errors import DataError
+
+_PIECES = 64
+_PIECE_BYTES = 4096
+_CHUNK = 1 << 24  # bytes hashed at a time
+
+
+def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[str, str]:
+    """Facts by the configuration key that they belong to. Paths do not count, contents do.
+
+    Of a dataset, the whole .idx is hashed, and of .bin its size and 64 pieces of 4 KiB, which costs little however
+    large it is. Raises DataError when a file cannot be read.
+    """
+    tokenizer = data.tokenizer
+    facts = {"seq_length": str(seq_length), "seed": str(seed), "tokenizer_type": tokenizer.type}
+    for key, name in (("vocab_file", tokenizer.vocab_file), ("merge_file", tokenizer.merge_file)):
+        if name is not None:
+            facts[key] = f"sha256 {_sha256(Path(name))}"
+    if data.data_path is not None:
+        facts["split"] = _numbers(split_shares(data.split))
+        facts |= _dataset_facts("data_path", Path(data.data_path))
+    for part in ("train", "valid", "test"):
+        paths: list[str] = getattr(data, f"{part}_data_paths") or []
+        weights: list[float] | None = getattr(data, f"{part}_data_weights")
+        if paths:
+            facts[f"{part}_data_weights"] = _numbers(weights or [1.0] * len(paths))
+        for number, path in enumerate(paths):
+            facts |= _dataset_facts(f"{part}_data_paths[{number}]", Path(path))
+    return facts
+
+
+def differences(ours: dict[str, str], theirs: dict[str, str], name: str) -> Iterator[str]:
+    """Each fact that differs between this run and the one that `name` describes, as `key: name's, this run's`."""
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            yield f"{key}: {name} {theirs.get(key, 'none')}, this run {ours.get(key, 'none')}"
+
+
+def _dataset_facts(key: str, prefix: Path) -> dict[str, str]:
+    tokens = data_file(prefix)
+    try:
+        size = tokens.stat().st_size
+    except OSError as error:
+        raise DataError(f"{tokens}: cannot be read ({error.strerror}). It belongs to {key}.") from error
+    return {
+        f"{key} (.idx)": f"sha256 {_sha256(index_file(prefix))}",
+        f"{key} (.bin)": f"{size} bytes, sha256 of pieces {_sha256_of_pieces(tokens, size)}",
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    return digest.hexdigest()
+
+
+def _sha256_of_pieces(path: Path, size: int) -> str:
+    """Hash of evenly spaced pieces, the first and the last bytes among them."""
+    digest = hashlib.sha256()
+    last = max(size - _PIECE_BYTES, 0)
+    with path.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek(last * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def _numbers(values: list[float]) -> str:
+    total = sum(values)
+    return ", ".join(f"{value / total:.12g}" for value in values)

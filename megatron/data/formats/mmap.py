@@ -1,0 +1,234 @@
+"""Tokenized documents in NeoX's memory-mapped format: `<prefix>.bin` and `<prefix>.idx`.
+
+.bin holds the token ids of all sequences, one after the other. .idx, version 1, little endian:
+
+    9 bytes   b"MMIDIDX\\0\\0"
+    uint64    version, 1
+    uint8     dtype code of the tokens
+    uint64    number of sequences, n
+    uint64    number of document boundaries, m
+    int32[n]  length of each sequence [tokens]
+    int64[n]  where each sequence starts in .bin [bytes]
+    int64[m]  the sequence at which each document starts, closed by n
+
+The writer stores one sequence a document; the reader takes what Megatron's and NeoX's tools write.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.errors import DataError
+from megatron.io.whole_files import written_whole
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_CODES: dict[int, np.dtype] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
+_LARGEST_UINT16_VOCABULARY = 65500
+_CHUNK = 1 << 20  # entries of an index handled at a time
+
+
+def data_file(prefix: Path) -> Path:
+    """The file with the tokens."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def index_file(prefix: Path) -> Path:
+    """The file with the sequence lengths and positions."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that NeoX stores tokens in: uint16 for vocabularies below 65,500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < _LARGEST_UINT16_VOCABULARY else np.int32)
+
+
+class IndexedDataset:
+    """Token sequences behind a memory map; opening reads no tokens.
+
+    `sizes` int32 [n] is the length of each sequence, `document_indices` int64 [m] the sequences at which documents
+    start. Raises DataError when a file is missing, truncated, damaged or of another format.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        index_path, data_path = index_file(prefix), data_file(prefix)
+        for path in (index_path, data_path):
+            if not path.is_file():
+                raise DataError(
+                    f"{path}: no such file. A dataset is the pair {data_path.name} and {index_path.name}; "
+                    "give their common path without the ending, or make them with tools/datasets/preprocess_data.py."
+                )
+        self.dtype, num_sequences, num_boundaries = _read_header(index_path)
+        buffer = _mapped(index_path, np.dtype(np.uint8))
+        sizes_end = _HEADER.size + 4 * num_sequences
+        pointers_end = sizes_end + 8 * num_sequences
+        self.sizes = buffer[_HEADER.size : sizes_end].view(np.int32)
+        self._pointers = buffer[sizes_end:pointers_end].view(np.int64)
+        self.document_indices = buffer[pointers_end : pointers_end + 8 * num_boundaries].view(np.int64)
+        self._check_positions(data_path)
+        self._tokens = _mapped(data_path, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.integer]:
+        """All tokens of sequence `index`, read-only [tokens]."""
+        return self.read(index, 0, int(self.sizes[index]))
+
+    def read(self, index: int, offset: int, length: int) -> npt.NDArray[np.integer]:
+        """`length` tokens of sequence `index` from token `offset` on, read-only."""
+        if not 0 <= offset <= offset + length <= self.sizes[index]:
+            raise IndexError(
+                f"tokens {offset} to {offset + length} of a sequence of {self.sizes[index]} tokens ({self.prefix})"
+            )
+        start = int(self._pointers[index]) // self.dtype.itemsize + offset
+        return self._tokens[start : start + length]
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
+        # A loader process started by spawn opens the files itself; pickling a memory map would copy the dataset.
+        return IndexedDataset, (self.prefix,)
+
+    def _check_positions(self, data_path: Path) -> None:
+        """Every sequence must start where its predecessor ends, and the last must end with the data file."""
+        position = 0
+        for start in range(0, len(self), _CHUNK):
+            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
+            pointers = position + _starts(sizes) * self.dtype.itemsize
+            if sizes.min() < 0 or not np.array_equal(pointers, self._pointers[start : start + _CHUNK]):
+                raise DataError(
+                    f"{index_file(self.prefix)}: sequence lengths and positions contradict each other near sequence "
+                    f"{start:,}. The file is damaged; tokenize the data again."
+                )
+            position += int(sizes.sum()) * self.dtype.itemsize
+        held = data_path.stat().st_size
+        if held != position:
+            raise DataError(
+                f"{data_path}: holds {held:,} bytes where {index_file(self.prefix).name} promises {position:,}. "
+                "One of the two is truncated or from another dataset; copy both again, or tokenize the data again."
+            )
+
+
+class IndexedDatasetWriter:
+    """Streams documents into `<prefix>.bin` and `<prefix>.idx`.
+
+    Both files appear when the `with` block ends without an exception; otherwise nothing is left, and an older pair
+    stays as it was. Keeps 4 bytes of memory a document.
+    """
+
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+        self.prefix = prefix
+        self.dtype = np.dtype(dtype)
+        self.num_tokens = 0
+        self._code = next(code for code, known in _DTYPE_CODES.items() if known == self.dtype)
+        self._limits = np.iinfo(self.dtype)
+        self._sizes = array("i")
+        self._files = ExitStack()
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._sizes)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        with ExitStack() as files:
+            # Left in reverse order: the data file is in place before the index that makes the dataset complete.
+            self._index_path = files.enter_context(written_whole(index_file(self.prefix)))
+            self._data_path = files.enter_context(written_whole(data_file(self.prefix)))
+            self._data: BinaryIO = files.enter_context(self._data_path.open("wb"))
+            self._files = files.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._files.__exit__(kind, error, trace)
+            return
+        with self._files:
+            self._write_index()
+            self._data.flush()
+
+    def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
+        """Append one document. Raises DataError when a token id does not fit the file's type."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size and (ids.min() < self._limits.min or ids.max() > self._limits.max):
+            raise DataError(
+                f"{data_file(self.prefix)}: token ids {ids.min()} to {ids.max()} of document {self.num_documents:,} do "
+                f"not fit {self.dtype.name}. The tokenizer's ids exceed its own vocabulary size; check its files."
+            )
+        self._data.write(ids.astype(self.dtype).tobytes())
+        self._sizes.append(len(ids))
+        self.num_tokens += len(ids)
+
+    def _write_index(self) -> None:
+        sizes = np.frombuffer(self._sizes, dtype=np.int32)
+        with self._index_path.open("wb") as file:
+            file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(sizes) + 1))
+            file.write(sizes.tobytes())
+            position = 0
+            for start in range(0, len(sizes), _CHUNK):
+                chunk = sizes[start : start + _CHUNK].astype(np.int64)
+                file.write((position + _starts(chunk) * self.dtype.itemsize).tobytes())
+                position += int(chunk.sum()) * self.dtype.itemsize
+            for start in range(0, len(sizes) + 1, _CHUNK):
+                file.write(np.arange(start, min(start + _CHUNK, len(sizes) + 1), dtype=np.int64).tobytes())
+
+
+def _starts(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each of consecutive pieces starts, counted from the first."""
+    return np.cumsum(sizes) - sizes
+
+
+def _mapped(path: Path, dtype: np.dtype) -> npt.NDArray[Any]:
+    """The file as a read-only array; an empty file, which cannot be mapped, as an empty one."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """Token dtype, number of sequences, number of document boundaries."""
+    with path.open("rb") as file:
+        head = file.read(_HEADER.size)
+    if not head.startswith(_MAGIC):
+        raise DataError(
+            f"{path}: not an mmap index (it does not start with {_MAGIC!r}). Other dataset formats are not read; "
+            "tokenize the data with tools/datasets/preprocess_data.py."
+        )
+    if len(head) < _HEADER.size:
+        raise DataError(f"{path}: truncated within its header. Copy it again, or tokenize the data again.")
+    _, version, code, num_sequences, num_boundaries = _HEADER.unpack(head)
+    if version != _VERSION:
+        raise DataError(f"{path}: mmap index of version {version}; only version {_VERSION} is read.")
+    if code not in _DTYPE_CODES:
+        known = ", ".join(f"{number} {dtype.name}" for number, dtype in _DTYPE_CODES.items())
+        raise DataError(
+            f"{path}: dtype code {code} is not one for token ids ({known}). The file is damaged, or holds something "
+            "else than tokens, such as rewards."
+        )
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    held = path.stat().st_size
+    if held != expected:
+        raise DataError(
+            f"{path}: holds {held:,} bytes where its header promises {expected:,} ({num_sequences:,} sequences). "
+            "It is truncated or damaged; copy it again, or tokenize the data again."
+        )
+    return _DTYPE_CODES[code], num_sequences, num_boundaries

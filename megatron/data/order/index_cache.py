@@ -1,0 +1,105 @@
+"""Sample indices on disk: built once, then memory-mapped by every rank and every later run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.data.order.sample_index import SampleIndex, build_sample_index, num_epochs_for, num_tokens_in
+from megatron.errors import DataError
+from megatron.io.whole_files import locked, written_whole
+
+logger = logging.getLogger(__name__)
+
+_FORMAT_VERSION = 1
+
+
+def cached_sample_index(
+    sizes: npt.NDArray[np.integer],
+    documents: range,
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    *,
+    folder: Path,
+    name: str,
+) -> SampleIndex:
+    """`build_sample_index`, kept as .npy files in `folder`; the arrays returned are memory maps.
+
+    The file names carry a hash of everything that the index is computed from, so data that was tokenized again never
+    meets an old order. Ranks that race build it once and then share it. Damaged files are built again. Raises DataError
+    like `build_sample_index`, and when the folder cannot be written.
+    """
+    files = _IndexFiles(folder / f"{name}_{_key(sizes, documents, num_samples, seq_length, seed)}")
+    cached = files.load()
+    if cached is not None:
+        return cached
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(files.lock):
+            cached = files.load()
+            if cached is None:
+                started = time.perf_counter()
+                files.save(build_sample_index(sizes, documents, num_samples, seq_length, seed))
+                logger.info("%s: sample index built in %.1f s", files.stem, time.perf_counter() - started)
+                cached = files.load()
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the sample index cannot be written ({error.strerror}). Set index_cache_dir to a folder with "
+            "room that you may write."
+        ) from error
+    if cached is None:
+        raise DataError(f"{files.stem}: the sample index cannot be read back after writing; check the disk.")
+    return cached
+
+
+def _key(sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int) -> str:
+    """Hash of what decides the index: the documents' sizes and range, the epochs, the sample length, the seed."""
+    num_epochs = num_epochs_for(num_tokens_in(sizes, documents), num_samples, seq_length)
+    facts = (_FORMAT_VERSION, sizes.dtype.str, documents.start, documents.stop, num_epochs, seq_length, seed)
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
+    digest.update(np.ascontiguousarray(sizes[documents.start : documents.stop]).data)
+    return digest.hexdigest()
+
+
+class _IndexFiles:
+    """The .npy files of one index."""
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self.lock = stem.with_name(f"{stem.name}.lock")
+
+    def _path(self, part: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}_{part}.npy")
+
+    def save(self, index: SampleIndex) -> None:
+        for part, array in vars(index).items():
+            with written_whole(self._path(part)) as temporary, temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+
+    def load(self) -> SampleIndex | None:
+        """The index, or None when a file is missing or, which is logged, damaged."""
+        paths = [self._path(field.name) for field in fields(SampleIndex)]
+        if not all(path.is_file() for path in paths):
+            return None
+        try:
+            # open_memmap reads .npy alone and refuses pickled objects, whatever the file holds.
+            index = SampleIndex(*(np.lib.format.open_memmap(path, mode="r").view(np.ndarray) for path in paths))
+            _check(index)
+        except (ValueError, OSError) as error:
+            logger.warning("%s: the sample index there is damaged (%s) and is built again", self.stem, error)
+            return None
+        return index
+
+
+def _check(index: SampleIndex) -> None:
+    """Raise ValueError when the three arrays cannot belong together."""
+    num_samples = len(index.shuffle_idx)
+    if index.sample_idx.shape != (num_samples + 1, 2) or index.sample_idx[-1, 0] >= len(index.doc_idx):
+        raise ValueError("its arrays do not belong together")

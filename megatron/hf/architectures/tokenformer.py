@@ -1,0 +1,70 @@
+"""TokenFormer to and from its Hugging Face form, which megatron/hf/modeling_tokenformer.py defines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from megatron.checkpointing.states.name_map import NameMap
+from megatron.config.sections.model import ModelConfig
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, FieldMap, HFArchitecture
+from megatron.hf.modeling_tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+
+NAMES = NameMap(
+    prefixes=(
+        ("embedding.word_embeddings.", "model.embed_tokens."),
+        ("layers.", "model.layers."),
+        ("final_norm.", "model.norm."),
+        ("head.", "lm_head."),
+    )
+)
+
+FIELDS = FieldMap(
+    same={
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "num_attention_heads": "num_attention_heads",
+        "max_position_embeddings": "max_position_embeddings",
+        "param_tokens.qkv": "num_qkv_tokens",
+        "param_tokens.proj": "num_proj_tokens",
+        "param_tokens.ffn": "num_ffn_tokens",
+        "param_tokens.qkv_scale_base": "qkv_scale_base",
+        "param_tokens.proj_scale_base": "proj_scale_base",
+        "param_tokens.ffn_scale_base": "ffn_scale_base",
+        "param_tokens.theta": "theta",
+        "norm": "norm",
+        "layernorm_epsilon": "layer_norm_eps",
+        "rms_norm_epsilon": "rms_norm_eps",
+        "rotary_emb_base": "rotary_emb_base",
+        "parallel_residual": "use_parallel_residual",
+        "tie_embeddings": "tie_word_embeddings",
+        "attention_dropout": "attention_dropout",
+        "hidden_dropout": "hidden_dropout",
+        "init_method_std": "initializer_range",
+    },
+    fixed={"architecture": "tokenformer"},
+)
+
+
+def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
+    """Their configuration of our model."""
+    return TokenFormerConfig(
+        vocab_size=vocab_rows,
+        final_norm=model.final_norm or model.norm,
+        rotary_pct=model.rotary_pct if model.pos_emb == "rotary" else 0.0,
+        **FIELDS.to_theirs(model, "TokenFormerForCausalLM"),
+    )
+
+
+def to_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Our settings of their configuration."""
+    positions = {"pos_emb": "rotary", "rotary_pct": config.rotary_pct} if config.rotary_pct else {"pos_emb": "none"}
+    return FIELDS.to_ours(config) | positions | {"final_norm": config.final_norm}
+
+
+HF_ARCHITECTURES.register("tokenformer")(HFArchitecture(TokenFormerForCausalLM, NAMES, to_config, to_settings))
+
+AutoConfig.register("tokenformer", TokenFormerConfig)
+AutoModel.register(TokenFormerConfig, TokenFormerModel)
+AutoModelForCausalLM.register(TokenFormerConfig, TokenFormerForCausalLM)

@@ -1,0 +1,70 @@
+"""How a model of ours and a Hugging Face model correspond: names of parameters, fields of configurations, as data.
+
+What a map cannot express is refused with the field that prevents it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from megatron.checkpointing.states.name_map import NameMap
+from megatron.config.sections.model import ModelConfig
+from megatron.errors import ConfigError
+from megatron.registry import Registry
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """Fields of configurations that carry over as they are, and the values that their model has without saying so."""
+
+    same: Mapping[str, str]
+    """Our dotted field of ModelConfig to theirs."""
+
+    fixed: Mapping[str, Any]
+    """Our fields that their model cannot vary, and the value that it has."""
+
+    def to_theirs(self, model: ModelConfig, what: str) -> dict[str, Any]:
+        """Their settings. Raises ConfigError, naming `what`, for a model that theirs cannot be."""
+        for path, value in self.fixed.items():
+            ours = read_field(model, path)
+            if ours != value:
+                raise ConfigError(
+                    f"{path}: {what} always has {value!r}, and this model has {ours!r}. It has no export."
+                )
+        return {theirs: read_field(model, ours) for ours, theirs in self.same.items()}
+
+    def to_ours(self, config: PretrainedConfig) -> dict[str, Any]:
+        """Our settings, by dotted field."""
+        return {ours: getattr(config, theirs) for ours, theirs in self.same.items()} | dict(self.fixed)
+
+
+def read_field(model: ModelConfig, path: str) -> Any:
+    """The value at a dotted path of the section."""
+    value: Any = model
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@dataclass(frozen=True)
+class HFArchitecture:
+    """Their counterpart of one of our architectures."""
+
+    model_class: type[PreTrainedModel]
+    names: NameMap
+    to_config: Callable[[ModelConfig, int], PretrainedConfig]
+    """(model, rows of the vocabulary) -> their configuration, without dtype and token ids. Raises ConfigError for a
+    model that they cannot express."""
+    to_settings: Callable[[PretrainedConfig], dict[str, Any]]
+    """Their configuration -> all fields of ModelConfig that it decides, by dotted path. Raises ConfigError for a
+    model that we cannot express."""
+
+
+HF_ARCHITECTURES: Registry[HFArchitecture] = Registry(
+    "architecture with a Hugging Face counterpart", package="megatron.hf.architectures"
+)
+"""By our name of the architecture, which is their model_type too."""

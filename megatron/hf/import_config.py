@@ -1,0 +1,50 @@
+"""A run's YAML from a Hugging Face folder: the model as it is there, the rest to be filled in."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron.config.neox.keys.table import key_of
+from megatron.config.yaml.write_yaml import write_new_yaml
+from megatron.errors import DataError
+from megatron.hf.hf_architecture import HF_ARCHITECTURES
+from megatron.hf.import_folder import read_config
+
+HEADER = """# {folder} as a configuration of this trainer. The model is as its config.json says; the rest is a start.
+# After tools/ckpts/convert_hf_to_neox.py, train on with `load: <output_dir>` and `finetune: true`.
+"""
+
+TO_FILL_IN: dict[str, Any] = {
+    "train_iters": 1000,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 1,
+    "optimizer": {"type": "Adam", "params": {"lr": 1.0e-5, "betas": [0.9, 0.95], "eps": 1.0e-8}},
+    "weight_decay": 0.1,
+    "gradient_clipping": 1.0,
+    "lr_decay_style": "cosine",
+    "warmup": 0.01,
+    "min_lr": 1.0e-6,
+    "precision": "bfloat16",
+}
+
+
+def write_config(folder: Path, path: Path) -> None:
+    """Write the YAML of a folder's model, its tokenizer.json and a start for the rest to `path`.
+
+    Raises CheckpointError for a folder that is none we know, DataError without a tokenizer.json, ConfigError for a
+    model that we cannot express, or when `path` exists.
+    """
+    config = read_config(folder)
+    settings = HF_ARCHITECTURES[config.model_type].to_settings(config)
+    settings |= {"seq_length": config.max_position_embeddings, "padded_vocab_size": config.vocab_size}
+    settings |= {"make_vocab_size_divisible_by": math.gcd(config.vocab_size, 128)}
+    keys = {key_of(f"model.{field}"): value for field, value in settings.items() if value is not None}
+    # The one key that says the opposite of its field.
+    keys["no_weight_tying"] = not keys["no_weight_tying"]
+    tokenizer = folder.absolute() / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise DataError(f"{folder} holds no tokenizer.json. Copy its tokenizer there, or give --config_file.")
+    keys |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(tokenizer)} | TO_FILL_IN
+    write_new_yaml(path, HEADER.format(folder=folder), keys)

@@ -1,0 +1,178 @@
+"""Tasks of lm-eval by name, with everything that can be wrong with them found out before a model is loaded.
+
+Needs lm-eval (requirements/eval.txt).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.config.sections.evaluation import EvaluationConfig
+from megatron.errors import ConfigError, DataError
+
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
+"""lm-eval's own defaults, so that its command line and ours choose the same examples."""
+HUB_SECONDS = 5.0
+
+
+class Tasks:
+    """Tasks that are ready to run."""
+
+    def __init__(self, content: dict[Any, Any]) -> None:
+        self.content = content
+        """What lm-eval's `evaluate` takes."""
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """The single tasks by name, without their groups."""
+        return dict(_leaves(self.content.get("tasks", self.content)))
+
+    def set_seeds(self) -> None:
+        """Set every seed that the choice of examples depends on; comes before each run."""
+        random.seed(SEEDS["random_seed"])
+        np.random.seed(SEEDS["numpy_seed"])
+        torch.manual_seed(SEEDS["torch_seed"])
+        for task in self.tasks.values():
+            task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
+
+
+def load_tasks(config: EvaluationConfig) -> Tasks:
+    """The configured tasks, with their data.
+
+    Raises ConfigError for an unknown task and for one that is given twice; DataError for data that cannot be had and
+    for fewer solved examples than asked for.
+    """
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        raise ConfigError(f"eval_include_path: {config.include_path} is not a folder with task YAMLs.")
+    manager = _task_manager(config)
+    names = _known_names(config.tasks, manager)
+    content: dict[Any, Any] = {}
+    owners: dict[str, str] = {}
+    for name in names:
+        loaded = _load(name, manager)
+        for task in Tasks(loaded).tasks:
+            if task in owners:
+                raise ConfigError(f"eval_tasks: {owners[task]} and {name} both ask for {task}. Leave one out.")
+            owners[task] = name
+        _merge(content, loaded)
+    tasks = Tasks(content)
+    for name, task in tasks.tasks.items():
+        _set_fewshot(name, task, config.num_fewshot)
+    return tasks
+
+
+def _task_manager(config: EvaluationConfig) -> Any:
+    """lm-eval's index of tasks. Its own ten thousand YAMLs take seconds to look at, and are left out where all that is
+    asked for are single tasks of the include path."""
+    from lm_eval.tasks import TaskManager
+
+    if config.include_path is not None:
+        manager = TaskManager(include_path=config.include_path, include_defaults=False)
+        if set(config.tasks) <= set(manager.all_subtasks):
+            return manager
+    return TaskManager(include_path=config.include_path)
+
+
+def stay_offline_without_network() -> None:
+    """Keep Hugging Face's libraries from asking a hub that does not answer, again and again, for what is not cached.
+
+    Comes before their first import, for they look at their environment once.
+    """
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(hub, method="HEAD")  # noqa: S310 - the user's own setting
+        urllib.request.urlopen(request, timeout=HUB_SECONDS).close()  # noqa: S310
+    except urllib.error.HTTPError:
+        return
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _known_names(wanted: list[str], manager: Any) -> list[str]:
+    """Names with patterns such as `mmlu_*` written out, each once; the paths of YAMLs stay."""
+    names: list[str] = []
+    unknown = []
+    for name in wanted:
+        matches = manager.match_tasks([name]) or (
+            [name] if Path(name).suffix == ".yaml" and Path(name).is_file() else []
+        )
+        names += matches
+        if not matches:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            unknown.append(f"{name!r}" + (f" (near: {', '.join(near)})" if near else ""))
+    if unknown:
+        raise ConfigError(
+            f"eval_tasks: there is no task {', '.join(unknown)}. `lm-eval ls tasks` lists lm-eval's; YAMLs of your own "
+            "are found in the folder that `--include_path` names."
+        )
+    return list(dict.fromkeys(names))
+
+
+def _load(name: str, manager: Any) -> dict[Any, Any]:
+    try:
+        if hasattr(manager, "load"):
+            found: dict[Any, Any] = manager.load([name])
+            return found
+        # lm-eval before 0.4.12
+        from lm_eval.tasks import get_task_dict
+        from lm_eval.utils import load_yaml_config
+
+        return dict(get_task_dict([load_yaml_config(name) if name.endswith(".yaml") else name], manager))
+    except OSError as error:
+        offline = (
+            " The Hugging Face hub is not asked, for it does not answer." if os.environ.get("HF_HUB_OFFLINE") else ""
+        )
+        raise DataError(
+            f"eval_tasks: the data of {name} cannot be had: {error}.{offline} Load the task once where there is a "
+            "network and take HF_HOME along, or give a task whose YAML names local files (`--include_path`)."
+        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
+        raise DataError(
+            f"eval_tasks: {name} cannot be set up: {type(error).__name__}: {error}. See its YAML."
+        ) from error
+
+
+def _merge(content: dict[Any, Any], loaded: dict[Any, Any]) -> None:
+    if "tasks" not in loaded:
+        content.update(loaded)
+        return
+    for part, entries in loaded.items():
+        content.setdefault(part, {}).update(entries)
+
+
+def _leaves(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for name, entry in nested.items():
+        if isinstance(entry, dict):
+            yield from _leaves(entry)
+        else:
+            yield name, entry
+
+
+def _set_fewshot(name: str, task: Any, asked: int | None) -> None:
+    """As lm-eval: what is asked replaces the task's own number, unless that is a fixed 0; none means 0."""
+    own = task.get_config("num_fewshot")
+    count = own if asked is None or own == 0 else asked
+    task.set_config(key="num_fewshot", value=count or 0)
+    if not count:
+        return
+    docs = task.fewshot_docs()
+    there = 0 if docs is None else len(list(docs))
+    # An example that is the question itself is taken out of one more.
+    needed = count + (task.config.fewshot_split == task.config.test_split)
+    if there < needed:
+        raise DataError(
+            f"eval_num_fewshot: {name} has {there} solved examples, and {needed} are needed to show {count} beside "
+            "each question. Lower it."
+        )

@@ -1,0 +1,115 @@
+"""Results of an evaluation as a JSON file like lm-eval's, with what they were made from and with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.checkpointing.store.manifest import MANIFEST_FILE
+from megatron.config.count_parameters import count_parameters
+from megatron.config.sections.evaluation import EvaluationConfig
+from megatron.config.sections.run_config import RunConfig
+from megatron.errors import ConfigError
+from megatron.monitor.provenance import device_name, git_commit
+
+PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers", "numpy")
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which model was scored, for a checkpoint of ours."""
+    model, state = checkpoint.config.model, checkpoint.state
+    return {
+        "name": f"{checkpoint.path.resolve().parent.name}/{checkpoint.path.name}",
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "iteration": state.iteration,
+        "tokens": state.consumed_train_samples * model.seq_length,
+        "parameters": count_parameters(model, state.padded_vocab_size),
+        "run_id": checkpoint.manifest.run_id,
+        "manifest_sha256": file_sha256(checkpoint.path / MANIFEST_FILE),
+        "trained_with": checkpoint.manifest.versions,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_evaluation(run: RunConfig, ranks: dict[str, int], dtype: str, max_length: int) -> dict[str, Any]:
+    """How it was scored."""
+    return {
+        "eval_tasks": run.evaluation.tasks,
+        "num_fewshot": run.evaluation.num_fewshot,
+        "limit": run.evaluation.task_limit,
+        "batch_size": run.evaluation.batch_size,
+        "dtype": dtype,
+        "max_length": max_length,
+        "ranks": ranks,
+        "device": device_name(),
+    }
+
+
+def complete_record(
+    found: dict[str, Any], model: dict[str, Any], how: dict[str, Any], run: RunConfig, seconds: float
+) -> dict[str, Any]:
+    """What a results file holds: lm-eval's own fields, and with what the model was scored."""
+    return {
+        **found,
+        "model": model,
+        "config": how,
+        "run_config": run.model_dump(mode="json"),
+        "git_hash": git_commit(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "total_evaluation_time_seconds": seconds,
+    }
+
+
+def results_file(config: EvaluationConfig, what: str, suffix: str = ".json") -> Path:
+    """Where the results of `what` go: the configured file, or one with a name of its own in the configured folder.
+
+    Raises ConfigError when the folder cannot be made.
+    """
+    output = Path(config.output)
+    path = output
+    if output.suffix != ".json":
+        safe = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in what)
+        prefix = f"{config.results_prefix}_" if config.results_prefix else ""
+        path = output / f"{prefix}{safe}_{time.strftime('%Y-%m-%dT%H-%M-%S')}{suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"eval_output: {path.parent} cannot be made ({error.strerror}). Name a folder that you may write to."
+        ) from error
+    return path
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a results file."""
+    from lm_eval.utils import handle_non_serializable
+
+    text = json.dumps(record, indent=1, default=handle_non_serializable, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def metrics_of(results: dict[str, dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float | None]]:
+    """(task, metric) -> (value, its standard error) from the `results` of a record; a filter other than none belongs to
+    the metric's name, as in `exact_match,strict-match`."""
+    found = {}
+    for task, entries in results.items():
+        for key, value in entries.items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = entries.get(f"{metric}_stderr,{filter_name}")
+            name = metric if filter_name == "none" else key
+            found[task, name] = (float(value), float(error) if isinstance(error, int | float) else None)
+    return found

@@ -1,0 +1,118 @@
+"""Looks at the losses and gradients of every step before the optimizer does, and makes all ranks decide alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor, distributed
+
+from megatron.config.sections.training import PrecisionConfig
+from megatron.mpu.agreement import gather
+from megatron.mpu.context import ParallelContext
+from megatron.training.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one rank saw of a step that is not finite."""
+
+    rank: int
+    data_rank: int
+    bad_losses: list[int]
+    """Micro batches whose loss is NaN or infinite, counted from 0; known on the last pipeline stage."""
+    bad_gradients: bool
+    """Whether the gradients that this rank has accumulated are not finite."""
+
+
+class StepGuard:
+    """Stands in the pipeline engine between the backward passes and the sum of gradients over ranks.
+
+    There each rank still has its own losses and gradients, so that the rank and the samples can be named. What one
+    rank finds, all learn from one small sum, which carries requests to stop as well. A step that is not finite is left
+    out on all ranks: DeepSpeed skips a step whose gradients are not finite, with the schedule and the weights as they
+    were, and where only a loss is bad the gradients are made so.
+
+    fp16 with a dynamic scale is DeepSpeed's to judge, for it overflows while it looks for its scale.
+    """
+
+    def __init__(
+        self, engine: PipelineEngine, context: ParallelContext, precision: PrecisionConfig, stop: StopRequest
+    ) -> None:
+        self.engine = engine
+        self.context = context
+        self.stop = stop
+        self._has_dynamic_scale = precision.dtype == "fp16" and precision.loss_scale == 0
+        self.evidence: list[Evidence] = []
+        self._scale_before = math.inf
+        self._sum_tied_gradients = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
+        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._inspect_then_reduce}
+
+    @property
+    def scaler(self) -> DynamicLossScaler | None:
+        """fp16's search for a scale; None without one."""
+        return self.engine.optimizer.loss_scaler if self._has_dynamic_scale else None
+
+    @property
+    def step_was_left_out(self) -> bool:
+        """Whether the last step changed no weight because it was not finite, fp16's search for a scale included."""
+        return bool(self.engine.optimizer.overflow)
+
+    @property
+    def step_was_bad(self) -> bool:
+        """Whether the last step was left out and no search for a scale explains it; the same on every rank."""
+        return self.step_was_left_out and not self._has_dynamic_scale
+
+    @property
+    def scale_is_stuck(self) -> bool:
+        """Whether the last step overflowed at the smallest dynamic scale of fp16."""
+        scaler = self.scaler
+        return scaler is not None and self.step_was_left_out and self._scale_before <= scaler.min_scale
+
+    def _inspect_then_reduce(self, engine: PipelineEngine) -> None:
+        self.evidence = []
+        scaler = self.scaler
+        if scaler is not None:
+            self._scale_before = scaler.cur_scale
+            # DeepSpeed would raise a bare Exception where `scale_is_stuck` has something to say.
+            scaler.raise_error_at_min_scale = False
+        gradients = own_gradients(engine)
+        bad_loss, bad_gradients = _any_bad(engine.fwd_outputs, engine), _any_bad(gradients, engine)
+        flags = torch.stack([bad_loss | bad_gradients, torch.tensor(self.stop.requested, device=engine.device)]).int()
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        bad, stop = flags.tolist()
+        self.stop.agreed = self.stop.agreed or bool(stop)
+        if bad and scaler is None:
+            self.evidence = self._gather_evidence(bool(bad_gradients))
+            for gradient in gradients:
+                gradient.fill_(math.nan)
+        self._sum_tied_gradients(engine)
+
+    def _gather_evidence(self, bad_gradients: bool) -> list[Evidence]:
+        losses = [number for number, loss in enumerate(self.engine.fwd_outputs) if not torch.isfinite(loss)]
+        seen = gather(Evidence(distributed.get_rank(), self.context.data_rank, losses, bad_gradients))
+        return [evidence for evidence in seen if evidence.bad_losses or evidence.bad_gradients]
+
+
+def own_gradients(engine: PipelineEngine) -> list[Tensor]:
+    """The gradients that this rank has accumulated over the step's micro batches, before any sum over ranks."""
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, BF16_Optimizer):
+        return list(optimizer.fp32_groups_gradients_flat)
+    found = (optimizer.get_gradient_for_reduction(parameter) for parameter in engine.module.parameters())
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _any_bad(tensors: list[Tensor], engine: PipelineEngine) -> Tensor:
+    """Whether any element of any tensor is NaN or infinite, as a boolean on the engine's device."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.bool, device=engine.device)
+    return ~torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))
