@@ -28,12 +28,12 @@ class LayerLayout:
     """Pipeline layer, as in the file's name."""
     parameters: Mapping[str, ParameterSpec]
     """By the name that a parameter has in the file."""
-    prefix: str
-    """What precedes those names in the global ones."""
+    name: str
+    """Start of their global names, such as `layers.3`."""
 
     def global_name(self, local_name: str) -> str:
         """The parameter's name in the whole model."""
-        return f"{self.prefix}.{local_name}"
+        return f"{self.name}.{local_name}"
 
 
 def layer_layouts(model: ModelConfig, vocab: VocabSize) -> list[LayerLayout]:
@@ -46,6 +46,15 @@ def layer_layouts(model: ModelConfig, vocab: VocabSize) -> list[LayerLayout]:
             named = entry.build().named_parameters()
             layouts.append(LayerLayout(index, {name: parameter_spec(p) for name, p in named}, entry.name))
     return layouts
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Ranks by parallel dimension."""
+
+    tensor: int = 1
+    pipe: int = 1
+    data: int = 1
 
 
 def shard_shape(spec: ParameterSpec, tensor_size: int) -> tuple[int, ...]:

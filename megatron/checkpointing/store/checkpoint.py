@@ -23,6 +23,7 @@ from megatron.checkpointing.store.run_state import STATE_FILE, RunState, read_st
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from megatron.io.durable import write_durably
+from megatron.model.causal_lm import VocabSize
 
 CHECKPOINT_NAME = re.compile(r"global_step(\d+)")
 LATEST = "latest"
@@ -49,6 +50,16 @@ class Checkpoint:
                 f"{self.path / CONFIG_FILE} cannot be understood: {reasons}. The checkpoint was written by {writer}. "
                 "Load it with that version of the code, or, if the file was changed, restore it."
             ) from error
+
+    @property
+    def vocab(self) -> VocabSize:
+        """The vocabulary that it was trained with."""
+        return VocabSize(self.state.vocab_size, self.state.padded_vocab_size)
+
+    @property
+    def holds_weights_alone(self) -> bool:
+        """Whether it lacks what DeepSpeed keeps beside the layers, so that no run can go on from it."""
+        return not any(name.startswith("mp_rank_") for name in self.manifest.files)
 
 
 def _reasons(error: ValidationError) -> str:
