@@ -53,7 +53,7 @@ def universal_form(checkpoint: Checkpoint, level: Verification) -> Path:
         return folder
     if problem:
         logger.warning("%s: %s. It is made again.", folder, problem)
-    conversion = _Conversion(checkpoint)
+    conversion = Conversion(checkpoint)
     try:
         on_first_rank(conversion.begin)
         for layout in conversion.reader.layouts:
@@ -65,8 +65,8 @@ def universal_form(checkpoint: Checkpoint, level: Verification) -> Path:
     return folder
 
 
-class _Conversion:
-    """The work of rank 0; the others keep an object that does nothing."""
+class Conversion:
+    """One making of the form: the work of rank 0, while the others keep an object that does nothing."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

@@ -91,6 +91,7 @@ def write_states(
         files = _ShardedFiles(temporary, config, sizes, vocab, header.engine)
         for layer in states:
             files.add(layer)
+            del layer  # or it would stay until the next one is read
         return complete(
             temporary, files.finished(), state, config, run_id=header.run_id, versions=header.versions
         )  # fmt: skip
