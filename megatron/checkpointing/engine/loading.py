@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 def load_checkpoint(
     engine: PipelineEngine, checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, vocab: VocabSize
 ) -> None:
-    """Load weights, optimizer state and the place in the schedule, whatever layout and precision wrote them.
+    """Loads weights, optimizer state and the place in the schedule, whatever layout and precision wrote them.
 
-    Hyperparameters stay the engine's. Collective. What another layout or precision wrote is converted first, unless
-    that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it
+    Hyperparameters stay the engine's. Collective. A checkpoint of another layout or precision is converted first,
+    unless that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it
     needs.
     """
     engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
@@ -61,15 +61,17 @@ def _load(
 
 
 def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
-    """Load weights alone, whatever layout wrote them. Collective; raises CheckpointError when a file is damaged or
-    unsafe."""
+    """Loads weights alone, whatever layout wrote them. Collective.
+
+    Raises CheckpointError when a file is damaged or unsafe.
+    """
     _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
     load_parameters(engine.module.global_parameters(), checkpoint, context)
     engine.optimizer.refresh_fp32_params()
 
 
 def _require_safe(checkpoint: Checkpoint, *, prefix: str, allow_unsafe: bool | None) -> None:
-    """Open the tensor files that begin with `prefix`, a share of them on each rank, without reading the tensors.
+    """Opens the tensor files that begin with `prefix`, a share of them on each rank, without reading the tensors.
 
     Collective. Raises CheckpointError, on all ranks, for a file that is damaged or could run code: a rank that met it
     later would leave the others waiting.

@@ -142,7 +142,7 @@ class Conversion:
 
 
 def _problem(folder: Path, checkpoint: Checkpoint, level: Verification) -> str | None:
-    """Why there is no conversion to use; None when there is one, empty when none was made. Collective."""
+    """Returns why no conversion can be used: None when one can, empty when none was made. Collective."""
     files, reason = on_first_rank(partial(_listed, folder, checkpoint))
     if files is None:
         return reason
@@ -166,7 +166,7 @@ def _listed(folder: Path, checkpoint: Checkpoint) -> tuple[Mapping[str, FileEntr
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed conversions have left; another run may be at work in one that is still growing."""
+    """Deletes what killed conversions have left; another run may be at work in one that is still growing."""
     for path in folder.glob(f"{FOLDER}.writing-*"):
         newest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
         if time.time() - newest > ABANDONED_AFTER:

@@ -33,7 +33,7 @@ LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
 @dataclass(frozen=True)
 class EngineState:
-    """What DeepSpeed's files say of a run as a whole, the same for all ranks and parameters."""
+    """Part of DeepSpeed's files that is the same for all ranks and parameters."""
 
     counters: Mapping[str, Any]
     """Content of an `mp_rank_*` file: steps, samples, schedule, version; some entries depend on the layout."""
