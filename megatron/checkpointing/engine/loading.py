@@ -32,8 +32,8 @@ def load_checkpoint(
     """Loads weights, optimizer state and the place in the schedule, whatever layout and precision wrote them.
 
     Hyperparameters stay the engine's. Collective. A checkpoint of another layout or precision is converted first,
-    unless that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find what it
-    needs.
+    unless that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find
+    what it needs.
     """
     engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
     if not config.checkpoint.allow_unsafe_load:
