@@ -30,12 +30,14 @@ from megatron.checkpointing.states.parameter_layout import LayerLayout
 from megatron.checkpointing.states.read_optimizer import OptimizerFiles
 from megatron.checkpointing.states.weights import checkpoint_layouts
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.manifest import MANIFEST_FILE, FileEntry, damage, file_sha256
+from megatron.checkpointing.store.manifest import MANIFEST_FILE, FileEntry, damage
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.checkpointing.store.tensor_files import write_tensors
 from megatron.config.sections.checkpoint import Verification
 from megatron.errors import CheckpointError
 from megatron.io.durable import flush_folder, write_durably
+from megatron.io.hashing import file_sha256
+from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather, on_first_rank, rank_and_size
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,6 @@ ENGINE_FILE = "mp_rank_00_model_states.pt"
 OPTIMIZER_FILE = "zero/optimizer_state.pt"
 COUNTERS = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps", "ds_version")
 ABANDONED_AFTER = 3600.0  # seconds without a new file
-SECONDS_BETWEEN_MESSAGES = 5.0
 
 
 def universal_form(checkpoint: Checkpoint, level: Verification) -> Path:
@@ -93,7 +94,8 @@ class _Conversion:
         self.files: dict[str, FileEntry] = {}
         self.optimizer: OptimizerFiles | None = None
         self.done = 0
-        self.started = self.last_message = time.monotonic()
+        self.started = time.monotonic()
+        self.report = PeriodicReport(logger.info)
 
     def begin(self) -> None:
         """Open the source, remove what is damaged, make the folder, and write what is not of one parameter."""
@@ -129,9 +131,7 @@ class _Conversion:
             if optimizer.steps is not None:
                 self._write(f"{folder}/step.pt", torch.tensor(optimizer.steps))
         self.done += 1
-        if time.monotonic() - self.last_message > SECONDS_BETWEEN_MESSAGES:
-            self.last_message = time.monotonic()
-            logger.info("converted %d of %d layers", self.done, len(self.layouts))
+        self.report("converted %d of %d layers", self.done, len(self.layouts))
 
     def publish(self) -> None:
         """Give the folder its name, unless another run has been faster: then its folder serves as well."""

@@ -22,7 +22,7 @@ from megatron.checkpointing.states.weights_only import write_weights_only
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
-from megatron.io.new_folder import new_folder
+from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize
 
 
