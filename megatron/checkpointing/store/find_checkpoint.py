@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -20,11 +19,10 @@ from megatron.checkpointing.store.checkpoint import (
 from megatron.checkpointing.store.manifest import FileEntry, damage, unlisted
 from megatron.config.sections.checkpoint import Verification
 from megatron.errors import CheckpointError
+from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather, on_first_rank, rank_and_size
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_MESSAGES = 5.0
 
 
 def find_checkpoint(folder: Path, iteration: int | None, level: Verification) -> Checkpoint | None:
@@ -85,13 +83,11 @@ def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: V
     """Lists damage as `damage` does, with a message now and then."""
     problems = []
     done, total = 0, sum(entry.size for entry in files.values())
-    last_message = time.monotonic()
+    report = PeriodicReport(logger.info)
     for name, entry in files.items():
         problems += damage(folder, {name: entry}, level)
         done += entry.size
-        if time.monotonic() - last_message > SECONDS_BETWEEN_MESSAGES:
-            last_message = time.monotonic()
-            logger.info("%s: verified %.1f of %.1f GiB of this rank's share", folder, done / 2**30, total / 2**30)
+        report("%s: verified %.1f of %.1f GiB of this rank's share", folder, done / 2**30, total / 2**30)
     return problems
 
 

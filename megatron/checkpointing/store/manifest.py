@@ -23,10 +23,10 @@ from typing import Any
 from megatron.config.sections.checkpoint import Verification
 from megatron.errors import CheckpointError
 from megatron.io.durable import write_durably
+from megatron.io.hashing import file_sha256
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
-CHUNK = 1 << 24  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,6 @@ def damage(folder: Path, files: Mapping[str, FileEntry], level: Verification) ->
 def describe_file(path: Path) -> FileEntry:
     """Returns size and hash of a file that exists."""
     return FileEntry(path.stat().st_size, file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """Computes the SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def unlisted(folder: Path, names: Iterable[str]) -> list[str]:
