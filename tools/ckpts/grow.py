@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 from megatron.config.batch_triangle import data_parallel_size
-from megatron.config.model_size import count_parameters
 from megatron.config.load_config import load_words
+from megatron.config.model_size import count_parameters
 from megatron.errors import CheckpointError, exit_on_user_error
 from megatron.registry import variant_names
 
