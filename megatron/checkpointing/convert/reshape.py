@@ -28,7 +28,7 @@ from megatron.checkpointing.store.tensor_files import write_tensors
 from megatron.config.deepspeed_json import precision_section
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import PrecisionConfig
-from megatron.data.tokenizers.tokenizer import padded_vocab_size
+from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import LayerEntry, VocabSize, from_engine_name, layer_entries
 from megatron.model.number_formats import DTYPES
