@@ -16,7 +16,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.data.data_fingerprint import fingerprint_differences
-from megatron.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError, os_errors_as
 from megatron.mpu.agreement import on_first_rank
 from megatron.training.step import Progress
 
@@ -96,6 +96,7 @@ def roll_back(config: CheckpointConfig, start: Start, progress: Progress) -> Sta
     )
 
 
+@os_errors_as(CheckpointError, "the checkpoint folder")
 def _locate(config: CheckpointConfig) -> Start:
     save = None if config.save is None else Path(config.save).resolve()
     if save is not None:

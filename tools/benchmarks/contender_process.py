@@ -16,7 +16,7 @@ from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import process_group, share_with_deepspeed
 from megatron.training.setup import require_hardware
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 
@@ -32,6 +32,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
     """
     task = build_task(settings)
     with process_group():
+        share_with_deepspeed()
         contender = CONTENDERS[name](task)
         connection.send(describe(task, settings))
         while True:
