@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
+from megatron.checkpointing.convert.imported_weights import VOCABULARY
+from megatron.checkpointing.states.layer_state import LayerState
+from megatron.checkpointing.states.read_states import read_states
 from megatron.checkpointing.states.same_model import model_differences
 from megatron.checkpointing.states.tensor_folder import write_shards
-from megatron.checkpointing.states.weights import read_layers, vocab_size
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
@@ -23,8 +25,8 @@ from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture
 from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.hf.model_card import Publication, model_card
 from megatron.hf.tokenizer_files import write_tokenizer
-from megatron.io.new_folder import new_folder
-from megatron.model.causal_lm import build_local
+from megatron.io.durable import new_folder
+from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -89,44 +91,38 @@ class ExportedWeights:
         self.checkpoint = checkpoint
         self.names = architecture.names
         self.rows = rows
-        stored = next(iter(next(read_layers(checkpoint)).values())).dtype
+        first = next(read_states(checkpoint, optimizer=False))
+        stored = next(iter(first.parameters.values())).weight.dtype
         self.dtype: torch.dtype = DTYPES.get(options.precision, stored)
 
-    def layers(self) -> Iterator[dict[str, Tensor]]:
-        """Each layer's weights under our names. Raises CheckpointError for NaN, infinity or overflow."""
-        for layer in read_layers(self.checkpoint):
-            exported = {}
-            for name, tensor in layer.items():
-                rounded = self._trimmed(name, tensor).to(self.dtype)
-                if not torch.isfinite(rounded).all():
-                    what = (
-                        "NaN or infinity" if not torch.isfinite(tensor).all() else f"values too large for {self.dtype}"
-                    )
-                    raise CheckpointError(f"{self.checkpoint.path}: {name} holds {what}. Export another checkpoint.")
-                exported[name] = rounded
-            yield exported
-
-    def _trimmed(self, name: str, tensor: Tensor) -> Tensor:
-        if name in ("embedding.word_embeddings.weight", "head.weight"):
-            return tensor[: self.rows]
-        return tensor
+    def layers(self) -> Iterator[LayerState]:
+        """Yields each layer under our names. Raises CheckpointError for NaN, infinity or overflow."""
+        for layer in read_states(self.checkpoint, optimizer=False):
+            yield layer.map(self._exported)
 
     def under_their_names(self) -> Iterator[dict[str, Tensor]]:
-        """`layers` under the names of transformers."""
+        """Yields the weights of `layers` under the names of transformers."""
         for layer in self.layers():
-            yield {self.names.to_theirs(name): tensor.contiguous() for name, tensor in layer.items()}
+            yield {self.names.to_theirs(name): weight.contiguous() for name, weight in layer.weights().items()}
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Our float32 logits [B, S, rows] of the exported weights."""
-        vocab = vocab_size(self.checkpoint)
-        vocab = type(vocab)(actual=vocab.actual, padded=self.rows)
+        """Computes our float32 logits [B, S, rows] of the exported weights."""
+        vocab = VocabSize(self.checkpoint.vocab.actual, padded=self.rows)
         with torch.device("meta"):
             model = build_local(self.checkpoint.config.model, vocab, seed=None)
-        weights = {name: tensor.float() for layer in self.layers() for name, tensor in layer.items()}
+        weights = {name: weight.float() for layer in self.layers() for name, weight in layer.weights().items()}
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits: Tensor = model.eval()(tokens)
         return logits
+
+    def _exported(self, name: str, tensor: Tensor) -> Tensor:
+        trimmed = tensor[: self.rows] if name in VOCABULARY else tensor
+        rounded = trimmed.to(self.dtype)
+        if not torch.isfinite(rounded).all():
+            what = "NaN or infinity" if not torch.isfinite(tensor).all() else f"values too large for {self.dtype}"
+            raise CheckpointError(f"{self.checkpoint.path}: {name} holds {what}. Export another checkpoint.")
+        return rounded
 
 
 def _set_token_ids(config: PretrainedConfig, tokenizer: TokenizerConfig) -> None:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron.checkpointing.states.load_parameters import load_parameters
 from megatron.checkpointing.states.same_model import model_differences
-from megatron.checkpointing.states.weights import load_parameters, vocab_size
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.config.sections.checkpoint import CheckpointConfig
@@ -170,7 +170,7 @@ def load_inference_model(
             f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. Give "
             "the configuration that it was trained with."
         )
-    vocab = vocab_size(checkpoint)
+    vocab = checkpoint.vocab
     with device:
         model = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
     load_parameters(model.named_parameters(), checkpoint, context)

@@ -15,8 +15,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from megatron.checkpointing.states.weights import read_weights
-from megatron.checkpointing.states.weights_only import is_weights_only
+from megatron.checkpointing.states.read_states import read_weights
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError
@@ -133,7 +132,7 @@ def test_every_form_becomes_the_same_model(
     for parameter, tensor_ in want.items():
         assert got[parameter].dtype == torch.float32
         assert torch.equal(got[parameter], tensor_), parameter
-    assert is_weights_only(checkpoint)
+    assert checkpoint.holds_weights_alone
     assert (checkpoint.state.vocab_size, checkpoint.state.padded_vocab_size) == (TOKENS, ROWS)
     with torch.no_grad():
         model = load_inference_model(checkpoint.config, checkpoint, ParallelContext.single(), torch.device("cpu")).model

@@ -52,7 +52,7 @@ def test_global_names_are_those_of_the_whole_model(model: ModelConfig) -> None:
     names = {layout.global_name(name): (layout.index, name) for layout in layouts for name in layout.parameters}
     assert names.keys() == dict(build_local(model, VOCAB, seed=None).named_parameters()).keys()
     assert all(pipeline_location(name, model) == location for name, location in names.items())
-    assert [layout.prefix for layout in layouts] == list(dict.fromkeys(layer_names(model)))
+    assert [layout.name for layout in layouts] == list(dict.fromkeys(layer_names(model)))
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

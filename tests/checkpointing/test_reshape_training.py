@@ -271,26 +271,28 @@ def test_a_damaged_conversion_is_made_again(kind: str, runs: Runs, tmp_path: Pat
 
 def test_two_runs_that_convert_at_once_do_not_disturb_each_other(runs: Runs, copy: Callable[..., Path]) -> None:
     checkpoint = read_checkpoint(copy((2, 1, 1)))
-    slow, fast = universal._Conversion(checkpoint), universal._Conversion(checkpoint)
+    slow, fast = universal.Conversion(checkpoint), universal.Conversion(checkpoint)
     slow.begin()
     fast.begin()
     for conversion in (fast, slow):
-        for layout in conversion.layouts:
-            conversion.write_layer(layout)
+        for layout in conversion.reader.layouts:
+            conversion.convert(layout)
         conversion.publish()
     assert [path.name for path in checkpoint.path.glob("universal*")] == ["universal"]
-    assert universal._problem(checkpoint.path / "universal", checkpoint, "full") is None
+    made = (checkpoint.path / "universal").stat().st_ino
+    universal.universal_form(checkpoint, "full")
+    assert (checkpoint.path / "universal").stat().st_ino == made, "it is whole, and used as it is"
 
 
 def kill_at_layer(number: int) -> None:
-    original = universal._Conversion.write_layer
+    original = universal.Conversion.convert
 
-    def write_layer(self: Any, layout: Any) -> None:
+    def convert(self: Any, layout: Any) -> None:
         if self.done == number:
             kill_all_ranks()
         original(self, layout)
 
-    universal._Conversion.write_layer = write_layer  # type: ignore[method-assign]
+    universal.Conversion.convert = convert  # type: ignore[method-assign]
 
 
 def test_a_killed_conversion_is_made_again(runs: Runs, copy: Callable[..., Path]) -> None:
@@ -312,13 +314,13 @@ def test_a_killed_conversion_is_made_again(runs: Runs, copy: Callable[..., Path]
 
 def no_room() -> None:
     """Files can grow to a few kilobytes from the moment that the conversion begins."""
-    original = universal._remove_abandoned
+    original = universal.Conversion.begin
 
-    def remove_abandoned(folder: Path) -> None:
+    def begin(self: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-        original(folder)
+        original(self)
 
-    universal._remove_abandoned = remove_abandoned
+    universal.Conversion.begin = begin  # type: ignore[method-assign]
 
 
 def test_no_room_for_a_conversion_is_told_on_all_ranks(runs: Runs, copy: Callable[..., Path]) -> None:
@@ -344,7 +346,7 @@ def loaded_by_both(config: Path) -> None:
     engine = setup.build_engine(loaded.run, loaded.batch(context.tensor_size), VocabSize(512, 512), context)
     folder = Path(loaded.run.checkpoint.load or "") / "universal"
     engine.checkpoint_engine = EngineFiles(allow_unsafe=False)
-    load_universal.load_universal(engine, folder, context, vocab_size=512, same_precision=True)
+    load_universal.load_universal(engine, folder, context, moments=MOMENTS, vocab_size=512, same_precision=True)
     adam = engine.optimizer.optimizer
     flats = [group["params"][0] for group in adam.param_groups]
     ours = [[flat.detach().clone(), *(adam.state[flat][key].clone() for key in MOMENTS)] for flat in flats]

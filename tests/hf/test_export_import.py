@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
+from megatron.checkpointing.states.read_states import read_weights
 from megatron.checkpointing.states.tensor_folder import open_folder
-from megatron.checkpointing.states.weights import read_weights
-from megatron.checkpointing.states.weights_only import is_weights_only
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.data.tokenizers.tokenizer import build_tokenizer
@@ -443,7 +442,7 @@ def test_configuration_derived_from_a_folder(name: str, request: pytest.FixtureR
     assert ours.padded_vocab_size == VOCAB.padded
     imported = find_checkpoint(tmp_path / "imported", None, "full")
     assert imported is not None
-    assert is_weights_only(imported)
+    assert imported.holds_weights_alone
     assert (imported.state.vocab_size, imported.state.padded_vocab_size) == (VOCAB.actual, VOCAB.padded)
     assert_same_tensors(read_weights(imported), whole_model(checkpoint.config).state_dict())
 

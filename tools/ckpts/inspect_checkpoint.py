@@ -28,8 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
-from megatron.checkpointing.states.weights import checkpoint_layouts
-from megatron.checkpointing.states.weights_only import is_weights_only
+from megatron.checkpointing.states.parameter_layout import layer_layouts
 from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
 from megatron.checkpointing.store.find_checkpoint import survey
 from megatron.checkpointing.store.manifest import damage, unlisted
@@ -122,7 +121,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(entry.size for entry in files.values()),
         "bytes_of_weights": weights,
-        "weights_only": is_weights_only(checkpoint),
+        "weights_only": checkpoint.holds_weights_alone,
     }
 
 
@@ -135,10 +134,10 @@ def compare(checkpoint: Checkpoint, words: Sequence[str]) -> list[dict[str, Any]
 
 def summarize(checkpoint: Checkpoint, optimizer: bool) -> Iterator[TensorSummary]:
     """Every parameter, with progress by the layer."""
-    if optimizer and is_weights_only(checkpoint):
+    if optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(f"{checkpoint.path} holds weights alone. Leave --optimizer out.")
-    names = [layout.global_name(name) for layout in checkpoint_layouts(checkpoint) for name in layout.parameters]
-    with shown_progress("reading", len(names)) as advance:
+    layouts = layer_layouts(checkpoint.config.model, checkpoint.vocab)
+    with shown_progress("reading", sum(len(layout.parameters) for layout in layouts)) as advance:
         for summary in summarize_tensors(checkpoint, optimizer=optimizer):
             advance(1)
             yield summary
