@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, SerializerFunctionWrapHand
 
 from megatron.config.neox.keys.entries import Inert, Rejected
 from megatron.config.sections.section import Key, Section
-from megatron.registry import Registry, require
+from megatron.registry import Registry, is_installed, require
 
 
 class OptimizerConfig(Section):
@@ -84,10 +84,15 @@ class Implementation(Generic[S]):
     how_to_get_it: str = ""
     """What to do when that package is missing."""
 
-    def load_factory(self) -> Callable[..., Any]:
+    @property
+    def is_installed(self) -> bool:
+        """Tells whether the class can be imported."""
+        return is_installed(self.factory.partition(":")[0])
+
+    def load_factory(self) -> type:
         """Imports the class. Raises EnvironmentSetupError when its package is missing."""
         module, _, name = self.factory.partition(":")
-        factory: Callable[..., Any] = getattr(require(module, self.wanted_by, self.how_to_get_it), name)
+        factory: type = getattr(require(module, self.wanted_by, self.how_to_get_it), name)
         return factory
 
 
@@ -113,6 +118,26 @@ class OptimizerFacts(Generic[S]):
     neox_keys: Mapping[str, Inert | Rejected] = field(default_factory=dict)
     """Further keys that NeoX has under `optimizer.params`, and why they have no effect or are refused."""
 
+    def group_of(self, parameter: GroupedParameter) -> ParameterGroup[S]:
+        """Returns the first group that takes a parameter."""
+        return next(group for group in self.groups if group.takes(parameter))
+
+    def implementation_of(self, built: Any, section: S) -> Implementation[S]:
+        """Returns the implementation that the torch optimizer `built` is.
+
+        Raises ValueError when it is none of them.
+        """
+        defaults: Mapping[str, Any] = built.defaults
+        for implementation in self.implementations.values():
+            given = implementation.arguments(section)
+            if (
+                implementation.is_installed
+                and type(built) is implementation.load_factory()
+                and all(defaults.get(name, value) == value for name, value in given.items())
+            ):
+                return implementation
+        raise ValueError(f"{type(built).__name__} is no implementation of the optimizer {section.type}")
+
     @property
     def names(self) -> tuple[str, ...]:
         """Returns the names that `type` may have."""
@@ -136,6 +161,14 @@ def optimizer_facts(name: object) -> OptimizerFacts[Any] | None:
         if str(name).lower() in (known.lower() for known in facts.names):
             return facts
     return None
+
+
+def facts_of(section: OptimizerConfig) -> OptimizerFacts[Any]:
+    """Returns the facts of a configured optimizer. Raises ValueError for a section of an unknown one."""
+    facts = optimizer_facts(section.type)
+    if facts is None:
+        raise ValueError(f"unknown optimizer {section.type!r}")
+    return facts
 
 
 def read_optimizer_section(value: Any) -> OptimizerConfig:
