@@ -10,14 +10,12 @@ from pydantic import ValidationError
 
 from megatron.config.architecture import architecture_facts, optional_sections
 from megatron.config.checks import CHECKS, Finding
-from megatron.config.json_schema import describe, likely_meant
-from megatron.config.neox.keys.entries import MapsTo
-from megatron.config.neox.keys.table import key_of, neox_keys
 from megatron.config.neox.translate import Setting
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_facts
 from megatron.config.section_fields import Field, fields
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.yaml.problems import DEFAULT, Origin, Problem, YamlValue, problem_with, show
+from megatron.config.value_types import describe, expected
+from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, show
 
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
@@ -101,13 +99,11 @@ def _path_of(location: tuple[int | str, ...]) -> str:
 
 def _type_problem(path: str, settings: Mapping[str, Setting]) -> Problem:
     setting = settings.get(path)
-    schema = _fields(settings)[path].schema
+    field = _fields(settings)[path]
     if setting is not None and setting.given is not None:
-        return problem_with(setting.given, f"expected {describe(schema)}{likely_meant(setting.given.value, schema)}")
-    key = key_of(path)
-    entry = neox_keys()[key]
-    advice = f"; {entry.difference}" if isinstance(entry, MapsTo) and entry.difference.startswith("must be") else ""
-    return Problem(f"missing key {key}", f"expected {describe(schema)}{advice}")
+        return problem_with(setting.given, expected(setting.given.value, field.schema))
+    advice = f"; {field.difference}" if field.difference.startswith("must be") else ""
+    return Problem(f"missing key {field.key}", f"expected {describe(field.schema)}{advice}")
 
 
 def _checked_in_part(settings: Mapping[str, Setting], wrong: Set[str]) -> list[Problem]:
@@ -143,6 +139,6 @@ def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
     setting = settings.get(finding.path)
     if setting is not None and setting.given is not None:
         return problem_with(setting.given, finding.message)
-    value: YamlValue = _fields(settings)[finding.path].default
-    shown = "" if value is None else f": {show(value)} (default)"
-    return Problem(key_of(finding.path) + shown, finding.message)
+    field = _fields(settings)[finding.path]
+    shown = "" if field.default is None else f": {show(field.default)} (default)"
+    return Problem(field.key + shown, finding.message)

@@ -14,29 +14,35 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from megatron.config.sections.section import OneOf, Section
+from megatron.config.sections.section import Key, OneOf, Section
 from megatron.registry import Registry
 
 
 class LRScheduleConfig(Section):
     """Learning rate over steps."""
 
-    style: Annotated[str, OneOf(lambda: LR_DECAYS)] = "linear"
+    style: Annotated[
+        str, OneOf(lambda: LR_DECAYS), Key("lr_decay_style", difference="inverse_sqrt and WSD are not in NeoX")
+    ] = "linear"
     """Shape of the decay after the warmup."""
 
     warmup: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of lr_decay_iters that warms up linearly from 0."""
 
-    decay_iters: PositiveInt | None = None
+    decay_iters: Annotated[PositiveInt | None, Key("lr_decay_iters")] = None
     """Steps until min_lr is reached [steps]; None means train_iters."""
 
-    wsd_decay_style: Annotated[str, OneOf(lambda: WSD_DECAYS)] = "exponential"
+    wsd_decay_style: Annotated[
+        str, OneOf(lambda: WSD_DECAYS), Key("lr_wsd_decay_style", difference="Megatron-LM's key, not NeoX's")
+    ] = "exponential"
     """Shape of the decay at the end of WSD (warmup, stable, decay); before it, the rate stays at its peak."""
 
-    wsd_decay_iters: PositiveInt | None = None
+    wsd_decay_iters: Annotated[
+        PositiveInt | None, Key("lr_wsd_decay_iters", difference="Megatron-LM's key, not NeoX's")
+    ] = None
     """Last steps of lr_decay_iters in which WSD decays to min_lr [steps]; required for WSD, unset otherwise."""
 
-    min_lr: NonNegativeFloat = 0.0
+    min_lr: Annotated[NonNegativeFloat, Key(difference="also held after the end of the decay")] = 0.0
     """Smallest learning rate; held after the end of the decay."""
 
     override_lr_scheduler: bool = False

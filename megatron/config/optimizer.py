@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, get_args
 
 from pydantic import NonNegativeFloat, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
 
 from megatron.config.neox.keys.entries import Inert, Rejected
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 from megatron.registry import Registry, is_installed, require
 
 
 class OptimizerConfig(Section):
     """Optimizer. The sections of the registered optimizers add their own values."""
 
-    type: str
+    key_prefix = "optimizer.params."
+
+    type: Annotated[str, Key("optimizer.type", difference="other optimizers are not implemented")]
     """Name of the optimizer: a section lists the names that mean it in a Literal."""
 
-    lr: PositiveFloat
+    lr: Annotated[PositiveFloat, Key(difference="must be given; NeoX's default is 0.001")]
     """Peak learning rate."""
 
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Annotated[NonNegativeFloat, Key("weight_decay")] = 0.1
     """Weight decay."""
 
     @model_serializer(mode="wrap")

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megatron.config.json_schema import Schema
 from megatron.config.optimizer import OptimizerConfig, registered_optimizers
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.section import OneOf, Section
+from megatron.config.sections.section import Key, OneOf, Section
+from megatron.config.value_types import Schema
 from megatron.config.yaml.problems import YamlValue
 
 
@@ -22,6 +22,10 @@ class Field:
 
     path: str
     """Dotted path from the root, such as `model.num_layers`."""
+    key: str
+    """YAML key that sets it, such as `optimizer.params.lr`."""
+    difference: str
+    """How the key's meaning or default differs from NeoX's."""
     type_schema: Schema
     """JSON schema of its type; of a choice among registered names, the schema of a text."""
     choice: OneOf | None
@@ -34,6 +38,8 @@ class Field:
     """Whether its default is computed from other values."""
     default: YamlValue
     """Default value; None also for required and derived ones."""
+    key_default: YamlValue
+    """Default of the key, where the section requires the value."""
 
     @property
     def schema(self) -> Schema:
@@ -73,19 +79,30 @@ def _own_fields(section: type[Section]) -> list[Field]:
     """Lists the values of one section, without those of its subsections, under their names in it."""
     schema = section.model_json_schema(mode="validation")
     definitions = schema.get("$defs", {})
+    keys = {name: _key(section, name) for name in section.model_fields}
     return [
         Field(
             path=name,
+            key=keys[name].name or section.key_prefix + name,
+            difference=keys[name].difference,
             type_schema=_resolve(schema["properties"][name], definitions),
             choice=next((item for item in info.metadata if isinstance(item, OneOf)), None),
             meaning=" ".join((info.description or "").split()),
             required=info.is_required(),
             derived=info.default_factory is not None,
             default=_default(info),
+            key_default=keys[name].default,
         )
         for name, info in section.model_fields.items()
         if _section_of(info.annotation) is None
     ]
+
+
+def _key(section: type[Section], name: str) -> Key:
+    """Returns the key of a field as the section declares it, or the section that it extends."""
+    sections = [base for base in section.__mro__ if issubclass(base, Section) and name in base.model_fields]
+    declared = (item for base in sections for item in base.model_fields[name].metadata if isinstance(item, Key))
+    return next(declared, Key())
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

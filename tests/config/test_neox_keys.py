@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.json_schema import conforms
 from megatron.config.neox.keys.entries import Inert, MapsTo, Rejected
 from megatron.config.neox.keys.table import find_entry, key_of, neox_keys, nested_keys
 from megatron.config.neox.translate import Translation, translate
 from megatron.config.section_fields import fields
+from megatron.config.value_types import mistyped
 from megatron.config.yaml.problems import Given, Origin, YamlValue
 from megatron.config.yaml.yaml_reader import read_yaml
 
@@ -79,7 +79,7 @@ def test_every_entry_says_why() -> None:
 def test_harmless_values_have_the_type_of_their_key() -> None:
     for key, entry in neox_keys().items():
         if isinstance(entry, Rejected) and entry.accepts is not None:
-            assert all(conforms(value, entry.accepts) for value in entry.harmless), key
+            assert all(mistyped(value, entry.accepts) is None for value in entry.harmless), key
 
 
 def test_true_for_a_missing_switch_is_refused() -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.architecture import DEFAULT_ARCHITECTURE, architecture_facts, optional_sections, owners_of
-from megatron.config.json_schema import Schema, conforms, describe, did_you_mean, likely_meant
 from megatron.config.neox.keys.entries import UNSET, Converted, Flat, Inert, MapsTo, RefusedError, Rejected
 from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, find_entry, mapped_keys, neox_keys
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, OptimizerFacts, optimizer_facts
+from megatron.config.value_types import did_you_mean, mistyped, schema_of
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, show
 
 
@@ -112,7 +112,8 @@ def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation)
 
 
 def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> None:
-    refusal = mistyped(item.value, entry.accepts) if entry.accepts and "type" in entry.accepts else None
+    is_choice = entry.accepts is None or "enum" in schema_of(entry.accepts)
+    refusal = None if is_choice else mistyped(item.value, entry.accepts)
     value: Converted = item.value
     if refusal is None and entry.convert is not None:
         try:
@@ -139,13 +140,6 @@ def _settle(path: str, setting: Setting, translation: Translation) -> None:
 
 def _beats(setting: Setting, other: Setting) -> bool:
     return setting.origin.kind == "command line" and other.origin.kind != "command line"
-
-
-def mistyped(value: YamlValue, schema: Schema) -> str | None:
-    """What was expected of a value that does not have the schema's type; None for one that has it."""
-    if conforms(value, schema):
-        return None
-    return f"expected {describe(schema)}{likely_meant(value, schema)}"
 
 
 def _contradicted_switches(given: Mapping[str, Given], translation: Translation) -> None:

@@ -64,11 +64,11 @@ OPTIMIZERS.register("adamw")(
         },
         check=_check,
         neox_keys={
-            "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts={"type": "number"}),
+            "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),
             "freeze_step": Rejected("1-bit Adam is not implemented"),
             "cuda_aware": absent_flag("1-bit Adam is not implemented"),
-            "bias_correction": Rejected("Adam always corrects its bias", harmless=(True,), accepts={"type": "boolean"}),
-            "adam_w_mode": Rejected("weight decay is always decoupled", harmless=(True,), accepts={"type": "boolean"}),
+            "bias_correction": Rejected("Adam always corrects its bias", harmless=(True,), accepts=bool),
+            "adam_w_mode": Rejected("weight decay is always decoupled", harmless=(True,), accepts=bool),
             "amsgrad": absent_flag("AMSGrad is not implemented"),
         },
     )

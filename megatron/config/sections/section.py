@@ -1,10 +1,10 @@
-"""The base of every configuration section, and what a section says about its values beside their types."""
+"""The base of every configuration section, and what a section declares about its values beside their types."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -21,6 +21,21 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         allow_inf_nan=False,
     )
+
+    key_prefix: ClassVar[str] = ""
+    """Start of the YAML keys that set the section's values, such as `fp16.`; the rest is the field's name."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """Annotates a value with the YAML key that sets it, and with how that differs from NeoX's."""
+
+    name: str = ""
+    """The key, where it is not the section's prefix and the field's name; dots lead into NeoX's dictionaries."""
+    difference: str = ""
+    """How the meaning or the default differs from NeoX's."""
+    default: str | None = None
+    """The key's default, where the section requires the value."""
 
 
 @dataclass(frozen=True)

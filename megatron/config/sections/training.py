@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, Positive
 
 from megatron.config.learning_rate import LRScheduleConfig
 from megatron.config.optimizer import OptimizerConfig, read_optimizer_section
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 
 
 class BatchConfig(Section):
@@ -33,7 +33,9 @@ class BatchConfig(Section):
 class PrecisionConfig(Section):
     """Number formats and loss scaling."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    key_prefix = "fp16."
+
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], Key("precision")] = "fp32"
     """Format of weights and activations; the optimizer always keeps fp32 master weights."""
 
     loss_scale: NonNegativeFloat = 0.0
@@ -55,21 +57,23 @@ class PrecisionConfig(Section):
 class CheckpointedActivations(Section):
     """Activation checkpointing: recompute layers in the backward pass instead of keeping their activations."""
 
-    enabled: bool = False
+    enabled: Annotated[bool, Key("checkpoint_activations")] = False
     """Recompute."""
 
-    num_layers: PositiveInt = 1
+    num_layers: Annotated[PositiveInt, Key("checkpoint_num_layers")] = 1
     """Layers between two kept activations [layers]."""
 
 
 class NonFiniteConfig(Section):
     """What happens when a loss or gradient is NaN or infinite on any rank (fp16's search for a scale apart)."""
 
-    policy: Literal["stop", "skip", "rollback"] = "stop"
+    key_prefix = "non_finite_"
+
+    policy: Annotated[Literal["stop", "skip", "rollback"], Key(difference="not a NeoX key")] = "stop"
     """Stop with an error and leave the last checkpoint the last; leave the step out; or go back to the newest complete
     checkpoint and on with the samples after the bad ones."""
 
-    budget: PositiveInt = 10
+    budget: Annotated[PositiveInt, Key(difference="not a NeoX key")] = 10
     """Steps of the run that may be left out or rolled back before it stops after all [steps]."""
 
 
@@ -91,17 +95,21 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro batches per optimizer step [micro batches]; derived when unset."""
 
-    gradient_clipping: NonNegativeFloat = 1.0
+    gradient_clipping: Annotated[
+        NonNegativeFloat, Key(difference="published NeoX runs that say 1.0 very likely did not clip; this does")
+    ] = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
     non_finite: NonFiniteConfig = NonFiniteConfig()
     """NaN and infinity."""
 
-    exit_interval: PositiveInt | None = None
+    exit_interval: Annotated[
+        PositiveInt | None, Key(difference="saves first, and ends with the exit code that asks to be resumed")
+    ] = None
     """Save and end the run after every multiple of this step, with the exit code that asks to be resumed [steps]; None
     does not."""
 
-    exit_duration_in_mins: PositiveFloat | None = None
+    exit_duration_in_mins: Annotated[PositiveFloat | None, Key(difference="Megatron's key, not NeoX's")] = None
     """Save and end the run at the first step that ends this long after its start, with the exit code that asks to be
     resumed [minutes]; None does not."""
 
