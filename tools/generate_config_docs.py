@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron.config.architecture import optional_sections, owners_of  # noqa: E402
 from megatron.config.json_schema import ANYTHING, DICTIONARY, Schema, describe  # noqa: E402
 from megatron.config.neox.keys.data import DATA_KEYS  # noqa: E402
 from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected  # noqa: E402
@@ -24,14 +25,15 @@ from megatron.config.neox.keys.model import MODEL_KEYS  # noqa: E402
 from megatron.config.neox.keys.output import CHECKPOINT_KEYS, EVALUATION_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
 from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS  # noqa: E402
 from megatron.config.neox.keys.speedups import SPEEDUP_KEYS  # noqa: E402
-from megatron.config.neox.keys.table import NEOX_KEYS, NESTED, key_of  # noqa: E402
+from megatron.config.neox.keys.table import key_of, neox_keys, nested_keys, optimizer_keys  # noqa: E402
 from megatron.config.neox.keys.training import TRAINING_KEYS  # noqa: E402
+from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS  # noqa: E402
 from megatron.config.section_fields import Field, fields  # noqa: E402 - the script's own folder comes first on the path
 from megatron.config.yaml.problems import YamlValue, show  # noqa: E402
 
 THEMES: dict[str, Mapping[str, Entry]] = {
     "Model": MODEL_KEYS,
-    "Training": TRAINING_KEYS,
+    "Training": TRAINING_KEYS | optimizer_keys(OPTIMIZERS[DEFAULT_OPTIMIZER]),
     "Data": DATA_KEYS,
     "Checkpoints": CHECKPOINT_KEYS,
     "Monitoring": MONITOR_KEYS,
@@ -107,7 +109,7 @@ def flat_schema() -> dict[str, Any]:
     """JSON schema of one flat YAML file; nothing is required, since files are merged."""
     draft = "https://json-schema.org/draft/2020-12/schema"
     root = {"$schema": draft, "title": "Training configuration", **_object()}
-    for key, entry in NEOX_KEYS.items():
+    for key, entry in neox_keys().items():
         *dictionaries, name = key.split(".")
         properties = root["properties"]
         for dictionary in dictionaries:
@@ -134,7 +136,7 @@ def _property(key: str, entry: Entry) -> dict[str, Any]:
         return {**_nullable(_schema(entry)), **described, **({} if default is None else {"default": default})}
     if isinstance(entry, Inert):
         return {**_nullable(entry.accepts), "description": f"No effect: {entry.reason}."}
-    if key in NESTED:
+    if key in nested_keys():
         return {"description": f"Refused but for these keys: {entry.reason}."}
     refused: dict[str, Any] = {"description": f"Refused: {entry.reason}.", "enum": [*entry.harmless, None]}
     if entry.accepts == DICTIONARY:
@@ -193,7 +195,8 @@ def _shown_default(key: str, entry: MapsTo) -> str:
 
 def _no_default(field: Field) -> str:
     if field.required:
-        return "required for tokenformer" if field.path.startswith("model.param_tokens.") else "required"
+        section = field.path.split(".")[1]
+        return f"required for {', '.join(owners_of(section))}" if section in optional_sections() else "required"
     return "derived" if field.derived else "unset"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +9,7 @@ from megatron.config.sections.data import DataConfig
 from megatron.data.datasets import split_shares
 from megatron.data.formats.mmap import data_file, index_file
 from megatron.errors import DataError
-
-_PIECES = 64
-_PIECE_BYTES = 4096
-_CHUNK = 1 << 24  # bytes hashed at a time
+from megatron.io.hashing import file_sha256, sampled_sha256
 
 
 def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[str, str]:
@@ -50,35 +46,20 @@ def differences(ours: dict[str, str], theirs: dict[str, str], name: str) -> Iter
 def _dataset_facts(key: str, prefix: Path) -> dict[str, str]:
     tokens = data_file(prefix)
     try:
-        size = tokens.stat().st_size
+        size, sampled = tokens.stat().st_size, sampled_sha256(tokens)
     except OSError as error:
         raise DataError(f"{tokens}: cannot be read ({error.strerror}). It belongs to {key}.") from error
     return {
         f"{key} (.idx)": f"sha256 {_sha256(index_file(prefix))}",
-        f"{key} (.bin)": f"{size} bytes, sha256 of pieces {_sha256_of_pieces(tokens, size)}",
+        f"{key} (.bin)": f"{size} bytes, sha256 of pieces {sampled}",
     }
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        return file_sha256(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    return digest.hexdigest()
-
-
-def _sha256_of_pieces(path: Path, size: int) -> str:
-    """Hash of evenly spaced pieces, the first and the last bytes among them."""
-    digest = hashlib.sha256()
-    last = max(size - _PIECE_BYTES, 0)
-    with path.open("rb") as file:
-        for piece in range(_PIECES):
-            file.seek(last * piece // (_PIECES - 1))
-            digest.update(file.read(_PIECE_BYTES))
-    return digest.hexdigest()
 
 
 def _numbers(values: list[float]) -> str:

@@ -25,7 +25,7 @@ from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture
 from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.hf.model_card import Publication, model_card
 from megatron.hf.tokenizer_files import write_tokenizer
-from megatron.io.new_folder import new_folder
+from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 

@@ -23,7 +23,7 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES, read_field
 from megatron.hf.logit_check import fixed_tokens, logit_difference
-from megatron.io.new_folder import new_folder
+from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize, build_local
 
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})

@@ -1,30 +1,119 @@
-"""Files and renames that outlast a power loss."""
+"""Files and folders that appear whole or not at all, and outlast a power loss.
+
+What is new gets a temporary name beside the final one, is flushed to disk, and is then renamed: a reader sees the old
+content or the new one, whatever happens in between.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+from megatron.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def flush_file(file: IO[Any]) -> None:
+    """Brings what was written to an open file to disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Brings a folder's entries to disk: without it a power loss can undo a rename that was seen to happen."""
+    _flush_path(folder)
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a text file and bring it to disk."""
+    """Writes a text file and brings it to disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
 
 
 def replace_durably(path: Path, text: str) -> None:
-    """Give `path` a new content at once: a reader sees the old or the new one, whatever happens."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Replaces the content of a text file that one process alone writes; a temporary file left by a kill is reused."""
+    temporary = _temporary_path(path)
     write_durably(temporary, text)
     temporary.replace(path)
     flush_folder(path.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    """Bring a folder's entries to disk: without it a power loss can undo a rename that was seen to happen."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in `path`'s folder; on success it is flushed to disk and renamed to `path`.
+
+    Several processes may write the same file: each has a temporary path of its own, and the last rename wins. On any
+    exception the temporary file is removed and `path` keeps what it held before. The folder is made when missing.
+    Raises DataError when the folder cannot be written.
+    """
+    temporary = _temporary_path(path, writer=os.getpid())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}). Choose a folder that you may write.") from error
+    try:
+        yield temporary
+        # Without it a power loss just after the rename can leave an empty file under the final name.
+        _flush_path(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which gets that name at the end; on any exception it is deleted.
+
+    Raises CheckpointError when `path` exists and is not an empty folder, or cannot be made.
+    """
+    path = path.absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists and is not an empty folder. Name another one, or remove it.")
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}. Nothing was kept.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Holds the lock file `path`, waiting for other processes to release it; a process that dies releases it.
+
+    It only saves work that several processes would do in parallel: `atomic_write` keeps the files right without it, so
+    a file system without locks is no error.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.info("%s: no file locks here (%s); several ranks may build the same files", path, error.strerror)
+        yield
+
+
+def _temporary_path(path: Path, writer: int | None = None) -> Path:
+    """Returns the name that a file has while it is written, in the same folder so that a rename can replace it."""
+    return path.with_name(f"{path.name}.tmp" if writer is None else f"{path.name}.{writer}.tmp")
+
+
+def _flush_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -203,5 +203,7 @@ def _described_schedule(training: TrainingConfig) -> dict[str, object]:
         "style": schedule.style,
         "warmup": schedule.warmup,
         "decay_iters": schedule.decay_iters or training.train_iters,
+        "wsd_decay_style": schedule.wsd_decay_style,
+        "wsd_decay_iters": schedule.wsd_decay_iters,
         "min_lr": schedule.min_lr,
     }

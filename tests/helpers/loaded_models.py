@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 import megatron.hf  # noqa: F401 - registers the architectures
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.loaded_model.generate_tokens import Continuation, generate_tokens
 from megatron.loaded_model.loaded_model import InferenceModel
 from megatron.model.causal_lm import build_local
@@ -45,7 +46,7 @@ def inference_model(
             full = 0.3 * torch.randn(spec.full_shape, generator=torch.Generator().manual_seed(seed))
             full += 1.0 if name.endswith("norm.weight") else 0.0
             parameter.copy_(local_shard(full, spec.shard_dim, context))
-    run = RunConfig(model=model, training=TrainingConfig(train_iters=1, optimizer=OptimizerConfig(lr=1e-3)))
+    run = RunConfig(model=model, training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3)))
     return InferenceModel(module.to(dtype), run, VOCAB)
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,6 +26,7 @@ from megatron.checkpointing.convert.neox.import_neox import ImportedNeox, import
 from megatron.checkpointing.convert.neox.neox_config import write_config
 from megatron.config.load_config import load_words
 from megatron.errors import exit_on_user_error
+from megatron.io.progress import PeriodicReport
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -64,15 +65,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def progress_lines() -> Callable[[int, int], None]:
     """Prints how far it is, on standard error, once it takes long enough to be asked."""
-    printed = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal printed
-        if time.monotonic() - printed > SECONDS_BETWEEN_LINES:
-            printed = time.monotonic()
-            print(f"{done} of {total} layers", file=sys.stderr, flush=True)
-
-    return progress
+    report = PeriodicReport(partial(print, file=sys.stderr, flush=True), SECONDS_BETWEEN_LINES)
+    return lambda done, total: report(f"{done} of {total} layers")
 
 
 def summary(imported: ImportedNeox, output: Path) -> list[str]:

@@ -32,7 +32,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
 from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError, exit_on_user_error
-from megatron.io.whole_files import written_whole
+from megatron.io.durable import atomic_write
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         array: npt.NDArray[np.int64] | None = None
         if args.output is not None:
-            temporary = stack.enter_context(written_whole(args.output))
+            temporary = stack.enter_context(atomic_write(args.output))
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int64, shape=shape)
         for position, samples in enumerate(step_samples(loaded, tokenizer.vocab_size, size, steps)):
             if array is not None:

@@ -42,7 +42,7 @@ from megatron.data.prepare.text_files import read_documents, require_text_files,
 from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
 from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError, exit_on_user_error
-from megatron.io.whole_files import written_whole
+from megatron.io.durable import atomic_write
 
 HELD_OUT = 0.05  # share of the characters
 SMALLEST_TEXT = 20_000  # characters
@@ -96,7 +96,7 @@ def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
         facts[f"{part}_tokens"] = tally.tokens["text"]
     train, valid = (token_counts(dataset_prefix(output_dir / part, "text"), vocab_size) for part in parts)
     facts["valid_unigram_nats_per_token"] = unigram_loss(train, valid)
-    with written_whole(output_dir / "data.json") as temporary:
+    with atomic_write(output_dir / "data.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
     say(f"{facts['train_tokens']:,} tokens to train on, {facts['valid_tokens']:,} held out, in {output_dir}")
     say(f"a unigram model of them has a held-out loss of {facts['valid_unigram_nats_per_token']:.3f} nats per token")
@@ -184,7 +184,7 @@ def hold_out(groups: Sequence[Group], source: str) -> tuple[list[str], list[str]
 
 def write_jsonl(path: Path, documents: Sequence[str]) -> None:
     """One {"text": ...} a line."""
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for document in documents:
             print(json.dumps({"text": document}, ensure_ascii=False), file=file)
 
@@ -202,7 +202,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, path: Path) -> in
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         tokenizer.save(str(temporary))
     return tokenizer.get_vocab_size()
 

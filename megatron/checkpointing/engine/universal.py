@@ -23,10 +23,12 @@ from megatron.checkpointing.states.parameter_layout import LayerLayout
 from megatron.checkpointing.states.read_states import StateReader
 from megatron.checkpointing.states.universal_files import UniversalFiles
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.manifest import MANIFEST_FILE, FileEntry, damage, file_sha256
+from megatron.checkpointing.store.manifest import MANIFEST_FILE, FileEntry, damage
 from megatron.config.sections.checkpoint import Verification
 from megatron.errors import CheckpointError
 from megatron.io.durable import flush_folder, write_durably
+from megatron.io.hashing import file_sha256
+from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather, on_first_rank, rank_and_size
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,6 @@ FOLDER = "universal"
 CONVERSION_FILE = "conversion.json"
 CONVERSION_FORMAT = 1
 ABANDONED_AFTER = 3600.0  # seconds without a new file
-SECONDS_BETWEEN_MESSAGES = 5.0
 
 
 def universal_form(checkpoint: Checkpoint, level: Verification) -> Path:
@@ -74,7 +75,8 @@ class Conversion:
         self.final = checkpoint.path / FOLDER
         self.temporary = checkpoint.path / f"{FOLDER}.writing-{secrets.token_hex(4)}"
         self.done = 0
-        self.started = self.last_message = time.monotonic()
+        self.started = time.monotonic()
+        self.report = PeriodicReport(logger.info)
 
     def begin(self) -> None:
         """Opens the source, removes what is damaged, and begins the form in a new folder."""
@@ -102,9 +104,7 @@ class Conversion:
         with self._writing():
             self.files.add(layer, layout)
         self.done += 1
-        if time.monotonic() - self.last_message > SECONDS_BETWEEN_MESSAGES:
-            self.last_message = time.monotonic()
-            logger.info("converted %d of %d layers", self.done, len(self.reader.layouts))
+        self.report("converted %d of %d layers", self.done, len(self.reader.layouts))
 
     def publish(self) -> None:
         """Gives the folder its name, unless another run has been faster: then its folder serves as well."""
@@ -142,7 +142,7 @@ class Conversion:
 
 
 def _problem(folder: Path, checkpoint: Checkpoint, level: Verification) -> str | None:
-    """Why there is no conversion to use; None when there is one, empty when none was made. Collective."""
+    """Returns why no conversion can be used: None when one can, empty when none was made. Collective."""
     files, reason = on_first_rank(partial(_listed, folder, checkpoint))
     if files is None:
         return reason
@@ -166,7 +166,7 @@ def _listed(folder: Path, checkpoint: Checkpoint) -> tuple[Mapping[str, FileEntr
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed conversions have left; another run may be at work in one that is still growing."""
+    """Deletes what killed conversions have left; another run may be at work in one that is still growing."""
     for path in folder.glob(f"{FOLDER}.writing-*"):
         newest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
         if time.time() - newest > ABANDONED_AFTER:

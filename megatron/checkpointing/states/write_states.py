@@ -30,7 +30,7 @@ from megatron.mpu.parameters import ParameterSpec
 
 @dataclass(frozen=True)
 class RunHeader:
-    """What a checkpoint says of its run besides the layers."""
+    """Part of a checkpoint that speaks of its run rather than of a layer."""
 
     state: RunState
     """Where the run stands; its parallel sizes and padded vocabulary are set by who writes it."""

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from megatron.checkpointing.store.manifest import FileEntry
+from megatron.io.durable import flush_file
+from megatron.io.hashing import HashingWriter
 
 
 def write_tensors(content: Any, path: Path) -> FileEntry:
-    """`torch.save` to a new file, flushed to disk; returns its size and hash, which are of what was meant to be
-    written, not of what a bad disk may give back."""
+    """Writes a new file with `torch.save`, flushed to disk; returns its size and hash.
+
+    They are of what was meant to be written, not of what a bad disk may give back.
+    """
     with path.open("xb") as file:
-        hashed = _HashedFile(file)
+        hashed = HashingWriter(file)
         torch.save(content, hashed)  # type: ignore[arg-type] # torch asks for no more than this
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(hashed.size, hashed.digest.hexdigest())
-
-
-class _HashedFile:
-    """What torch.save needs of a file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+        flush_file(file)
+    return FileEntry(hashed.size, hashed.sha256)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import OneOf, Section
+from megatron.registry import variant_names
 
-Architecture = Literal["tokenformer", "gpt_neox"]
+Architecture = Annotated[str, OneOf(partial(variant_names, "megatron.config.architectures"))]
 Theta = Literal["softmax", "gelu_l2_norm", "l2_norm_gelu"]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh"]

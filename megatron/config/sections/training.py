@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
+from megatron.config.learning_rate import LRScheduleConfig
+from megatron.config.optimizer import OptimizerConfig, read_optimizer_section
 from megatron.config.sections.section import Section
-
-LRDecayStyle = Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt"]
 
 
 class BatchConfig(Section):
@@ -50,47 +50,6 @@ class PrecisionConfig(Section):
 
     min_loss_scale: PositiveInt = 1
     """fp16 only: smallest dynamic scale."""
-
-
-class OptimizerConfig(Section):
-    """AdamW. Weight decay spares norms and biases."""
-
-    type: Literal["Adam", "AdamW"] = "Adam"
-    """NeoX's "Adam" is decoupled AdamW; both names mean that here."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-
-    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    """Decay of the first and second moment."""
-
-    eps: PositiveFloat = 1.0e-8
-    """Added to the root of the second moment."""
-
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay on everything but norms and biases."""
-
-
-class LRScheduleConfig(Section):
-    """Learning rate over steps."""
-
-    style: LRDecayStyle = "linear"
-    """Shape of the decay after the warmup."""
-
-    warmup: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of lr_decay_iters that warms up linearly from 0."""
-
-    decay_iters: PositiveInt | None = None
-    """Steps until min_lr is reached [steps]; None means train_iters."""
-
-    min_lr: NonNegativeFloat = 0.0
-    """Smallest learning rate; held after the end of the decay."""
-
-    override_lr_scheduler: bool = False
-    """On resume, follow this schedule instead of the checkpoint's, whatever that was."""
-
-    use_checkpoint_lr_scheduler: bool = False
-    """On resume, follow the checkpoint's schedule instead of this one."""
 
 
 class CheckpointedActivations(Section):
@@ -155,7 +114,7 @@ class TrainingConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
 
-    optimizer: OptimizerConfig
+    optimizer: Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(read_optimizer_section)]
     """Optimizer."""
 
     lr_schedule: LRScheduleConfig = LRScheduleConfig()

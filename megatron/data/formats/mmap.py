@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.errors import DataError
-from megatron.io.whole_files import written_whole
+from megatron.io.durable import atomic_write
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -150,8 +150,8 @@ class IndexedDatasetWriter:
     def __enter__(self) -> IndexedDatasetWriter:
         with ExitStack() as files:
             # Left in reverse order: the data file is in place before the index that makes the dataset complete.
-            self._index_path = files.enter_context(written_whole(index_file(self.prefix)))
-            self._data_path = files.enter_context(written_whole(data_file(self.prefix)))
+            self._index_path = files.enter_context(atomic_write(index_file(self.prefix)))
+            self._data_path = files.enter_context(atomic_write(data_file(self.prefix)))
             self._data: BinaryIO = files.enter_context(self._data_path.open("wb"))
             self._files = files.pop_all()
         return self

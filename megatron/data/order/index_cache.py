@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megatron.data.order.sample_index import SampleIndex, build_sample_index, num_epochs_for, num_tokens_in
 from megatron.errors import DataError
-from megatron.io.whole_files import locked, written_whole
+from megatron.io.durable import atomic_write, file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def cached_sample_index(
         return cached
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(files.lock):
+        with file_lock(files.lock):
             cached = files.load()
             if cached is None:
                 started = time.perf_counter()
@@ -80,7 +80,7 @@ class _IndexFiles:
 
     def save(self, index: SampleIndex) -> None:
         for part, array in vars(index).items():
-            with written_whole(self._path(part)) as temporary, temporary.open("wb") as file:
+            with atomic_write(self._path(part)) as temporary, temporary.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
 
     def load(self) -> SampleIndex | None:

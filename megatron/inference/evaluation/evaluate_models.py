@@ -29,11 +29,11 @@ from megatron.inference.evaluation.results_file import (
     complete_record,
     describe_checkpoint,
     describe_evaluation,
-    file_sha256,
     metrics_of,
     results_file,
     write_record,
 )
+from megatron.io.hashing import file_sha256
 from megatron.loaded_model.workers import Ranks
 from megatron.mpu.context import ParallelContext
 

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 import megatron.hf  # noqa: F401 - registers TokenFormer
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.errors import ConfigError
-from megatron.inference.evaluation.results_file import file_sha256
+from megatron.io.hashing import file_sha256
 
 CPU_BATCH = 8
 """lm-eval's search for the largest batch would take minutes and all memory on a CPU."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from importlib.metadata import version
@@ -11,10 +10,11 @@ from typing import Any
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.manifest import MANIFEST_FILE
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError
+from megatron.io.hashing import file_sha256
 from megatron.monitor.provenance import device_name, git_commit
 
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers", "numpy")
@@ -34,12 +34,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "manifest_sha256": file_sha256(checkpoint.path / MANIFEST_FILE),
         "trained_with": checkpoint.manifest.versions,
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_evaluation(run: RunConfig, ranks: dict[str, int], dtype: str, max_length: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.prompts import configured_prompts
 from megatron.inference.generation.terminal import Terminal
+from megatron.io.progress import PeriodicReport
 from megatron.loaded_model.generate_tokens import Continuation, generate_tokens
 from megatron.loaded_model.loaded_model import (
     InferenceModel,
@@ -184,14 +185,13 @@ def write_records(generator: TextGenerator, ranks: Ranks, file: TextIO) -> None:
         prompts = list(prompts)
         total, size = f" of {len(prompts) * size}", generator.batch_size * ranks.context.data_size
     requests = chain.from_iterable(generator.requests(prompt, number) for number, prompt in enumerate(prompts))
-    done, reported = 0, time.monotonic()
+    report = PeriodicReport(logger.info, SECONDS_BETWEEN_REPORTS)
+    done = 0
     while chunk := list(islice(requests, size)):
         for record in ranks.ask("write", chunk):
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
         done += len(chunk)
-        if time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
-            reported = time.monotonic()
-            logger.info("%d%s samples", done, total)
+        report("%d%s samples", done, total)
 
 
 def converse(generator: TextGenerator, ranks: Ranks, file: TextIO | None) -> None:

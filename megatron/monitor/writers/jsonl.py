@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError, EnvironmentSetupError
+from megatron.io.durable import replace_durably
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -60,12 +60,7 @@ class JsonlWriter:
         """
         if path.exists():
             kept = [line for line, record in _parse_lines(path) if record["iteration"] <= iteration]
-            temporary = path.with_name(f"{path.name}.tmp")
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            replace_durably(path, "".join(f"{line}\n" for line in kept))
         return cls(path)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:

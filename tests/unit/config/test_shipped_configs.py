@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron.config.count_parameters import count_parameters
 from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.model_size import count_parameters
 from tests.helpers.forkserver import ROOT
 
 CONFIGS = ROOT / "configs"

@@ -23,7 +23,7 @@ from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
-from megatron.io.new_folder import new_folder
+from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize
 
 

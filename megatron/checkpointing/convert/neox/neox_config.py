@@ -21,9 +21,9 @@ OF_THE_OLD_RUN = ("load", "save", "iteration", "finetune", "pretrain_partial_ini
 
 
 def write_config(source: Path, path: Path) -> None:
-    """Merge the YAMLs in `source`'s folder `configs` into `path`.
+    """Merges the YAMLs in `source`'s folder `configs` into `path`.
 
-    Raises CheckpointError for a checkpoint that is none of NeoX, ConfigError when it holds no YAMLs, or `path` exists.
+    Raises CheckpointError for a checkpoint that is not NeoX's, ConfigError when it holds no YAMLs, or `path` exists.
     """
     files = open_neox(source)
     found = model_of(files)

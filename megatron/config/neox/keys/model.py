@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.config.architecture import attention_types
 from megatron.config.json_schema import BOOL, DICTIONARY, LIST, NUMBER, TEXT, WHOLE, one_of
 from megatron.config.neox.keys.entries import (
     DELETED_EXPERIMENT,
@@ -17,20 +18,17 @@ from megatron.config.neox.keys.entries import (
 )
 from megatron.config.yaml.problems import YamlValue
 
-ATTENTION_TYPES = {"tokenformer": "tokenformer", "flash": "gpt_neox", "global": "gpt_neox"}
-"""Architecture that each attention type of NeoX's `attention_config` stands for. `flash` and `global` are the same
-function; attention kernels are chosen elsewhere."""
-
 _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 
 
 def architecture_of(value: YamlValue, flat: Flat) -> Converted:
     """The architecture that an `attention_config` such as [[["tokenformer"], 12]] describes."""
     layers = _attention_layers(value, flat.get("num_layers"))
+    known = attention_types()
     for kind in layers:
-        if kind not in ATTENTION_TYPES:
-            raise RefusedError(f"attention type {kind} is not implemented; use one of {', '.join(ATTENTION_TYPES)}")
-    architectures = {ATTENTION_TYPES[kind] for kind in layers}
+        if kind not in known:
+            raise RefusedError(f"attention type {kind} is not implemented; use one of {', '.join(known)}")
+    architectures = {known[kind] for kind in layers}
     if len(architectures) > 1:
         raise RefusedError("all layers must be of one architecture")
     num_layers = flat.get("num_layers")

@@ -17,6 +17,7 @@ from megatron.config.neox.keys.entries import (
     Rejected,
     absent_flag,
 )
+from megatron.config.optimizer import optimizer_facts
 from megatron.config.yaml.problems import YamlValue
 
 _DTYPES = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
@@ -46,10 +47,10 @@ def _fp16_type(value: YamlValue, flat: Flat) -> Converted:
 
 
 def _optimizer_type(value: YamlValue, flat: Flat) -> Converted:
-    names = {"adam": "Adam", "adamw": "AdamW"}
-    if str(value).lower() not in names:
+    facts = optimizer_facts(value)
+    if facts is None:
         raise RefusedError(f"the optimizer {value} is not implemented; use Adam, which is decoupled AdamW as in NeoX")
-    return names[str(value).lower()]
+    return next(name for name in facts.names if name.lower() == str(value).lower())
 
 
 def _decay_share(value: YamlValue, flat: Flat) -> Converted:
@@ -121,23 +122,17 @@ TRAINING_KEYS: dict[str, Entry] = {
     "min_scale": Rejected(_FIXED_LOSS_SCALE, "use fp16.min_loss_scale", (1,), NUMBER),
     "optimizer.type": MapsTo("training.optimizer.type", _optimizer_type, TEXT, "other optimizers are not implemented"),
     "optimizer.params.lr": MapsTo("training.optimizer.lr", difference="must be given; NeoX's default is 0.001"),
-    "optimizer.params.betas": MapsTo("training.optimizer.betas"),
-    "optimizer.params.eps": MapsTo("training.optimizer.eps"),
     "optimizer.params.weight_decay": Rejected("NeoX gives it to Adam a second time and stops", "use weight_decay"),
-    "optimizer.params.momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=NUMBER),
-    "optimizer.params.freeze_step": Rejected("1-bit Adam is not implemented"),
-    "optimizer.params.cuda_aware": absent_flag("1-bit Adam is not implemented"),
-    "optimizer.params.bias_correction": Rejected("Adam always corrects its bias", harmless=(True,), accepts=BOOL),
-    "optimizer.params.adam_w_mode": Rejected("weight decay is always decoupled", harmless=(True,), accepts=BOOL),
-    "optimizer.params.amsgrad": absent_flag("AMSGrad is not implemented"),
     "optimizer_type": MapsTo("training.optimizer.type", _optimizer_type, TEXT, "NeoX overwrites it by optimizer.type"),
     "use_bnb_optimizer": absent_flag("bitsandbytes optimizers are not supported"),
     "lr": MapsTo("training.optimizer.lr", difference="NeoX overwrites it by optimizer.params.lr"),
     "weight_decay": MapsTo("training.optimizer.weight_decay"),
     "min_lr": MapsTo("training.lr_schedule.min_lr", difference="also held after the end of the decay"),
     "warmup": MapsTo("training.lr_schedule.warmup"),
-    "lr_decay_style": MapsTo("training.lr_schedule.style", difference="inverse_sqrt is not in NeoX"),
+    "lr_decay_style": MapsTo("training.lr_schedule.style", difference="inverse_sqrt and WSD are not in NeoX"),
     "lr_decay_iters": MapsTo("training.lr_schedule.decay_iters"),
+    "lr_wsd_decay_style": MapsTo("training.lr_schedule.wsd_decay_style", difference="Megatron-LM's key, not NeoX's"),
+    "lr_wsd_decay_iters": MapsTo("training.lr_schedule.wsd_decay_iters", difference="Megatron-LM's key, not NeoX's"),
     "lr_decay_fraction": MapsTo(
         "training.lr_schedule.decay_iters",
         _decay_share,

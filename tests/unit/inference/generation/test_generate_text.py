@@ -6,21 +6,23 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.data.tokenizers.tokenizer import CharLevelTokenizer
 from megatron.errors import DataError
-from megatron.inference.generation import generate_text as text
 from megatron.inference.generation.generate_text import TextGenerator, write_records
 from megatron.inference.generation.prompts import configured_prompts
 from megatron.inference.generation.terminal import Terminal
+from megatron.io import progress
 from megatron.loaded_model.workers import Ranks
 from megatron.mpu.context import ParallelContext
 from tests.helpers.loaded_models import MODELS, inference_model
@@ -87,7 +89,7 @@ class SpaceEatingTokenizer(CharLevelTokenizer):
 def generator_of(tokenizer: CharLevelTokenizer, **settings: Any) -> TextGenerator:
     config = RunConfig(
         model=MODELS["pythia"],
-        training=TrainingConfig(train_iters=1, optimizer=OptimizerConfig(lr=1e-3), train_micro_batch_size_per_gpu=2),
+        training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3), train_micro_batch_size_per_gpu=2),
         generation=GenerationConfig(maximum_tokens=3, **settings),
     )
     return TextGenerator(inference_model(MODELS["pythia"]), tokenizer, config)
@@ -102,7 +104,7 @@ def test_the_space_between_prompt_and_text_is_the_texts() -> None:
 
 
 def test_long_runs_tell_how_far_they_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(text, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(progress, "monotonic", count(0, 60).__next__)
     generator = generator_of(CharLevelTokenizer(TokenizerConfig()), num_samples=5, sample_input_file="unread.txt")
     written = io.StringIO()
     with caplog.at_level(logging.INFO), Ranks(ParallelContext.single(), generator.answer) as ranks:

@@ -1,0 +1,55 @@
+"""SHA-256 of files: whole, sampled, or while they are written. Digests are hexadecimal."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+
+_PIECES = 64
+_PIECE_BYTES = 4096
+
+
+def file_sha256(path: Path) -> str:
+    """Hashes a whole file. Raises OSError when it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_sha256(path: Path) -> str:
+    """Hashes 64 evenly spaced pieces of 4 KiB, the first and the last bytes among them: cheap for a file of any size.
+
+    Raises OSError when the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    last = max(path.stat().st_size - _PIECE_BYTES, 0)
+    with path.open("rb") as file:
+        for piece in range(_PIECES):
+            file.seek(last * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+class HashingWriter:
+    """Passes bytes on to a file and hashes them on the way, so that nothing is read back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        """Written so far [bytes]."""
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what was written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes) -> int:
+        """Hashes and writes `data`; returns the number of bytes written."""
+        self._digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Hands what is buffered to the operating system."""
+        self.file.flush()
