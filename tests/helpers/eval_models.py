@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT
+from megatron.data.tokenizer import END_OF_DOCUMENT
 from tests.helpers.tiny_checkpoints import MODELS, VOCAB, write_yaml
 
 CONTEXT = 64

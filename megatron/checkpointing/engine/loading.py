@@ -16,7 +16,7 @@ from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import gather, rank_and_size
+from megatron.mpu.agreement import gather_objects, rank_and_size
 from megatron.mpu.context import ParallelContext
 
 if TYPE_CHECKING:
@@ -88,6 +88,6 @@ def _require_safe(checkpoint: Checkpoint, *, prefix: str, allow_unsafe: bool | N
         except CheckpointError as error:
             failure = str(error)
             break
-    failures = [text for text in gather(failure) if text is not None]
+    failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
         raise CheckpointError(failures[0])

@@ -87,8 +87,9 @@ def _unknown(key: str, optimizer: OptimizerFacts[Any] | None) -> str:
     if optimizer is not None and key.startswith(OPTIMIZER_PARAMS):
         entries = neox_keys(optimizer).items()
         known = [own for own, entry in entries if isinstance(entry, MapsTo) and own.startswith(OPTIMIZER_PARAMS)]
-        names = ", ".join(own.removeprefix(OPTIMIZER_PARAMS) for own in known)
-        return f"the optimizer {optimizer.names[0]} has no such key; it has {names}{did_you_mean(key, known)}"
+        names = [own.removeprefix(OPTIMIZER_PARAMS) for own in known]
+        nearest = did_you_mean(key.removeprefix(OPTIMIZER_PARAMS), names)
+        return f"the optimizer {optimizer.names[0]} has no such key; it has {', '.join(names)}{nearest}"
     return "unknown key" + _suggestion(key)
 
 

@@ -1,4 +1,4 @@
-"""Runs that go on in another layout, precision or padding of the vocabulary, with the optimizer's state."""
+"""Conversions to the universal form that are damaged, killed or out of room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How checkpoints come into a run's folder and leave it."""
+"""Saves of a step that is there already, killed at any moment."""
 
 from __future__ import annotations
 

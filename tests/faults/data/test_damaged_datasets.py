@@ -1,4 +1,4 @@
-"""What goes wrong before or while training starts: a clear error, a non-zero exit code, nothing half-written."""
+"""A damaged dataset ends a run with a clear error, and nothing half-written."""
 
 from __future__ import annotations
 

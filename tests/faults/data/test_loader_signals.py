@@ -1,4 +1,4 @@
-"""Workers change neither order nor errors, and leave signals to the parent."""
+"""Loader workers leave signals to their parent, and end with it."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from megatron.data.micro_batch_loader import micro_batches
+from megatron.data.micro_batch import micro_batches
 from tests.helpers.forkserver import ROOT
 from tests.helpers.squares import Squares
 
@@ -34,7 +34,7 @@ def test_process_ends_although_workers_ignore_signals(broken: int | None) -> Non
     """multiprocessing would wait for them for ever, so the loader ends them itself."""
     program = f"""
         from tests.helpers.squares import Squares
-        from megatron.data.micro_batch_loader import micro_batches
+        from megatron.data.micro_batch import micro_batches
         batches = micro_batches(
             Squares(9, broken={broken}), consumed_samples=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=2
         )

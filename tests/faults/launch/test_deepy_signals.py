@@ -1,4 +1,4 @@
-"""Signals and limits: all ranks save at the next step boundary, and what follows is the uninterrupted run."""
+"""A signal to one rank ends deepy.py as it ends its ranks."""
 
 from __future__ import annotations
 

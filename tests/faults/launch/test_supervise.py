@@ -1,4 +1,4 @@
-"""deepy.py: what it refuses, and how it looks after several ranks."""
+"""Several ranks are supervised: one that fails ends the others, and signals reach all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import deepy
+from megatron.launch.local import rank_environment, supervise
 from tests.helpers.forkserver import ROOT
 
 WORKER = """
@@ -28,7 +28,7 @@ time.sleep(60)
 
 def start(folder: Path, failing_rank: str) -> list[subprocess.Popen[bytes]]:
     worker = [sys.executable, "-c", WORKER, str(folder), failing_rank]
-    workers = [subprocess.Popen(worker, env=deepy.rank_environment({}, rank, 2, 29500)) for rank in range(2)]
+    workers = [subprocess.Popen(worker, env=rank_environment({}, rank, 2, 29500)) for rank in range(2)]
     deadline = time.monotonic() + 30
     while len(list(folder.glob("ready.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -37,7 +37,7 @@ def start(folder: Path, failing_rank: str) -> list[subprocess.Popen[bytes]]:
 
 def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(tmp_path: Path) -> None:
     workers = start(tmp_path, failing_rank="1")
-    assert deepy.supervise(workers) == 7
+    assert supervise(workers) == 7
     assert workers[0].poll() is not None
     assert (tmp_path / f"signal{signal.SIGTERM}.rank0").exists()
 
@@ -45,12 +45,12 @@ def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(tmp_path: Path) 
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     script = f"""
 import pathlib, sys
-import deepy
+from megatron.launch.local import forward_signals, supervise
 from tests.faults.launch.test_supervise import start
 workers = []
-deepy.pass_signals_to(workers)
+forward_signals(workers)
 workers.extend(start(pathlib.Path({str(tmp_path)!r}), "none"))
-sys.exit(deepy.supervise(workers))
+sys.exit(supervise(workers))
 """
     supervisor = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""The record that every run leaves: its keys, its numbers, and what happens to it on resume."""
+"""A killed process loses no row of its records."""
 
 import subprocess
 import sys

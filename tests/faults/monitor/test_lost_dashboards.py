@@ -1,4 +1,4 @@
-"""TensorBoard and W&B, read back by their own libraries; W&B runs in processes of its own, as it keeps global state."""
+"""Runs survive the loss of a dashboard."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Progress lines: what they say, on a terminal and in a log."""
+"""A console that is closed does not end a run."""
 
 import subprocess
 import sys

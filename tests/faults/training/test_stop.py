@@ -1,4 +1,4 @@
-"""Signals and limits: all ranks save at the next step boundary, and what follows is the uninterrupted run."""
+"""Signals: all ranks save at the next step boundary, and what follows is the uninterrupted run."""
 
 from __future__ import annotations
 

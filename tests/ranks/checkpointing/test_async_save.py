@@ -1,4 +1,4 @@
-"""Saves that are written while training goes on: the same checkpoints, and the same safety."""
+"""Saves that are written while training goes on make the checkpoints of synchronous ones."""
 
 from __future__ import annotations
 

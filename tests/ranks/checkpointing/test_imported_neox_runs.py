@@ -1,4 +1,4 @@
-"""NeoX's checkpoints in every form: all tensors, logits of independent implementations, and what goes wrong."""
+"""NeoX's checkpoints, imported, are trained, sampled from, evaluated and exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cached indices equal built ones, are built once, and never serve other data."""
+"""Ranks that race for an index build it once."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints of every layout to Hugging Face folders and back: logits, bits, and what goes wrong."""
+"""Checkpoints of every layout to Hugging Face folders and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training goes on from either side: the Trainer and peft from an exported folder, `finetune` from an imported one."""
+"""Training starts from an imported Hugging Face folder in any layout."""
 
 from __future__ import annotations
 

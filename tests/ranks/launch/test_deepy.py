@@ -1,4 +1,4 @@
-"""deepy.py: what it refuses, and how it looks after several ranks."""
+"""deepy.py as users start it: usage, missing scripts, and wrong keys before torch is imported."""
 
 from __future__ import annotations
 

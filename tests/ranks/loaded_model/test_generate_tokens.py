@@ -1,4 +1,4 @@
-"""Generated tokens: cached, recomputed and by transformers; batches; lengths; stops; seeds; tensor parallelism."""
+"""Generated tokens of two tensor-parallel ranks are those of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models from checkpoints of every layout, in every layout and precision."""
+"""Checkpoints of every layout are read on one rank and on two."""
 
 from __future__ import annotations
 

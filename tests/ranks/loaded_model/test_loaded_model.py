@@ -1,4 +1,4 @@
-"""Logits with and without a cache, and the scores of given tokens, against the plain model."""
+"""Scores and choices of tensor-parallel ranks are those of one."""
 
 from __future__ import annotations
 

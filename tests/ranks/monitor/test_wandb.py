@@ -1,4 +1,4 @@
-"""TensorBoard and W&B, read back by their own libraries; W&B runs in processes of its own, as it keeps global state."""
+"""W&B, read back by its own library; it runs in processes of its own, as it keeps global state."""
 
 import json
 import struct

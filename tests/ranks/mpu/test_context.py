@@ -1,4 +1,4 @@
-"""The grid of ranks, and errors that name what would fit."""
+"""The grid of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals and limits: all ranks save at the next step boundary, and what follows is the uninterrupted run."""
+"""Limits of time and steps: a run saves when it reaches one, and goes on from there."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Workers change neither order nor errors, and leave signals to the parent."""
+"""Workers change neither order nor errors."""
 
 from itertools import islice
 
 import pytest
 import torch
 
-from megatron.data.micro_batch_loader import micro_batches
+from megatron.data.micro_batch import micro_batches
 from megatron.errors import DataError
 from tests.helpers.squares import Squares
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every layout to Hugging Face folders and back: logits, bits, and what goes wrong."""
+"""Checkpoints to Hugging Face folders and back: logits, bits, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron.checkpointing.states.read_states import read_weights
 from megatron.checkpointing.states.tensor_folder import open_folder
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
-from megatron.data.tokenizers.tokenizer import build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError, exit_on_user_error
 from megatron.hf.import_folder import import_folder
 from tests.helpers.bombs import Bomb

@@ -1,4 +1,4 @@
-"""Generated tokens: cached, recomputed and by transformers; batches; lengths; stops; seeds; tensor parallelism."""
+"""Generated tokens: cached, recomputed and by transformers; batches; lengths; stops; seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models from checkpoints of every layout, in every layout and precision."""
+"""Models from checkpoints, in every precision."""
 
 from __future__ import annotations
 

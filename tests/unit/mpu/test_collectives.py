@@ -1,4 +1,4 @@
-"""Communication pairs: what each returns, and that its backward is the transpose of its forward."""
+"""Collectives of one rank do nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grid of ranks, and errors that name what would fit."""
+"""Sizes that the ranks do not divide are refused with the nearest that they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout over tensor-parallel ranks: alike where activations are replicated, apart where they are split."""
+"""Seeds of dropout by step and rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""eval.py as users start it: several checkpoints, Hugging Face models, and everything that can be wrong."""
+"""eval.py on several ranks refuses a Hugging Face model."""
 
 from __future__ import annotations
 

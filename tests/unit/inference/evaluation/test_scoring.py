@@ -1,4 +1,4 @@
-"""Our adapter against lm-eval's own on the exported model, and against itself in other batches."""
+"""Requests become rows of batches."""
 
 from __future__ import annotations
 

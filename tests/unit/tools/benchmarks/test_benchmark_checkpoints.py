@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints runs as a command, and measures what it says."""
+"""The benchmark of checkpoints refuses several ranks."""
 
 from pathlib import Path
 

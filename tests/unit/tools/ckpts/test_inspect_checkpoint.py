@@ -1,4 +1,4 @@
-"""What is shown of a checkpoint, against the model and the files that it was made from."""
+"""Norms of weights of any layout are those of the whole model."""
 
 from __future__ import annotations
 
