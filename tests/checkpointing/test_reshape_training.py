@@ -346,7 +346,8 @@ def loaded_by_both(config: Path) -> None:
     engine = setup.build_engine(loaded.run, loaded.batch(context.tensor_size), VocabSize(512, 512), context)
     folder = Path(loaded.run.checkpoint.load or "") / "universal"
     engine.checkpoint_engine = EngineFiles(allow_unsafe=False)
-    load_universal.load_universal(engine, folder, context, moments=MOMENTS, vocab_size=512, same_precision=True)
+    section = loaded.run.training.optimizer
+    load_universal.load_universal(engine, folder, context, section, vocab_size=512, same_precision=True)
     adam = engine.optimizer.optimizer
     flats = [group["params"][0] for group in adam.param_groups]
     ours = [[flat.detach().clone(), *(adam.state[flat][key].clone() for key in MOMENTS)] for flat in flats]

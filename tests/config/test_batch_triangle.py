@@ -3,15 +3,16 @@
 import pytest
 
 from megatron.config.batch_triangle import data_parallel_size, equation, resolve_batch
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.parallel import ParallelConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.errors import ConfigError
 
 
 def training(total: int | None, micro: int | None, steps: int | None) -> TrainingConfig:
     return TrainingConfig(
         train_iters=1,
-        optimizer=OptimizerConfig(lr=1e-3),
+        optimizer=AdamWConfig(lr=1e-3),
         train_batch_size=total,
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=steps,

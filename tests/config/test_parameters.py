@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 
 

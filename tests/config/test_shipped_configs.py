@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.count_parameters import count_parameters
 from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.model_size import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted([*CONFIGS.glob("tokenformer/*.yml"), *CONFIGS.glob("pythia/*.yml")])

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.data import DataConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.data.datasets import (
     Datasets,
     SampleCounts,
@@ -63,7 +64,7 @@ def test_split_boundaries(split: str, num_documents: int, boundaries: list[int])
 
 
 def test_counts_of_a_run() -> None:
-    training = TrainingConfig(train_iters=143, eval_interval=40, eval_iters=10, optimizer=OptimizerConfig(lr=1e-3))
+    training = TrainingConfig(train_iters=143, eval_interval=40, eval_iters=10, optimizer=AdamWConfig(lr=1e-3))
     assert sample_counts(training, 32) == SampleCounts(train=143 * 32, valid=4 * 10 * 32, test=10 * 32)
 
 

@@ -6,9 +6,10 @@ import hashlib
 
 import torch
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.loaded_model.loaded_model import InferenceModel
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
@@ -41,7 +42,7 @@ def inference_model(
             full = 0.3 * torch.randn(spec.full_shape, generator=torch.Generator().manual_seed(seed))
             full += 1.0 if name.endswith("norm.weight") else 0.0
             parameter.copy_(local_shard(full, spec.shard_dim, context))
-    run = RunConfig(model=model, training=TrainingConfig(train_iters=1, optimizer=OptimizerConfig(lr=1e-3)))
+    run = RunConfig(model=model, training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3)))
     return InferenceModel(module.to(dtype), run, VOCAB)
 
 

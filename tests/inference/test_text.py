@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
-from megatron.data.tokenizers.tokenizer import CharLevelTokenizer
+from megatron.config.sections.training import TrainingConfig
+from megatron.data.tokenizers.char_level import CharLevelTokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.generate_text import TextGenerator, write_records
 from megatron.inference.generation.prompts import configured_prompts
@@ -88,7 +89,7 @@ class SpaceEatingTokenizer(CharLevelTokenizer):
 def generator_of(tokenizer: CharLevelTokenizer, **settings: Any) -> TextGenerator:
     config = RunConfig(
         model=MODELS["pythia"],
-        training=TrainingConfig(train_iters=1, optimizer=OptimizerConfig(lr=1e-3), train_micro_batch_size_per_gpu=2),
+        training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3), train_micro_batch_size_per_gpu=2),
         generation=GenerationConfig(maximum_tokens=3, **settings),
     )
     return TextGenerator(inference_model(MODELS["pythia"]), tokenizer, config)

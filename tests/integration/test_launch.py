@@ -1,4 +1,4 @@
-"""deepy.py: what it refuses, and how it looks after several ranks."""
+"""deepy.py refuses what it cannot start, and several ranks are supervised."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from megatron.launch.local import rank_environment, supervise
 from tests.integration.conftest import ROOT, run_command
-
-sys.path.insert(0, str(ROOT))
-import deepy
 
 WORKER = """
 import os, pathlib, signal, sys, time
@@ -30,7 +28,7 @@ time.sleep(60)
 
 def start(folder: Path, failing_rank: str) -> list[subprocess.Popen[bytes]]:
     worker = [sys.executable, "-c", WORKER, str(folder), failing_rank]
-    workers = [subprocess.Popen(worker, env=deepy.rank_environment({}, rank, 2, 29500)) for rank in range(2)]
+    workers = [subprocess.Popen(worker, env=rank_environment({}, rank, 2, 29500)) for rank in range(2)]
     deadline = time.monotonic() + 30
     while len(list(folder.glob("ready.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -39,7 +37,7 @@ def start(folder: Path, failing_rank: str) -> list[subprocess.Popen[bytes]]:
 
 def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(tmp_path: Path) -> None:
     workers = start(tmp_path, failing_rank="1")
-    assert deepy.supervise(workers) == 7
+    assert supervise(workers) == 7
     assert workers[0].poll() is not None
     assert (tmp_path / f"signal{signal.SIGTERM}.rank0").exists()
 
@@ -47,11 +45,12 @@ def test_a_failing_rank_ends_the_others_and_gives_its_exit_code(tmp_path: Path) 
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     script = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-import deepy, pathlib, test_launch
+import pathlib, test_launch
+from megatron.launch.local import forward_signals, supervise
 workers = []
-deepy.pass_signals_to(workers)
+forward_signals(workers)
 workers.extend(test_launch.start(pathlib.Path({str(tmp_path)!r}), "none"))
-sys.exit(deepy.supervise(workers))
+sys.exit(supervise(workers))
 """
     supervisor = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -64,8 +63,8 @@ sys.exit(deepy.supervise(workers))
 
 
 def test_threads_are_shared_out_unless_the_user_decides() -> None:
-    assert deepy.rank_environment({"OMP_NUM_THREADS": "3"}, 0, 2, 1)["OMP_NUM_THREADS"] == "3"
-    assert int(deepy.rank_environment({}, 0, 1000, 1)["OMP_NUM_THREADS"]) == 1
+    assert rank_environment({"OMP_NUM_THREADS": "3"}, 0, 2, 1)["OMP_NUM_THREADS"] == "3"
+    assert int(rank_environment({}, 0, 1000, 1)["OMP_NUM_THREADS"]) == 1
 
 
 def test_usage_and_missing_scripts() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron.config.model_size import forward_flops, training_flops
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.model.causal_lm import build_local
-from megatron.model.flops import forward_flops, training_flops
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
 

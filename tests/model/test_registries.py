@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import get_args
 
-from megatron.config.sections.model import Activation, Architecture, InitMethod, Norm, Theta
+from megatron.config.architecture import ARCHITECTURES as ARCHITECTURE_FACTS
+from megatron.config.sections.model import Activation, InitMethod, Norm, Theta
 from megatron.kernels.pattention.theta import THETAS
-from megatron.model.architectures import gpt_neox, tokenformer  # noqa: F401 - they register themselves
 from megatron.model.init_methods import INIT_METHODS
 from megatron.model.layer_spec import ARCHITECTURES
 from megatron.model.mlp import ACTIVATIONS
@@ -15,10 +15,13 @@ from megatron.model.norms import NORMS
 
 def test_names_agree() -> None:
     for names, registry in (
-        (Architecture, ARCHITECTURES),
         (Norm, NORMS),
         (Activation, ACTIVATIONS),
         (InitMethod, INIT_METHODS),
         (Theta, THETAS),
     ):
         assert sorted(get_args(names)) == sorted(registry)
+
+
+def test_every_architecture_has_facts_and_a_layer() -> None:
+    assert sorted(ARCHITECTURES) == sorted(ARCHITECTURE_FACTS)

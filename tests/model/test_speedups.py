@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.speedups import SpeedupsConfig
-from megatron.config.sections.training import OptimizerConfig, PrecisionConfig
+from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.model.causal_lm import build_local
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
@@ -119,7 +120,7 @@ def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, lis
 def test_optimizers_take_the_same_step(packages: dict[str, list[Any]]) -> None:
     def stepped(implementation: Any) -> list[torch.Tensor]:
         module = build_local(tiny_tokenformer(), VOCAB, seed=1)
-        optimizer = build_optimizer(module, OptimizerConfig(lr=1e-2, betas=[0.9, 0.95]), implementation)
+        optimizer = build_optimizer(module, AdamWConfig(lr=1e-2, betas=[0.9, 0.95]), implementation)
         for parameter in module.parameters():
             parameter.grad = parameter.detach() * 0.5 + 0.01
         optimizer.step()

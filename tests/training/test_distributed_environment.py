@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.errors import EnvironmentSetupError
-from megatron.launch.environment import adopt_launcher_environment
+from megatron.launch.environment import LAUNCHERS, LauncherVariables, adopt_launcher_environment
 
 MEETING_POINT = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -25,6 +25,16 @@ MEETING_POINT = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 def test_every_launcher_is_understood(launcher: dict[str, str]) -> None:
     environment = launcher | MEETING_POINT
     adopt_launcher_environment(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("3", "8", "1")
+
+
+def test_a_new_launcher_is_one_registration() -> None:
+    LAUNCHERS.register("ours")(LauncherVariables("OUR_RANK", "OUR_SIZE", "OUR_LOCAL_RANK"))
+    environment = {"OUR_RANK": "3", "OUR_SIZE": "8", "OUR_LOCAL_RANK": "1"} | MEETING_POINT
+    try:
+        adopt_launcher_environment(environment)
+    finally:
+        LAUNCHERS.unregister("ours")
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("3", "8", "1")
 
 

@@ -1,32 +1,19 @@
-"""The few forms of JSON schema that configuration values take: does a value conform, and how to say it in words."""
+"""Types of configuration values: pydantic tells whether a value conforms, and our words say what was expected."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeAlias
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron.config.yaml.problems import YamlValue, show
 
 Schema: TypeAlias = Mapping[str, Any]
+"""JSON schema of a value."""
 
-BOOL: Schema = {"type": "boolean"}
-WHOLE: Schema = {"type": "integer"}
-NUMBER: Schema = {"type": "number"}
-TEXT: Schema = {"type": "string"}
-LIST: Schema = {"type": "array"}
-DICTIONARY: Schema = {"type": "object"}
-ANYTHING: Schema = {}
-
-_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "boolean": (bool,),
-    "integer": (int,),
-    "number": (int, float),
-    "string": (str,),
-    "array": (list,),
-    "object": (dict,),
-    "null": (type(None),),
-}
 _NAMES = {
     "boolean": ("true or false", "booleans"),
     "integer": ("a whole number", "whole numbers"),
@@ -37,26 +24,35 @@ _NAMES = {
 }
 
 
-def one_of(*values: str) -> Schema:
-    """Schema of a choice among texts."""
-    return {"enum": list(values)}
+@cache
+def _adapter(accepts: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(accepts)
 
 
-def conforms(value: YamlValue, schema: Schema) -> bool:
-    """Whether a value has the schema's type, or is one of its choices. Bounds and items are not looked at."""
-    if "enum" in schema:
-        return isinstance(value, str) and value in schema["enum"]
-    if "anyOf" in schema:
-        return any(conforms(value, option) for option in schema["anyOf"])
-    if "type" not in schema:
-        return True
-    if isinstance(value, bool):
-        return bool(schema["type"] == "boolean")
-    return isinstance(value, _PYTHON_TYPES[schema["type"]])
+@cache
+def schema_of(accepts: Any) -> Schema:
+    """Returns the JSON schema of a type such as `bool` or `Literal["fp16", "bfloat16"]`."""
+    schema = _adapter(accepts).json_schema()
+    # What a list or a mapping holds is not told by `list` and `dict`.
+    return {key: value for key, value in schema.items() if key != "additionalProperties" and value != {}}
+
+
+def mistyped(value: YamlValue, accepts: Any) -> str | None:
+    """Says what was expected of a value that is not of the type `accepts`; returns None for one that is."""
+    try:
+        _adapter(accepts).validate_python(value, strict=True)
+    except ValidationError:
+        return expected(value, schema_of(accepts))
+    return None
+
+
+def expected(value: YamlValue, schema: Schema) -> str:
+    """Says what was expected in the place of `value`, and what was probably meant by it."""
+    return f"expected {describe(schema)}{likely_meant(value, schema)}"
 
 
 def describe(schema: Schema, plural: bool = False) -> str:
-    """A schema in words, such as `a whole number above 0`; null is left unsaid, since every key may be null."""
+    """Puts a schema in words, such as `a whole number above 0`. Null is left unsaid, since every key may be null."""
     if "anyOf" in schema:
         options = [describe(option, plural) for option in schema["anyOf"] if option.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
@@ -86,7 +82,7 @@ def _narrowing(schema: Schema) -> str:
 
 
 def likely_meant(value: YamlValue, schema: Schema) -> str:
-    """What the user probably meant by a value that does not conform, as a question; empty when unclear."""
+    """Asks whether the user meant what a value that does not conform resembles; returns nothing when unclear."""
     kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
     if "array" in kinds and not isinstance(value, list | dict):
         return f"; did you mean [{show(value)}]?"
@@ -103,7 +99,7 @@ def likely_meant(value: YamlValue, schema: Schema) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` for the known word nearest to `word`, or nothing when none is near."""
+    """Returns `; did you mean X?` for the known word nearest to `word`, or nothing when none is near."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
