@@ -31,7 +31,7 @@ TO_FILL_IN: dict[str, Any] = {
 
 
 def write_config(folder: Path, path: Path) -> None:
-    """Write the YAML of a folder's model, its tokenizer.json and a start for the rest to `path`.
+    """Writes the YAML of a folder's model, its tokenizer.json and a start for the rest to `path`.
 
     Raises CheckpointError for a folder that is none we know, DataError without a tokenizer.json, ConfigError for a
     model that we cannot express, or when `path` exists.
