@@ -1,4 +1,4 @@
-"""Reads one YAML file into values that remember their lines.
+"""Reads a YAML file into values that remember their lines, and writes new ones.
 
 NeoX's YAMLs are YAML 1.1 read by PyYAML, whose surprises are not kept: `6e-4` is a number here, `12:30` and `010` are
 text, only `true` and `false` are booleans (`yes`, `no`, `on` and `off` are text: some keys take `on` or `off`),
@@ -8,9 +8,10 @@ text, only `true` and `false` are booleans (`yes`, `no`, `on` and `off` are text
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.composer import Composer
@@ -20,6 +21,7 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 from megatron.config.yaml.problems import Origin, Problem, YamlValue
+from megatron.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -57,14 +59,14 @@ class Entry:
     line: int
 
     def plain(self) -> YamlValue:
-        """The value without line numbers."""
+        """Returns the value without line numbers."""
         if isinstance(self.value, dict):
             return {key: entry.plain() for key, entry in self.value.items()}
         return self.value
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Entry], list[Problem]]:
-    """The top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
+    """Reads the top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -73,12 +75,26 @@ def read_yaml(file: Path) -> tuple[dict[str, Entry], list[Problem]]:
 
 
 def read_value(text: str) -> tuple[Entry, list[Problem]]:
-    """A value given on the command line, written as in a YAML file."""
+    """Reads a value given on the command line, written as in a YAML file."""
     return _Document(None).value(text)
 
 
+def write_new_yaml(path: Path, header: str, keys: Mapping[str, Any]) -> None:
+    """Writes `header` and `keys` to `path`, which --write-config names.
+
+    Raises ConfigError when the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(header + yaml.safe_dump(dict(keys), sort_keys=False))
+    except FileExistsError as error:
+        raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
+    except OSError as error:
+        raise ConfigError(f"--write-config {path}: cannot be written ({error.strerror}).") from error
+
+
 class _Document:
-    """Turns composed nodes into entries, collecting what is wrong on the way."""
+    """Turns composed nodes into entries, and collects what is wrong on the way."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -178,7 +194,7 @@ class _Document:
 
 
 def _end_of_item(content: bytes, mark: yaml.Mark) -> int:
-    """Line, from 1, on which the item before `mark` ends: where a comma is missing."""
+    """Returns the line, from 1, on which the item before `mark` ends: where a comma is missing."""
     lines = content.decode(errors="replace").splitlines()
     index = min(mark.line, len(lines) - 1)
     if not lines[index][: mark.column].strip():
