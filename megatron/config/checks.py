@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.config.architecture import ARCHITECTURES
 from megatron.config.batch_triangle import NEITHER_GIVEN
-from megatron.config.optimizer import optimizer_facts
+from megatron.config.optimizer import facts_of
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 
@@ -180,10 +180,8 @@ def _batch_divides(run: RunConfig) -> Iterator[Finding]:
 
 def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
     section = run.training.optimizer
-    facts = optimizer_facts(section.type)
-    if facts is not None:
-        for name, message in facts.check(section):
-            yield Finding(f"training.optimizer.{name}", message)
+    for name, message in facts_of(section).check(section):
+        yield Finding(f"training.optimizer.{name}", message)
 
 
 def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
