@@ -28,7 +28,7 @@ def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig
     try:
         run = RunConfig.model_validate(_nest(settings))
     except ValidationError as error:
-        found = {_path_of(details["loc"]): None for details in error.errors() if _says_something(details["type"])}
+        found = {_path_of(details["loc"]): None for details in error.errors() if _is_about_a_value(details["type"])}
         problems = [_type_problem(path, settings) for path in found if path not in refused]
         return None, problems + _checked_in_part(settings, refused | found.keys())
     if refused:
@@ -84,8 +84,8 @@ def _fields(settings: Mapping[str, Setting]) -> dict[str, Field]:
     return fields((facts or OPTIMIZERS[DEFAULT_OPTIMIZER]).section)
 
 
-def _says_something(error_type: str) -> bool:
-    """Tells apart what pydantic reports only because a default depends on another value that is wrong."""
+def _is_about_a_value(error_type: str) -> bool:
+    """Tells whether an error is about a value of its own: pydantic also reports defaults that depend on a wrong one."""
     return error_type != "default_factory_not_called"
 
 

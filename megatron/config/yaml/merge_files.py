@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.yaml.problems import Given, Origin, Problem, problem_with
-from megatron.config.yaml.yaml_files import Entry, read_value, read_yaml
+from megatron.config.yaml.yaml_files import LocatedValue, read_value, read_yaml
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
 """Form of an override on the command line."""
@@ -65,7 +65,7 @@ def _repeated_names(files: Sequence[Path]) -> Iterator[Problem]:
                 yield Problem(str(file), f"another file of this name is given: {earlier}", Origin("file", file=file))
 
 
-def _flatten(entries: Mapping[str, Entry], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+def _flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)

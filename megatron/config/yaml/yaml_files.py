@@ -52,10 +52,10 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A value in a YAML file; mappings hold further entries under keys with underscores."""
+class LocatedValue:
+    """A value in a YAML file; mappings hold further ones under keys with underscores."""
 
-    value: bool | int | float | str | list[YamlValue] | dict[str, Entry] | None
+    value: bool | int | float | str | list[YamlValue] | dict[str, LocatedValue] | None
     line: int
 
     def plain(self) -> YamlValue:
@@ -65,7 +65,7 @@ class Entry:
         return self.value
 
 
-def read_yaml(file: Path) -> tuple[dict[str, Entry], list[Problem]]:
+def read_yaml(file: Path) -> tuple[dict[str, LocatedValue], list[Problem]]:
     """Reads the top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
     try:
         content = file.read_bytes()
@@ -74,7 +74,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Entry], list[Problem]]:
     return _Document(file).entries(content)
 
 
-def read_value(text: str) -> tuple[Entry, list[Problem]]:
+def read_value(text: str) -> tuple[LocatedValue, list[Problem]]:
     """Reads a value given on the command line, written as in a YAML file."""
     return _Document(None).value(text)
 
@@ -101,7 +101,7 @@ class _Document:
         self.problems: list[Problem] = []
         self._open_nodes: set[int] = set()
 
-    def entries(self, content: bytes) -> tuple[dict[str, Entry], list[Problem]]:
+    def entries(self, content: bytes) -> tuple[dict[str, LocatedValue], list[Problem]]:
         node = self._compose(content)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node), self.problems
@@ -109,9 +109,9 @@ class _Document:
             self._wrong(node, "expected keys and values")
         return {}, self.problems
 
-    def value(self, text: str) -> tuple[Entry, list[Problem]]:
+    def value(self, text: str) -> tuple[LocatedValue, list[Problem]]:
         node = self._compose(text)
-        return (Entry(None, 0) if node is None else self._entry(node)), self.problems
+        return (LocatedValue(None, 0) if node is None else self._entry(node)), self.problems
 
     def _compose(self, content: bytes | str) -> yaml.Node | None:
         try:
@@ -141,9 +141,9 @@ class _Document:
     def _wrong(self, node: yaml.Node, message: str) -> None:
         self._add(_line(node), message)
 
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, LocatedValue]:
         self._require_tag(node, "map")
-        entries: dict[str, Entry] = {}
+        entries: dict[str, LocatedValue] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
                 self._wrong(key_node, "expected a plain key; merge several files instead of `<<` or composite keys")
@@ -152,22 +152,22 @@ class _Document:
             if key in entries:
                 self._wrong(key_node, f"duplicate key {key_node.value}; also on line {entries[key].line}")
                 continue
-            entries[key] = Entry(self._entry(value_node).value, _line(key_node))
+            entries[key] = LocatedValue(self._entry(value_node).value, _line(key_node))
         return entries
 
-    def _entry(self, node: yaml.Node) -> Entry:
+    def _entry(self, node: yaml.Node) -> LocatedValue:
         line = _line(node)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if id(node) in self._open_nodes:
             self._wrong(node, "an alias that contains itself")
-            return Entry(None, line)
+            return LocatedValue(None, line)
         self._open_nodes.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
-                return Entry(self._mapping(node), line)
+                return LocatedValue(self._mapping(node), line)
             self._require_tag(node, "seq")
-            return Entry([self._entry(item).plain() for item in _items(node)], line)
+            return LocatedValue([self._entry(item).plain() for item in _items(node)], line)
         finally:
             self._open_nodes.remove(id(node))
 
@@ -175,22 +175,22 @@ class _Document:
         if node.tag != _TAG + tag:
             self._wrong(node, f"the tag {node.tag} is not allowed")
 
-    def _scalar(self, node: yaml.ScalarNode) -> Entry:
+    def _scalar(self, node: yaml.ScalarNode) -> LocatedValue:
         text: str = node.value
         line = _line(node)
         match node.tag.removeprefix(_TAG):
             case "null":
-                return Entry(None, line)
+                return LocatedValue(None, line)
             case "bool":
-                return Entry(text.lower() == "true", line)
+                return LocatedValue(text.lower() == "true", line)
             case "int":
-                return Entry(int(text.replace("_", ""), 16 if "x" in text else 10), line)
+                return LocatedValue(int(text.replace("_", ""), 16 if "x" in text else 10), line)
             case "float":
-                return Entry(float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))), line)
+                return LocatedValue(float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))), line)
             case "str":
-                return Entry(text, line)
+                return LocatedValue(text, line)
         self._wrong(node, f"the tag {node.tag} is not allowed")
-        return Entry(None, line)
+        return LocatedValue(None, line)
 
 
 def _end_of_item(content: bytes, mark: yaml.Mark) -> int:
