@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.neox.keys.table import key_of
-from megatron.config.yaml.write_yaml import write_new_yaml
+from megatron.config.yaml.yaml_files import write_new_yaml
 from megatron.errors import DataError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.hf.import_folder import read_config
