@@ -20,7 +20,7 @@ from megatron.checkpointing.states.weights_only import is_weights_only
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError
-from megatron.loaded_model.loaded_model import load_inference_model
+from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
 from tests.checkpointing.neox_writer import Form, Weights, neox_weights, our_weights, rank_file, write_neox
 from tests.helpers import plain_torch
@@ -136,7 +136,7 @@ def test_every_form_becomes_the_same_model(
     assert is_weights_only(checkpoint)
     assert (checkpoint.state.vocab_size, checkpoint.state.padded_vocab_size) == (TOKENS, ROWS)
     with torch.no_grad():
-        model = load_inference_model(checkpoint.config, checkpoint, ParallelContext.single(), torch.device("cpu")).model
+        model = load_model(checkpoint.config, checkpoint, ParallelContext.single(), torch.device("cpu")).module
         logits = model.double()(tokens())
     torch.testing.assert_close(logits, independent_logits(weights, settings), rtol=0, atol=1e-5)
 

@@ -7,9 +7,7 @@ import hashlib
 import torch
 
 from megatron.config.sections.model import ModelConfig
-from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
@@ -28,9 +26,9 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def inference_model(
+def loaded_model(
     model: ModelConfig, context: ParallelContext | None = None, dtype: torch.dtype = torch.float32
-) -> InferenceModel:
+) -> LoadedModel:
     """This rank's share of a model whose vocabulary has three rows of padding."""
     context = context or ParallelContext.single()
     module = build_local(model, VOCAB, None, context)
@@ -41,8 +39,7 @@ def inference_model(
             full = 0.3 * torch.randn(spec.full_shape, generator=torch.Generator().manual_seed(seed))
             full += 1.0 if name.endswith("norm.weight") else 0.0
             parameter.copy_(local_shard(full, spec.shard_dim, context))
-    run = RunConfig(model=model, training=TrainingConfig(train_iters=1, optimizer=OptimizerConfig(lr=1e-3)))
-    return InferenceModel(module.to(dtype), run, VOCAB)
+    return LoadedModel(module.to(dtype), model, VOCAB)
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:

@@ -9,22 +9,22 @@ import torch
 from transformers import GenerationConfig as TheirGenerationConfig
 
 import megatron.hf  # noqa: F401 - registers the architectures
-from megatron.config.sections.generation import GenerationConfig
 from megatron.loaded_model.generate_tokens import Continuation, fit_to_context, generate_tokens
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
+from megatron.loaded_model.sampling import SamplingSettings
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB
 from tests.hf.pairs import same_in_transformers
-from tests.inference.models import CONTEXT_LENGTH, EOD, MODELS, inference_model, random_prompts
+from tests.inference.models import CONTEXT_LENGTH, EOD, MODELS, loaded_model, random_prompts
 
 PROMPTS = [*random_prompts(3, 11, 1, 20, 7), []]
 SAMPLING = ("temperature", "top_k", "top_p", "maximum_tokens")
 
 
-def generate(model: InferenceModel, prompts: list[list[int]], **more: Any) -> list[Continuation]:
+def generate(model: LoadedModel, prompts: list[list[int]], **more: Any) -> list[Continuation]:
     options = {name: more.pop(name) for name in SAMPLING if name in more}
-    sampling = GenerationConfig(**{"maximum_tokens": 12} | options)
+    sampling = SamplingSettings(**{"maximum_tokens": 12} | options)
     return generate_tokens(model, prompts, sampling, **{"start_token": EOD, "stop_tokens": {EOD}} | more)
 
 
@@ -34,10 +34,10 @@ def tokens_of(continuations: list[Continuation]) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
-    model = inference_model(MODELS[name])
+    model = loaded_model(MODELS[name])
     cached = tokens_of(generate(model, PROMPTS))
     assert cached == tokens_of(generate(model, PROMPTS, use_cache=False))
-    theirs = same_in_transformers(model.model, MODELS[name]).eval()
+    theirs = same_in_transformers(model.module, MODELS[name]).eval()
     greedy = TheirGenerationConfig(
         do_sample=False,
         max_new_tokens=12,
@@ -55,7 +55,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_of_unequal_prompts_is_each_of_them_alone(temperature: float) -> None:
-    model = inference_model(MODELS["tokenformer"], dtype=torch.float64)
+    model = loaded_model(MODELS["tokenformer"], dtype=torch.float64)
     options = {"temperature": temperature, "top_k": 20, "top_p": 0.9}
     seeds = [(5, i) for i in range(len(PROMPTS))]
     batch = generate(model, PROMPTS, seeds=seeds, **options)
@@ -66,7 +66,7 @@ def test_a_batch_of_unequal_prompts_is_each_of_them_alone(temperature: float) ->
 
 
 def test_seeds_tell_samples_apart_and_repeat_them() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     first, again, other = (
         tokens_of(generate(model, [PROMPTS[0]] * 4, temperature=2.0, seeds=[(seed, i) for i in range(4)]))
         for seed in (1, 1, 2)
@@ -76,7 +76,7 @@ def test_seeds_tell_samples_apart_and_repeat_them() -> None:
 
 
 def test_stop_tokens_end_a_sample_and_are_left_out() -> None:
-    model = inference_model(MODELS["tokenformer"])
+    model = loaded_model(MODELS["tokenformer"])
     whole = generate(model, PROMPTS)
     stop = whole[1].tokens[4]
     stopped = generate(model, PROMPTS, stop_tokens={EOD, stop})
@@ -88,7 +88,7 @@ def test_stop_tokens_end_a_sample_and_are_left_out() -> None:
 
 
 def test_should_stop_ends_a_sample_after_its_token() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     whole = tokens_of(generate(model, PROMPTS[:3], stop_tokens={-1}))
     stopped = generate(model, PROMPTS[:3], stop_tokens={-1}, should_stop=lambda index, tokens: len(tokens) == 2 + index)
     assert tokens_of(stopped) == [tokens[: 2 + index] for index, tokens in enumerate(whole)]
@@ -96,17 +96,17 @@ def test_should_stop_ends_a_sample_after_its_token() -> None:
 
 
 def test_no_padding_row_is_ever_chosen() -> None:
-    model = inference_model(MODELS["tokenformer untied"])
-    assert model.model.head is not None
+    model = loaded_model(MODELS["tokenformer untied"])
+    assert model.module.head is not None
     with torch.no_grad():
-        model.model.head.weight[VOCAB.actual :] = 50 * model.model.head.weight[: VOCAB.padded - VOCAB.actual]
+        model.module.head.weight[VOCAB.actual :] = 50 * model.module.head.weight[: VOCAB.padded - VOCAB.actual]
     chosen = [t for tokens in tokens_of(generate(model, PROMPTS, temperature=3.0)) for t in tokens]
     assert chosen and max(chosen) < VOCAB.actual
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_logits_are_the_models(use_cache: bool) -> None:
-    model = inference_model(MODELS["tokenformer"])
+    model = loaded_model(MODELS["tokenformer"])
     for prompt, continuation in zip(
         PROMPTS, generate(model, PROMPTS, return_logits=True, use_cache=use_cache), strict=True
     ):
@@ -120,7 +120,7 @@ def test_logits_are_the_models(use_cache: bool) -> None:
 
 
 def test_sequences_end_where_the_context_does() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     prompts = random_prompts(20, CONTEXT_LENGTH - 5, CONTEXT_LENGTH, 300)
     first, second, third, fourth = generate(model, prompts, maximum_tokens=40, stop_tokens={-1})
     assert (first.prompt_tokens, len(first.tokens), first.ending) == (20, CONTEXT_LENGTH - 20, "context_full")
@@ -141,7 +141,7 @@ def test_prompts_make_room_up_to_half_of_the_context() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_generates_with_and_without_a_cache(dtype: torch.dtype) -> None:
-    model = inference_model(MODELS["tokenformer"], dtype=dtype)
+    model = loaded_model(MODELS["tokenformer"], dtype=dtype)
     for cached, recomputed in zip(
         generate(model, PROMPTS, return_logits=True, maximum_tokens=3),
         generate(model, PROMPTS, return_logits=True, maximum_tokens=3, use_cache=False),
@@ -155,17 +155,17 @@ def test_half_precision_generates_with_and_without_a_cache(dtype: torch.dtype) -
 @pytest.mark.parametrize("name", ["tokenformer untied", "pythia tied"])
 def test_two_tensor_parallel_ranks_generate_what_one_does(name: str) -> None:
     for temperature in (0.0, 1.2):
-        want = tokens_of(generate(inference_model(MODELS[name]), PROMPTS, temperature=temperature))
+        want = tokens_of(generate(loaded_model(MODELS[name]), PROMPTS, temperature=temperature))
         assert run_distributed(_generate_on_this_rank, 2, name, temperature) == [want, want]
 
 
 def _generate_on_this_rank(name: str, temperature: float) -> list[list[int]]:
-    model = inference_model(MODELS[name], ParallelContext.create(2, 1))
+    model = loaded_model(MODELS[name], ParallelContext.create(2, 1))
     return tokens_of(generate(model, PROMPTS, temperature=temperature))
 
 
 def test_one_rank_stops_all() -> None:
-    whole = tokens_of(generate(inference_model(MODELS["pythia"]), PROMPTS[:2]))
+    whole = tokens_of(generate(loaded_model(MODELS["pythia"]), PROMPTS[:2]))
     stopped = [whole[0][:3], whole[1]]
     assert run_distributed(_stop_on_rank_1, 2) == [stopped, stopped]
 
@@ -176,4 +176,4 @@ def _stop_on_rank_1() -> list[list[int]]:
     def should_stop(index: int, tokens: list[int]) -> bool:
         return context.tensor_rank == 1 and index == 0 and len(tokens) == 3
 
-    return tokens_of(generate(inference_model(MODELS["pythia"], context), PROMPTS[:2], should_stop=should_stop))
+    return tokens_of(generate(loaded_model(MODELS["pythia"], context), PROMPTS[:2], should_stop=should_stop))

@@ -11,12 +11,12 @@ from megatron.loaded_model.loaded_model import vocab_parallel_argmax
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB
-from tests.inference.models import MODELS, inference_model, random_prompts
+from tests.inference.models import MODELS, loaded_model, random_prompts
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_logits_are_those_of_the_whole_sequence(name: str) -> None:
-    model = inference_model(MODELS[name], dtype=torch.float64)
+    model = loaded_model(MODELS[name], dtype=torch.float64)
     tokens = torch.tensor(random_prompts(20, 20))
     whole = model.logits(tokens)
     cache = model.new_cache(2, 20)
@@ -26,7 +26,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tokenformer", "pythia"])
 def test_left_padding_changes_nothing(name: str) -> None:
-    model = inference_model(MODELS[name], dtype=torch.float64)
+    model = loaded_model(MODELS[name], dtype=torch.float64)
     short, long = random_prompts(5, 12)
     cache = model.new_cache(2, 16, torch.tensor([7, 0]))
     first = model.logits(torch.tensor([[9] * 7 + short, long]), cache)
@@ -39,7 +39,7 @@ def test_left_padding_changes_nothing(name: str) -> None:
 
 
 def test_rows_that_are_kept_go_on() -> None:
-    model = inference_model(MODELS["tokenformer"], dtype=torch.float64)
+    model = loaded_model(MODELS["tokenformer"], dtype=torch.float64)
     prompts = random_prompts(4, 9, 7, 9)
     cache = model.new_cache(4, 12, torch.tensor([5, 0, 2, 0]))
     model.logits(torch.tensor([[1] * (9 - len(prompt)) + prompt for prompt in prompts]), cache)
@@ -51,7 +51,7 @@ def test_rows_that_are_kept_go_on() -> None:
 
 
 def test_next_logits_follow_the_given_lengths_and_leave_padding_rows_out() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     tokens = torch.tensor(random_prompts(9, 9))
     got = model.next_logits(tokens, lengths_B=torch.tensor([3, 9]))
     assert got.shape == (2, VOCAB.actual) and got.dtype == torch.float32
@@ -60,7 +60,7 @@ def test_next_logits_follow_the_given_lengths_and_leave_padding_rows_out() -> No
 
 
 def test_a_cache_that_is_full_says_so() -> None:
-    cache = inference_model(MODELS["pythia"]).new_cache(1, 4)
+    cache = loaded_model(MODELS["pythia"]).new_cache(1, 4)
     with pytest.raises(ValueError, match="holds 4 tokens; 5 are needed"):
         cache.begin(5)
 
@@ -68,7 +68,7 @@ def test_a_cache_that_is_full_says_so() -> None:
 @pytest.mark.parametrize("mask_padded_vocab", [False, True])
 def test_scores_are_those_of_the_logits(mask_padded_vocab: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tested, "LOGITS_AT_A_TIME", 5 * VOCAB.padded)
-    model = inference_model(MODELS["pythia"].model_copy(update={"mask_padded_vocab": mask_padded_vocab}))
+    model = loaded_model(MODELS["pythia"].model_copy(update={"mask_padded_vocab": mask_padded_vocab}))
     tokens, wanted = scored_tokens()
     logits = model.logits(tokens).double()
     if mask_padded_vocab:
@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_logits(mask_padded_vocab: bool, monkeypatch: py
 
 def scored_tokens() -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.tensor(random_prompts(9, 9))
-    likeliest = inference_model(MODELS["pythia"]).logits(tokens)[..., : VOCAB.actual].argmax(-1)
+    likeliest = loaded_model(MODELS["pythia"]).logits(tokens)[..., : VOCAB.actual].argmax(-1)
     wanted = [(r, p, t) for r in range(2) for p in range(9) for t in (int(likeliest[r, p]), 3)]
     return tokens, torch.tensor(wanted)
 
@@ -102,7 +102,7 @@ def _answers_of_this_rank(name: str) -> list[torch.Tensor]:
 
 
 def _answers(config: ModelConfig, context: ParallelContext) -> list[torch.Tensor]:
-    model = inference_model(config, context)
+    model = loaded_model(config, context)
     tokens, wanted = scored_tokens()
     cache = model.new_cache(2, 9)
     scores = model.score_tokens(tokens, wanted)
@@ -122,3 +122,14 @@ def _argmax(logits: torch.Tensor) -> tuple[list[int], list[int]]:
     context = ParallelContext.create(2, 1)
     share = logits.chunk(2, dim=-1)[context.tensor_rank]
     return vocab_parallel_argmax(share, None, context).tolist(), vocab_parallel_argmax(share, 3, context).tolist()
+
+
+def test_another_model_can_learn_from_the_logits() -> None:
+    """The gradient of a student's KL divergence from the loaded model: softmax(student) - softmax(teacher)."""
+    teacher = loaded_model(MODELS["pythia"])
+    logits = teacher.logits(torch.tensor(random_prompts(9)))
+    student = torch.zeros_like(logits, requires_grad=True)
+    (logits.softmax(-1) * (logits.log_softmax(-1) - student.log_softmax(-1))).sum().backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, student.softmax(-1) - logits.softmax(-1))
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())
