@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto import wandb_internal_pb2
 
 from megatron.config.sections.monitor import MonitorConfig
+from megatron.monitor.metrics_file import read_records
 from megatron.monitor.monitor import build_monitor
 from megatron.monitor.redaction import REDACTED
-from megatron.monitor.writers.dashboards import TensorBoardWriter
-from megatron.monitor.writers.jsonl import read_records
+from megatron.monitor.writers.tensorboard import TensorBoardWriter
 
 PLANTED_KEY = "0123456789abcdef" * 2 + "planted0"
 

@@ -18,8 +18,8 @@ from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
+from megatron.monitor.format_quantities import format_count
 from megatron.monitor.provenance import device_name
-from megatron.monitor.writers.console import format_count
 from megatron.mpu.process_group import local_device
 
 

@@ -41,14 +41,14 @@ class EvaluationWorker:
 
     @property
     def loaded(self) -> tuple[Checkpoint, LoadedModel]:
-        """The checkpoint that was loaded last, and this rank's share of its model."""
+        """Returns the checkpoint that was loaded last, and this rank's share of its model."""
         if self._loaded is None:
             raise RuntimeError("no checkpoint was loaded")
         return self._loaded
 
     @property
     def model(self) -> LoadedModel:
-        """This rank's share of the model that was loaded last."""
+        """Returns this rank's share of the model that was loaded last."""
         return self.loaded[1]
 
     def load(self, items: Sequence[Any], iteration: int | None) -> list[Any]:

@@ -35,7 +35,7 @@ class HarnessTasks:
 
     @property
     def tasks(self) -> dict[str, Any]:
-        """The single tasks by name, without their groups."""
+        """Returns the single tasks by name, without their groups."""
         return dict(_leaves(self.content.get("tasks", self.content)))
 
     def set_seeds(self) -> None:
