@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
+from megatron.checkpointing.convert.imported_weights import VOCABULARY
+from megatron.checkpointing.states.layer_state import LayerState
+from megatron.checkpointing.states.read_states import read_states
 from megatron.checkpointing.states.same_model import model_differences
 from megatron.checkpointing.states.tensor_folder import write_shards
-from megatron.checkpointing.states.weights import read_layers, vocab_size
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
@@ -24,7 +26,7 @@ from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.hf.model_card import Publication, model_card
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.io.durable import new_folder
-from megatron.model.causal_lm import build_local
+from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -33,7 +35,7 @@ DEFAULT_SHARD_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What may be asked of an export."""
+    """Choices of an export."""
 
     precision: Precision = "auto"
     """Format of the weights; auto keeps that of the checkpoint."""
@@ -48,7 +50,7 @@ class ExportOptions:
 
 
 def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, options: ExportOptions) -> float:
-    """Write `output` from a checkpoint and the configuration that describes it; the largest difference of logits.
+    """Writes `output` from a checkpoint and the configuration that describes it; returns the largest logit difference.
 
     Each weight appears under exactly one name of the other side, or it is an error. At the end transformers loads the
     folder, and its logits are compared with ours. Where anything fails, no folder is left. Raises ConfigError when the
@@ -89,44 +91,38 @@ class ExportedWeights:
         self.checkpoint = checkpoint
         self.names = architecture.names
         self.rows = rows
-        stored = next(iter(next(read_layers(checkpoint)).values())).dtype
+        first = next(read_states(checkpoint, optimizer=False))
+        stored = next(iter(first.parameters.values())).weight.dtype
         self.dtype: torch.dtype = DTYPES.get(options.precision, stored)
 
-    def layers(self) -> Iterator[dict[str, Tensor]]:
-        """Each layer's weights under our names. Raises CheckpointError for NaN, infinity or overflow."""
-        for layer in read_layers(self.checkpoint):
-            exported = {}
-            for name, tensor in layer.items():
-                rounded = self._trimmed(name, tensor).to(self.dtype)
-                if not torch.isfinite(rounded).all():
-                    what = (
-                        "NaN or infinity" if not torch.isfinite(tensor).all() else f"values too large for {self.dtype}"
-                    )
-                    raise CheckpointError(f"{self.checkpoint.path}: {name} holds {what}. Export another checkpoint.")
-                exported[name] = rounded
-            yield exported
-
-    def _trimmed(self, name: str, tensor: Tensor) -> Tensor:
-        if name in ("embedding.word_embeddings.weight", "head.weight"):
-            return tensor[: self.rows]
-        return tensor
+    def layers(self) -> Iterator[LayerState]:
+        """Yields each layer under our names. Raises CheckpointError for NaN, infinity or overflow."""
+        for layer in read_states(self.checkpoint, optimizer=False):
+            yield layer.map(self._exported)
 
     def under_their_names(self) -> Iterator[dict[str, Tensor]]:
-        """`layers` under the names of transformers."""
+        """Yields the weights of `layers` under the names of transformers."""
         for layer in self.layers():
-            yield {self.names.to_theirs(name): tensor.contiguous() for name, tensor in layer.items()}
+            yield {self.names.to_theirs(name): weight.contiguous() for name, weight in layer.weights().items()}
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Our float32 logits [B, S, rows] of the exported weights."""
-        vocab = vocab_size(self.checkpoint)
-        vocab = type(vocab)(actual=vocab.actual, padded=self.rows)
+        """Computes our float32 logits [B, S, rows] of the exported weights."""
+        vocab = VocabSize(self.checkpoint.vocab.actual, padded=self.rows)
         with torch.device("meta"):
             model = build_local(self.checkpoint.config.model, vocab, seed=None)
-        weights = {name: tensor.float() for layer in self.layers() for name, tensor in layer.items()}
+        weights = {name: weight.float() for layer in self.layers() for name, weight in layer.weights().items()}
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits: Tensor = model.eval()(tokens)
         return logits
+
+    def _exported(self, name: str, tensor: Tensor) -> Tensor:
+        trimmed = tensor[: self.rows] if name in VOCABULARY else tensor
+        rounded = trimmed.to(self.dtype)
+        if not torch.isfinite(rounded).all():
+            what = "NaN or infinity" if not torch.isfinite(tensor).all() else f"values too large for {self.dtype}"
+            raise CheckpointError(f"{self.checkpoint.path}: {name} holds {what}. Export another checkpoint.")
+        return rounded
 
 
 def _set_token_ids(config: PretrainedConfig, tokenizer: TokenizerConfig) -> None:
@@ -135,7 +131,7 @@ def _set_token_ids(config: PretrainedConfig, tokenizer: TokenizerConfig) -> None
 
 
 def _write_config(folder: Path, config: PretrainedConfig, architecture: HFArchitecture) -> None:
-    """config.json; with it, for a model that transformers does not know by itself, the file that defines it."""
+    """Writes config.json; with it, for a model that transformers does not know by itself, the file that defines it."""
     if config.is_remote_code():
         module = architecture.model_class.__module__.rpartition(".")[2]
         base = architecture.model_class.__name__.removesuffix("ForCausalLM") + "Model"

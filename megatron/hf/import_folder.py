@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
+from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.checkpointing.states.name_map import our_names
-from megatron.checkpointing.states.parameter_layout import layer_layouts
-from megatron.checkpointing.states.tensor_folder import TensorFolder, open_folder
-from megatron.checkpointing.states.weights import read_weights
-from megatron.checkpointing.states.weights_only import write_weights_only
+from megatron.checkpointing.states.parameter_layout import ParallelSizes, layer_layouts
+from megatron.checkpointing.states.read_states import read_weights
+from megatron.checkpointing.states.tensor_folder import open_folder
+from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
-from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture, read_field
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, read_field
 from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize, build_local
@@ -31,7 +31,10 @@ FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidd
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The folder's configuration; code in the folder is not run. Raises CheckpointError when it is none we know."""
+    """Reads the folder's configuration; code in the folder is not run.
+
+    Raises CheckpointError when it is none we know.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json: it is not a Hugging Face folder.")
     try:
@@ -45,22 +48,16 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
-    """Write `output`/global_step0 from a Hugging Face folder; the largest difference between the two models' logits.
+    """Writes `output`/global_step0 from a Hugging Face folder; returns the largest difference of the models' logits.
 
-    The numbers keep their format. With `mask_padded_vocab`, padding rows of the vocabulary are cut off, or added as
-    zeros, as the configuration asks. Each tensor of the folder is one parameter of the configured model, or it is an
-    error. Where anything fails, no folder is left. Raises ConfigError when the configuration describes another model,
-    CheckpointError for damaged, unsafe or unknown tensors, DataError without the configured tokenizer.
+    Where anything fails, no folder is left. Raises CheckpointError when the two compute something else, and what
+    `read_hf_states` raises.
     """
-    config = read_config(folder)
-    architecture = HF_ARCHITECTURES[config.model_type]
-    _require_same_model(folder, architecture.to_settings(config), run.model)
-    vocab = imported_vocabulary(config.vocab_size, run, str(folder))
-    tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
+    vocab = hf_vocabulary(folder, run)
+    versions = {package: version(package) for package in ("torch", "transformers", "safetensors")}
     with new_folder(output) as temporary:
-        versions = {package: version(package) for package in ("torch", "transformers", "safetensors")}
-        layers = _layers(folder, tensors, architecture, run.model, vocab)
-        path = write_weights_only(temporary, layers, run, vocab, versions)
+        header = RunHeader.new(vocab.actual, versions)
+        path = write_states(read_hf_states(folder, run), run, ParallelSizes(), temporary, header)
         tokens = fixed_tokens(vocab.actual, run.model.seq_length)
         with torch.device("meta"):
             model = build_local(run.model, vocab, seed=None)
@@ -68,7 +65,44 @@ def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits = model.eval()(tokens)
-        return logit_difference(folder, tokens, logits, rows=min(vocab.padded, config.vocab_size))
+        return logit_difference(folder, tokens, logits, rows=min(vocab.padded, read_config(folder).vocab_size))
+
+
+def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:
+    """Returns the vocabulary that a folder's weights are given in the configured run.
+
+    Raises ConfigError when the configuration describes another model, or its vocabulary does not fit; DataError without
+    the configured tokenizer.
+    """
+    config = read_config(folder)
+    _require_same_model(folder, HF_ARCHITECTURES[config.model_type].to_settings(config), run.model)
+    return imported_vocabulary(config.vocab_size, run, str(folder))
+
+
+def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
+    """Yields the layers of a Hugging Face folder, weights alone, a layer in memory at a time.
+
+    The numbers keep their format. With `mask_padded_vocab`, padding rows of the vocabulary are cut off, or added as
+    zeros, as the configuration asks. Each tensor of the folder is one parameter of the configured model, or it is an
+    error. Raises ConfigError when the configuration describes another model, CheckpointError for damaged, unsafe or
+    unknown tensors, DataError without the configured tokenizer.
+    """
+    vocab = hf_vocabulary(folder, run)
+    names = HF_ARCHITECTURES[read_config(folder).model_type].names
+    tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
+    layouts = layer_layouts(run.model, vocab)
+    expected = [layout.global_name(local) for layout in layouts for local in layout.parameters]
+    theirs = our_names(names, tensors.files, expected, str(folder))
+    for layout in layouts:
+        wanted = {local: theirs[layout.global_name(local)] for local in layout.parameters}
+        found = tensors.read(wanted.values())
+        for name, tensor in found.items():
+            require_finite(tensor, f"{folder}: {name}")
+        weights = {
+            local: with_configured_rows(layout.global_name(local), found[name], layout.parameters[local], vocab)
+            for local, name in wanted.items()
+        }
+        yield LayerState(layout.name, {local: ParameterState(weight) for local, weight in weights.items()})
 
 
 def _require_same_model(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
@@ -93,23 +127,3 @@ def _setting(model: ModelConfig, path: str) -> Any:
     if path.startswith("param_tokens.") and model.param_tokens is None:
         return None
     return read_field(model, path)
-
-
-def _layers(
-    folder: Path, tensors: TensorFolder, architecture: HFArchitecture, model: ModelConfig, vocab: VocabSize
-) -> Iterator[dict[str, Tensor]]:
-    """The folder's weights by our global names, a layer at a time, with the configured vocabulary rows."""
-    layouts = layer_layouts(model, vocab)
-    expected = [layout.global_name(name) for layout in layouts for name in layout.parameters]
-    theirs = our_names(architecture.names, tensors.files, expected, str(folder))
-    for layout in layouts:
-        wanted = {name: theirs[layout.global_name(name)] for name in layout.parameters}
-        found = tensors.read(wanted.values())
-        for name, tensor in found.items():
-            require_finite(tensor, f"{folder}: {name}")
-        yield {
-            layout.global_name(ours): with_configured_rows(
-                layout.global_name(ours), found[name], layout.parameters[ours], vocab
-            )
-            for ours, name in wanted.items()
-        }

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron.checkpointing.states.load_parameters import load_parameters
 from megatron.checkpointing.states.same_model import model_differences
-from megatron.checkpointing.states.weights import load_parameters, vocab_size
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
@@ -149,7 +149,7 @@ def load_model(
             f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. Give "
             "the configuration that it was trained with."
         )
-    vocab = vocab_size(checkpoint)
+    vocab = checkpoint.vocab
     with device:
         module = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
     load_parameters(module.named_parameters(), checkpoint, context)

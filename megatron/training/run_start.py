@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from megatron.checkpointing.states.same_model import model_differences
-from megatron.checkpointing.states.weights_only import is_weights_only
 from megatron.checkpointing.store.checkpoint import Checkpoint, checkpoint_paths
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.publish import put_back_replaced
@@ -150,7 +149,7 @@ def _require_same_model(config: RunConfig, checkpoint: Checkpoint) -> None:
 
 
 def _require_optimizer_state(start: Start, checkpoint: Checkpoint) -> None:
-    if start.loads_optimizer and is_weights_only(checkpoint):
+    if start.loads_optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(
             f"{checkpoint.path} holds weights alone, and a run cannot go on from those. Set `finetune: true` to start "
             "a run with them."
@@ -205,5 +204,7 @@ def _described_schedule(training: TrainingConfig) -> dict[str, object]:
         "style": schedule.style,
         "warmup": schedule.warmup,
         "decay_iters": schedule.decay_iters or training.train_iters,
+        "wsd_decay_style": schedule.wsd_decay_style,
+        "wsd_decay_iters": schedule.wsd_decay_iters,
         "min_lr": schedule.min_lr,
     }

@@ -13,8 +13,8 @@ import torch
 from megatron.checkpointing.states.same_model import require_same_vocabulary
 from megatron.checkpointing.store.checkpoint import require_writable
 from megatron.checkpointing.store.run_state import RunState
-from megatron.config.count_parameters import count_parameters
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.data_fingerprint import data_fingerprint

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.config.count_parameters import count_parameters
 from megatron.config.load_config import load_config
+from megatron.config.model_size import count_parameters, training_flops
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.model.causal_lm import VocabSize
-from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib

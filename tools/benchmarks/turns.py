@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.loaded_model.loaded_model import LoadedModel

@@ -28,12 +28,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
-from megatron.checkpointing.states.weights import checkpoint_layouts
-from megatron.checkpointing.states.weights_only import is_weights_only
+from megatron.checkpointing.states.parameter_layout import layer_layouts
 from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
 from megatron.checkpointing.store.find_checkpoint import survey
 from megatron.checkpointing.store.manifest import damage, unlisted
-from megatron.config.config_differences import differences
+from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
 from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
@@ -122,23 +121,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(entry.size for entry in files.values()),
         "bytes_of_weights": weights,
-        "weights_only": is_weights_only(checkpoint),
+        "weights_only": checkpoint.holds_weights_alone,
     }
 
 
 def compare(checkpoint: Checkpoint, words: Sequence[str]) -> list[dict[str, Any]]:
     """What differs between the checkpoint's configuration and that of YAML files and overrides."""
     given = load_words(words).run
-    found = differences(checkpoint.config, given)
+    found = changed_values(checkpoint.config, given)
     return [{"key": each.key, "checkpoint": each.first, "given": each.second} for each in found]
 
 
 def summarize(checkpoint: Checkpoint, optimizer: bool) -> Iterator[TensorSummary]:
     """Every parameter, with progress by the layer."""
-    if optimizer and is_weights_only(checkpoint):
+    if optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(f"{checkpoint.path} holds weights alone. Leave --optimizer out.")
-    names = [layout.global_name(name) for layout in checkpoint_layouts(checkpoint) for name in layout.parameters]
-    with shown_progress("reading", len(names)) as advance:
+    layouts = layer_layouts(checkpoint.config.model, checkpoint.vocab)
+    with shown_progress("reading", sum(len(layout.parameters) for layout in layouts)) as advance:
         for summary in summarize_tensors(checkpoint, optimizer=optimizer):
             advance(1)
             yield summary

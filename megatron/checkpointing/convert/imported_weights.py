@@ -1,4 +1,4 @@
-"""What every import of another program's weights holds them to: a vocabulary that fits, and finite numbers."""
+"""Holds every import of another program's weights to the same rules: a vocabulary that fits, and finite numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOCABULARY = ("embedding.word_embeddings.weight", "head.weight")
 
 
 def imported_vocabulary(rows: int, run: RunConfig, where: str) -> VocabSize:
-    """The vocabulary of the configured run, for weights of `where` that have `rows` rows.
+    """Returns the vocabulary of the configured run, for weights of `where` that have `rows` rows.
 
     Padding rows may be left out or added only where the configuration keeps them out of the softmax. Raises ConfigError
     when they may not, or tokens would be lost; DataError without the configured tokenizer.
@@ -39,7 +39,7 @@ def imported_vocabulary(rows: int, run: RunConfig, where: str) -> VocabSize:
 
 
 def with_configured_rows(name: str, tensor: Tensor, spec: ParameterSpec, vocab: VocabSize) -> Tensor:
-    """The parameter `name` with the rows of the configured vocabulary; other parameters as they are.
+    """Returns the parameter `name` with the rows of the configured vocabulary; other parameters as they are.
 
     Raises CheckpointError when a vocabulary's shape differs in more than its padding.
     """
@@ -52,6 +52,6 @@ def with_configured_rows(name: str, tensor: Tensor, spec: ParameterSpec, vocab: 
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    """Raise CheckpointError, naming `what`, when a tensor holds NaN or infinity."""
+    """Raises CheckpointError, naming `what`, when a tensor holds NaN or infinity."""
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{what} holds NaN or infinity.")

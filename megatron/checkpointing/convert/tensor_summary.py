@@ -1,4 +1,4 @@
-"""Sizes and norms of what a checkpoint holds, by global name, whatever layout wrote it."""
+"""Summarizes a checkpoint's parameters: sizes and norms, by global name, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.checkpointing.states.read_optimizer import OptimizerFiles
-from megatron.checkpointing.states.weights import checkpoint_layouts, read_layer
+from megatron.checkpointing.states.read_states import read_states
+from megatron.checkpointing.states.read_zero_files import MASTER
 from megatron.checkpointing.store.checkpoint import Checkpoint
 
 
@@ -32,15 +32,14 @@ class TensorSummary:
 
 
 def summarize_tensors(checkpoint: Checkpoint, *, optimizer: bool) -> Iterator[TensorSummary]:
-    """Every parameter, in the order of the layers; with `optimizer`, what the optimizer keeps of it as well.
+    """Yields every parameter's summary, in the order of the layers; with `optimizer`, also of what it keeps.
 
-    A layer is in memory at a time. Norms are taken in float64. Raises CheckpointError when a file is missing, damaged
-    or unsafe, or does not hold what the configuration describes.
+    A layer is in memory at a time. Norms are taken in float64. Raises CheckpointError as `read_states` does.
     """
-    states = OptimizerFiles(checkpoint) if optimizer else None
-    for layout in checkpoint_layouts(checkpoint):
-        kept = {} if states is None else states.read_layer(layout)
-        for name, weight in read_layer(checkpoint, layout).items():
+    for layer in read_states(checkpoint, optimizer=optimizer):
+        for name, parameter in layer.by_global_name():
+            weight, master = parameter.weight, parameter.master
+            kept = ({} if master is None else {MASTER: master}) | dict(parameter.moments)
             yield TensorSummary(
                 name=name,
                 shape=tuple(weight.shape),
@@ -48,7 +47,7 @@ def summarize_tensors(checkpoint: Checkpoint, *, optimizer: bool) -> Iterator[Te
                 norm=_norm(weight),
                 largest=float(weight.abs().max()),
                 not_finite=int((~torch.isfinite(weight)).sum()),
-                optimizer_norms={key: _norm(tensor) for key, tensor in kept.get(name, {}).items()},
+                optimizer_norms={key: _norm(tensor) for key, tensor in kept.items()},
             )
 
 

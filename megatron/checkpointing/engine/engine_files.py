@@ -1,4 +1,4 @@
-"""How DeepSpeed's engine writes and reads its files here: flushed and hashed while written, never unpickled freely."""
+"""DeepSpeed's checkpoint engine, with files that are flushed and hashed while written, and never unpickled freely."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
         self._failure: str | None = None
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """A save begins."""
+        """Begins a save."""
         self._written, self._failure = {}, None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folder of a save exists already."""
+        """Does nothing: the folder of a save exists already."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file and bring it to disk."""
+        """Writes one file and brings it to disk."""
         if self._failure is not None:
             return
         file = Path(path)
@@ -48,15 +48,18 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
             self._failure = f"{file.name}: {reason}"
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file on the CPU. Raises CheckpointError when it is damaged or could run code."""
+        """Reads one file on the CPU. Raises CheckpointError when it is damaged or could run code."""
         return load_tensors(Path(path), allow_unsafe=self._allow_unsafe, mmap=False)
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing is left to do: the checkpoint is published by whoever asked the engine for it."""
+        """Does nothing: the checkpoint is published by whoever asked the engine for it."""
         return True
 
     def taken(self) -> dict[str, FileEntry]:
-        """The files that this rank wrote since the save began. Raises CheckpointError when one could not be written."""
+        """Returns the files that this rank wrote since the save began.
+
+        Raises CheckpointError when one could not be written.
+        """
         if self._failure is not None:
             raise CheckpointError(self._failure)
         return self._written
@@ -65,7 +68,7 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
 class SnapshotFiles(EngineFiles):
     """Copies what is to be saved into host memory; `write` writes it, in another thread.
 
-    The memory of a save serves the next one, for to get it anew takes several times as long as to copy into it.
+    Buffers are reused between saves: allocating them costs several times more than copying.
     """
 
     def __init__(self) -> None:
@@ -74,16 +77,16 @@ class SnapshotFiles(EngineFiles):
         self._unwritten: list[str] = []
 
     def create(self, info: CheckpointCommitInfo) -> None:
-        """A save begins."""
+        """Begins a save."""
         super().create(info)
         self._unwritten = []
 
     def preserves_storage_sharing(self) -> bool:
-        """The copies share no storage, so that DeepSpeed need not make its own."""
+        """Tells DeepSpeed that the copies share no storage, so that it need not make its own."""
         return False
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Copy the content of one file."""
+        """Copies the content of one file."""
         name = Path(path).name
         try:
             self._copies[name] = _copied(state_dict, self._copies.get(name))
@@ -94,7 +97,7 @@ class SnapshotFiles(EngineFiles):
             self._unwritten.append(path)
 
     def write(self) -> None:
-        """Write the files that are copied."""
+        """Writes the files that are copied."""
         while self._unwritten:
             path = self._unwritten[0]
             super().save(self._copies[Path(path).name], path)

@@ -18,7 +18,7 @@ STATE_OF_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 @contextmanager
 def configured_hyperparameters(optimizer: Any) -> Iterator[None]:
-    """While the body loads the state of DeepSpeed's `optimizer`, its hyperparameters stay what they are.
+    """Keeps the hyperparameters of DeepSpeed's `optimizer` as they are while the body loads its state.
 
     Of a dynamic loss scale, the place of the search is loaded into one; a fixed scale stays as it is.
     """

@@ -11,10 +11,11 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from megatron.checkpointing.engine.universal import OPTIMIZER_FILE, parameter_folder
 from megatron.checkpointing.states.parameter_layout import fit_vocabulary
-from megatron.checkpointing.states.read_optimizer import LOSS_SCALE, STATES
+from megatron.checkpointing.states.read_zero_files import LOSS_SCALE, MASTER
+from megatron.checkpointing.states.universal_files import OPTIMIZER_FILE, parameter_folder
 from megatron.checkpointing.store.safe_load import load_tensors
+from megatron.config.optimizer import Implementation, OptimizerConfig, facts_of
 from megatron.errors import CheckpointError
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
@@ -24,10 +25,17 @@ if TYPE_CHECKING:
 
 
 def load_universal(
-    engine: PipelineEngine, universal: Path, context: ParallelContext, *, vocab_size: int, same_precision: bool
+    engine: PipelineEngine,
+    universal: Path,
+    context: ParallelContext,
+    section: OptimizerConfig,
+    *,
+    vocab_size: int,
+    same_precision: bool,
 ) -> None:
-    """Load weights, moments, counters and schedule from the folder `universal`.
+    """Loads weights, moments, counters and schedule from the folder `universal`.
 
+    `section` says which optimizer the engine has, whose moments have names of their own.
     `vocab_size` is the number of embedding rows that tokens have, padding apart. The state of fp16's loss scale is
     loaded only into a run of the `same_precision`. Hyperparameters stay the engine's. Raises CheckpointError when a
     file is damaged or unsafe, or a parameter has another shape.
@@ -37,7 +45,12 @@ def load_universal(
     have different groups.
     """
     engine.optimizer._load_universal_checkpoint = partial(
-        _load_optimizer, engine.optimizer, context=context, vocab_size=vocab_size, same_precision=same_precision
+        _load_optimizer,
+        engine.optimizer,
+        context=context,
+        section=section,
+        vocab_size=vocab_size,
+        same_precision=same_precision,
     )
     engine._config.load_universal_checkpoint = True
     try:
@@ -58,6 +71,7 @@ def _load_optimizer(
     load_from_fp32_weights: bool,
     *,
     context: ParallelContext,
+    section: OptimizerConfig,
     vocab_size: int,
     same_precision: bool,
 ) -> None:
@@ -68,15 +82,19 @@ def _load_optimizer(
         common if same_precision else {key: value for key, value in common.items() if key not in LOSS_SCALE}
     )
     groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
-    adam = optimizer.optimizer
-    for group, parameters in zip(adam.param_groups, groups, strict=True):
+    base = optimizer.optimizer
+    facts = facts_of(section)
+    implementation = facts.implementation_of(base, section)
+    for group, parameters in zip(base.param_groups, groups, strict=True):
         (flat,) = group["params"]
-        targets = {"fp32": flat.data}
-        if _file(folder, optimizer, parameters[0], "step").exists():
-            targets |= {key: adam.state[flat].setdefault(key, torch.zeros_like(flat)) for key in STATES[1:]}
-            _set_steps(adam, group, load_tensors(_file(folder, optimizer, parameters[0], "step")))
+        targets = {MASTER: flat.data}
+        if _file(folder, optimizer, parameters[0], facts.moments[0]).exists():
+            targets |= {key: base.state[flat].setdefault(key, torch.zeros_like(flat)) for key in facts.moments}
+            if implementation.step_count is not None:
+                steps = load_tensors(_file(folder, optimizer, parameters[0], "step"))
+                _set_steps(base, group, steps, implementation)
         else:
-            adam.state.pop(flat, None)
+            base.state.pop(flat, None)
         for parameter in parameters:
             if parameter.__dict__["_hp_mapping"] is not None:
                 for key, target in targets.items():
@@ -88,14 +106,14 @@ def _file(universal: Path, optimizer: Any, parameter: nn.Parameter, key: str) ->
     return parameter_folder(universal, optimizer.param_names[parameter]) / f"{key}.pt"
 
 
-def _set_steps(adam: torch.optim.Optimizer, group: dict[str, Any], steps: Tensor) -> None:
-    """torch counts steps by parameter, apex by group."""
-    if isinstance(adam, torch.optim.AdamW):
-        (flat,) = group["params"]
-        # A fused AdamW needs its count on the parameters' device.
-        adam.state[flat]["step"] = steps.clone().to(flat.device if group["fused"] else "cpu")
-    else:
+def _set_steps(
+    base: torch.optim.Optimizer, group: dict[str, Any], steps: Tensor, implementation: Implementation[Any]
+) -> None:
+    if implementation.step_count == "group":
         group["step"] = int(steps)
+        return
+    (flat,) = group["params"]
+    base.state[flat]["step"] = steps.clone().to(flat.device if implementation.step_on_device else "cpu")
 
 
 def _whole(content: Mapping[str, Tensor], parameter: nn.Parameter, vocab_size: int) -> Tensor:
@@ -103,7 +121,7 @@ def _whole(content: Mapping[str, Tensor], parameter: nn.Parameter, vocab_size: i
 
 
 def _copy_own(whole: Tensor, parameter: nn.Parameter, target: Tensor, context: ParallelContext) -> None:
-    """Copy what of a whole parameter lies in this rank's partition."""
+    """Copies the part of a whole parameter that lies in this rank's partition."""
     mapping: Any = parameter.__dict__["_hp_mapping"]
     own, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
     share = local_shard(whole, parameter_spec(parameter).shard_dim, context).flatten()

@@ -1,4 +1,4 @@
-"""Whether DeepSpeed can load a checkpoint's files as they are."""
+"""Comparison of the layout that wrote a checkpoint with a run's: DeepSpeed can load its files only when they agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.mpu.context import ParallelContext
 def layout_differences(
     checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, padded_vocab_size: int
 ) -> list[str]:
-    """What differs between the layout that wrote a checkpoint and a run's, one sentence each."""
+    """Lists the differences between the layout that wrote a checkpoint and a run's, one sentence each."""
     state, theirs = checkpoint.state, checkpoint.config
     pairs: dict[str, tuple[object, object]] = {
         "tensor-parallel size": (state.tensor_parallel_size, context.tensor_size),

@@ -8,7 +8,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 
 
 def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int]:
-    """Steps after which a checkpoint is written, as GPT-NeoX spaces them; 0 stands for the initial weights.
+    """Returns the steps after which a checkpoint is written, spaced as in GPT-NeoX; 0 stands for the initial weights.
 
     Pythia's 154 checkpoints are `checkpoint_factor: 1000` with `extra_save_iters: [0, 1, 2, 4, ..., 512]` over 143,000
     steps. The last step is always among them.

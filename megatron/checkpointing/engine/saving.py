@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(
     engine: PipelineEngine, state: RunState, config: RunConfig, *, run_id: str, versions: Mapping[str, str | None]
 ) -> Path:
-    """Write weights, optimizer state and `state` to global_stepN in the configured folder `save`; returns its path.
+    """Writes weights, optimizer state and `state` to global_stepN in the configured folder `save`; returns its path.
 
     Collective. A kill or a failure at any moment leaves every earlier checkpoint and `latest` whole. `versions` are of
     the packages and the code, for the manifest. Raises CheckpointError, on all ranks, when a rank cannot write.
@@ -61,11 +61,11 @@ class Saver:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is not published yet; the same on every rank."""
+        """Tells whether a save is not published yet; the same on every rank."""
         return self._pending is not None
 
     def save(self, state: RunState, *, wait: bool) -> None:
-        """Save, and be done with it when this returns if `wait`, or unless saves are asynchronous.
+        """Saves a checkpoint; with `wait`, or unless saves are asynchronous, it is published when this returns.
 
         Collective. Raises what `save_checkpoint` raises, also for the save before, if that was still being written.
         """
@@ -78,12 +78,15 @@ class Saver:
             self.finish()
 
     def publish_if_written(self) -> None:
-        """Publish a save that all ranks have written by now. Collective; raises what `save_checkpoint` raises."""
+        """Publishes a save that all ranks have written by now. Collective; raises what `save_checkpoint` raises."""
         if self._pending is not None and self._pending.is_written_everywhere():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a save that is being written, and publish it. Collective; raises what `save_checkpoint` raises."""
+        """Waits for a save that is being written, and publishes it.
+
+        Collective; raises what `save_checkpoint` raises.
+        """
         save, self._pending = self._pending, None
         if save is not None:
             save.publish(self.run_id, self.versions)
@@ -93,7 +96,7 @@ class _Save:
     """A checkpoint on its way."""
 
     def __init__(self, engine: PipelineEngine, state: RunState, config: RunConfig, files: EngineFiles) -> None:
-        """Write it, or begin to. Collective."""
+        """Writes it, or begins to. Collective."""
         if config.checkpoint.save is None:
             raise CheckpointError("save: no folder is configured to save checkpoints in.")
         self.config = config
@@ -118,18 +121,18 @@ class _Save:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has written its files, or failed to."""
+        """Tells whether this rank has written its files, or failed to."""
         return self.thread is None or not self.thread.is_alive()
 
     def is_written_everywhere(self) -> bool:
-        """Whether all ranks have written their files, or failed to. Collective."""
+        """Tells whether all ranks have written their files, or failed to. Collective."""
         with self._training_waits():
             writing = torch.tensor(not self.is_written, dtype=torch.int32, device=self.device)
             distributed.all_reduce(writing, op=distributed.ReduceOp.MAX)
             return not writing.item()
 
     def publish(self, run_id: str, versions: Mapping[str, str | None]) -> Path:
-        """Wait until all is written, give the checkpoint its name, and remove old ones. Collective."""
+        """Waits until all is written, gives the checkpoint its name, and removes old ones. Collective."""
         with self._training_waits():
             if self.thread is not None:
                 self.thread.join()
@@ -164,7 +167,7 @@ class _Save:
 
 
 def _gathered(files: EngineFiles) -> dict[str, FileEntry]:
-    """All ranks' files. Raises CheckpointError, on all ranks, when one of them could not write."""
+    """Returns all ranks' files. Raises CheckpointError, on all ranks, when one of them could not write."""
     try:
         own: dict[str, FileEntry] | str = files.taken()
     except CheckpointError as error:

@@ -26,11 +26,14 @@ class NameMap:
     """Names of tensors that are no parameters, such as masks and rotary frequencies that old versions saved."""
 
     def to_theirs(self, name: str) -> str:
-        """Their name of our parameter. Raises KeyError for a name that no prefix matches."""
+        """Returns their name of our parameter. Raises KeyError for a name that no prefix matches."""
         return _rename(name, self.prefixes)
 
     def to_ours(self, name: str) -> str | None:
-        """Our name of their tensor; None for a tensor that is no parameter. Raises KeyError for an unknown name."""
+        """Returns our name of their tensor; None for a tensor that is no parameter.
+
+        Raises KeyError for an unknown name.
+        """
         if self.without_weights is not None and self.without_weights.fullmatch(name):
             return None
         for spelling, usual in self.also_read:
@@ -53,7 +56,7 @@ def our_names(
     where: str,
     describe: Callable[[str], str] = str,
 ) -> dict[str, str]:
-    """Our name to theirs, for all tensors of a folder. Every tensor and every parameter is accounted for.
+    """Maps our names to theirs, for all tensors of a folder. Every tensor and every parameter is accounted for.
 
     Raises CheckpointError, naming `where`, for unknown tensors, missing parameters, and parameters given twice.
     `describe` says more of one of their names.

@@ -1,7 +1,7 @@
-"""Which file of a checkpoint holds which part of which parameter.
+"""Split of every parameter over files and ranks, as its module describes it.
 
-The split of a parameter is told by the module that owns it: the layers are built on the meta device, and what their
-parameters know of themselves is read off. There is no table beside the modules that could disagree with them.
+The layers are built on the meta device, and what their parameters know of themselves is read off. There is no table
+beside the modules that could disagree with them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class LayerLayout:
     """Pipeline layer, as in the file's name."""
     parameters: Mapping[str, ParameterSpec]
     """By the name that a parameter has in the file."""
-    prefix: str
-    """What precedes those names in the global ones."""
+    name: str
+    """Start of their global names, such as `layers.3`."""
 
     def global_name(self, local_name: str) -> str:
-        """The parameter's name in the whole model."""
-        return f"{self.prefix}.{local_name}"
+        """Returns the parameter's name in the whole model."""
+        return f"{self.name}.{local_name}"
 
 
 def layer_layouts(model: ModelConfig, vocab: VocabSize) -> list[LayerLayout]:
-    """The layers that own parameters, in order; a tied head owns none."""
+    """Returns the layers that own parameters, in order; a tied head owns none."""
     layouts = []
     with torch.device("meta"):
         for index, entry in enumerate(layer_entries(model, vocab, ParallelContext.single())):
@@ -48,8 +48,20 @@ def layer_layouts(model: ModelConfig, vocab: VocabSize) -> list[LayerLayout]:
     return layouts
 
 
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Ranks by parallel dimension."""
+
+    tensor: int = 1
+    pipe: int = 1
+    data: int = 1
+
+
 def shard_shape(spec: ParameterSpec, tensor_size: int) -> tuple[int, ...]:
-    """Shape of each tensor-parallel rank's part. Raises CheckpointError when the parameter does not split evenly."""
+    """Returns the shape of each tensor-parallel rank's part.
+
+    Raises CheckpointError when the parameter does not split evenly.
+    """
     if spec.shard_dim is None:
         return spec.full_shape
     total = spec.full_shape[spec.shard_dim]
@@ -59,7 +71,7 @@ def shard_shape(spec: ParameterSpec, tensor_size: int) -> tuple[int, ...]:
 
 
 def merge(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
-    """The whole parameter from the parts of all tensor-parallel ranks, in their order.
+    """Joins the parts of all tensor-parallel ranks, in their order, to the whole parameter.
 
     Raises CheckpointError when a part has another shape than its share, or replicas differ.
     """
@@ -78,7 +90,7 @@ def merge(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
 
 
 def split(whole: Tensor, spec: ParameterSpec, tensor_size: int) -> list[Tensor]:
-    """The parts of all tensor-parallel ranks, in their order, as views.
+    """Splits a whole parameter into the parts of all tensor-parallel ranks, in their order, as views.
 
     Raises CheckpointError when the parameter does not split evenly.
     """
@@ -87,10 +99,10 @@ def split(whole: Tensor, spec: ParameterSpec, tensor_size: int) -> list[Tensor]:
 
 
 def fit_vocabulary(whole: Tensor, spec: ParameterSpec, vocab_size: int) -> Tensor:
-    """A whole parameter with as many vocabulary rows as `spec` says: tokens' `vocab_size` rows as they are, and zeros.
+    """Returns a whole parameter with as many vocabulary rows as `spec` says: tokens' `vocab_size` rows, and zeros.
 
-    Anything without such rows comes back as it is. The padding must be masked in the model, or its rows count. Raises
-    CheckpointError when the shapes differ in anything else.
+    A parameter without such rows comes back as it is. The padding must be masked in the model, or its rows count.
+    Raises CheckpointError when the shapes differ in anything else.
     """
     if tuple(whole.shape) == spec.full_shape:
         return whole

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights mean the same in a configured model."""
+"""Comparison of a checkpoint's model with the configured one: do its weights mean the same there?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FREE_MODEL_FIELDS = frozenset(
 
 
 def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[str]:
-    """What differs and matters, one sentence each."""
+    """Lists the differences that matter, one sentence each."""
     theirs, ours = checkpoint.model_dump(), configured.model_dump()
     return [
         f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}"
@@ -25,8 +25,10 @@ def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[
 
 
 def require_same_vocabulary(checkpoint: Checkpoint, vocab: VocabSize, *, padding_is_masked: bool) -> None:
-    """Raise CheckpointError when the checkpoint's embedding has another number of rows than `vocab`, unless only the
-    padding differs and takes no part in the softmax."""
+    """Raises CheckpointError when the checkpoint's embedding has another number of rows than `vocab`.
+
+    A difference in the padding alone is allowed where padding takes no part in the softmax.
+    """
     state = checkpoint.state
     if state.padded_vocab_size == vocab.padded:
         return

@@ -22,7 +22,7 @@ INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 
 
 def write_shards(folder: Path, layers: Iterable[Mapping[str, Tensor]], max_shard_bytes: int) -> None:
-    """Write tensors as model.safetensors, or as shards of at most `max_shard_bytes` with their index.
+    """Writes tensors as model.safetensors, or as shards of at most `max_shard_bytes` with their index.
 
     A layer is never split over shards, so one that is larger makes a shard of its own; no more than a shard is in
     memory. Names and index are those of transformers.
@@ -48,7 +48,7 @@ def write_shards(folder: Path, layers: Iterable[Mapping[str, Tensor]], max_shard
 
 
 def _unnamed(folder: Path, number: int) -> Path:
-    """A shard before the number of shards is known, which is part of its name."""
+    """Returns the path of a shard before the number of shards is known, which is part of its name."""
     return folder / f"shard-{number}.safetensors"
 
 
@@ -65,7 +65,7 @@ def _grouped(layers: Iterable[Mapping[str, Tensor]], max_bytes: int) -> Iterator
 
 @dataclass(frozen=True)
 class TensorFolder:
-    """Where a folder keeps each tensor."""
+    """Places of a folder's tensors."""
 
     files: dict[str, Path]
     """Tensor name to the file that holds it."""
@@ -85,7 +85,7 @@ class TensorFolder:
 
 
 def open_folder(folder: Path, *, allow_unsafe: bool = False) -> TensorFolder:
-    """Find the tensors of a folder. Raises CheckpointError when there are none, or a file is missing or damaged."""
+    """Finds the tensors of a folder. Raises CheckpointError when there are none, or a file is missing or damaged."""
     for name in INDEX_FILES:
         if (folder / name).is_file():
             return TensorFolder(_indexed_files(folder / name, allow_unsafe), allow_unsafe)
@@ -96,7 +96,7 @@ def open_folder(folder: Path, *, allow_unsafe: bool = False) -> TensorFolder:
 
 
 def open_file(file: Path, *, allow_unsafe: bool = False) -> TensorFolder:
-    """The same for one file that holds all tensors."""
+    """Finds the tensors of one file that holds all of them. Raises CheckpointError when it is damaged or unsafe."""
     return TensorFolder(dict.fromkeys(_tensor_names(file, allow_unsafe), file), allow_unsafe)
 
 
@@ -138,12 +138,12 @@ def _read_file(file: Path, names: Iterable[str], allow_unsafe: bool) -> dict[str
 
 
 def _read_bin(file: Path, allow_unsafe: bool) -> dict[str, Tensor]:
-    """A pickle of tensors, memory-mapped."""
+    """Reads a pickle of tensors, memory-mapped."""
     return named_tensors(load_tensors(file, allow_unsafe=allow_unsafe), file)
 
 
 def named_tensors(content: object, file: Path) -> dict[str, Tensor]:
-    """`content`, which was read from `file`. Raises CheckpointError when it is no dictionary of tensors."""
+    """Returns `content`, which was read from `file`. Raises CheckpointError when it is no dictionary of tensors."""
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):

@@ -1,8 +1,8 @@
-"""What lies in a run's checkpoint folder, and what one checkpoint is.
+"""Run folders and the checkpoints in them.
 
 <save>/latest                                 the name of the newest checkpoint, one line (DeepSpeed's convention)
 <save>/global_step<N>/manifest.json           what the checkpoint consists of (manifest.py)
-<save>/global_step<N>/state.json              where the run stood (state.py)
+<save>/global_step<N>/state.json              where the run stood (run_state.py)
 <save>/global_step<N>/config.json             the resolved configuration
 <save>/global_step<N>/layer_*-model_*.pt …    DeepSpeed's weights and optimizer states
 <save>/.global_step<N>.<writing|replaced|removed>   on its way in or out (publish.py); never read
@@ -23,6 +23,7 @@ from megatron.checkpointing.store.run_state import STATE_FILE, RunState, read_st
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from megatron.io.durable import write_durably
+from megatron.model.causal_lm import VocabSize
 
 CHECKPOINT_NAME = re.compile(r"global_step(\d+)")
 LATEST = "latest"
@@ -50,6 +51,16 @@ class Checkpoint:
                 "Load it with that version of the code, or, if the file was changed, restore it."
             ) from error
 
+    @property
+    def vocab(self) -> VocabSize:
+        """The vocabulary that it was trained with."""
+        return VocabSize(self.state.vocab_size, self.state.padded_vocab_size)
+
+    @property
+    def holds_weights_alone(self) -> bool:
+        """Tells whether the optimizer's and the engine's state are missing, so that no run can go on from it."""
+        return not any(name.startswith("mp_rank_") for name in self.manifest.files)
+
 
 def _reasons(error: ValidationError) -> str:
     found = error.errors(include_url=False)
@@ -58,12 +69,12 @@ def _reasons(error: ValidationError) -> str:
 
 
 def checkpoint_name(iteration: int) -> str:
-    """Folder name of the checkpoint after `iteration` steps."""
+    """Returns the folder name of the checkpoint after `iteration` steps."""
     return f"global_step{iteration}"
 
 
 def checkpoint_paths(folder: Path) -> Iterator[tuple[int, Path]]:
-    """(iteration, path) of every folder in `folder` that has a checkpoint's name, in no order.
+    """Yields (iteration, path) of every folder in `folder` that has a checkpoint's name, in no order.
 
     Links are left out: what they lead to belongs to something else.
     """
@@ -74,7 +85,7 @@ def checkpoint_paths(folder: Path) -> Iterator[tuple[int, Path]]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one global_stepN folder, up to its tensors. What is small is compared with its hash.
+    """Reads one global_stepN folder, up to its tensors. Small files are compared with their hashes.
 
     Raises CheckpointError, with a reason alone, when it is no whole checkpoint of this trainer.
     """
@@ -90,12 +101,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Write config.json."""
+    """Writes config.json."""
     write_durably(folder / CONFIG_FILE, config.model_dump_json(indent=1) + "\n")
 
 
 def read_latest(folder: Path) -> str | None:
-    """What `latest` says; None when there is no such file."""
+    """Returns the name in `latest`; None when there is no such file."""
     try:
         return (folder / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -103,7 +114,7 @@ def read_latest(folder: Path) -> str | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Create `folder` and see that files can be made in it. Raises CheckpointError before a run spends any time."""
+    """Creates `folder` and tries to make a file in it. Raises CheckpointError before a run spends any time."""
     probe = folder / f".write-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

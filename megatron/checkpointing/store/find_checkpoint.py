@@ -1,4 +1,4 @@
-"""Which checkpoint to load: one that is named, or the newest that is whole. What is passed over is named, with why."""
+"""Chooses the checkpoint to load, by name or as the newest whole one, and logs each one skipped, with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @os_errors_as(CheckpointError, "the checkpoint folder")
 def find_checkpoint(folder: Path, iteration: int | None, level: Verification) -> Checkpoint | None:
-    """The checkpoint of `iteration` in `folder`, or the newest whole one there; `folder` may be a checkpoint itself.
+    """Finds the checkpoint of `iteration` in `folder`, or the newest whole one; `folder` may be a checkpoint itself.
 
     Collective: every rank verifies a share of the files, and all find the same. None when there is nothing that could
     be a checkpoint. Raises CheckpointError when the named one is missing or damaged, or when all that there are are.
@@ -74,7 +74,7 @@ def configured_checkpoint(config: CheckpointConfig, iteration: int | None = None
 
 
 def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:
-    """`find_checkpoint` of any iteration, for what cannot do without. Raises CheckpointError when there is none."""
+    """Finds the newest whole checkpoint, for callers that need one. Raises CheckpointError when there is none."""
     found = find_checkpoint(folder, None, level)
     if found is None:
         raise CheckpointError(f"{folder} holds no checkpoint. Name a run's folder or a global_stepN folder.")
@@ -82,8 +82,10 @@ def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:
 
 
 def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
-    """What keeps a checkpoint from being whole, one sentence each; the same on every rank, each of which looks at a
-    share of the files. Collective."""
+    """Lists what keeps a checkpoint from being whole, one sentence each; the same on every rank.
+
+    Collective: each rank looks at a share of the files.
+    """
     rank, size = rank_and_size()
     files = checkpoint.manifest.files
     by_size = sorted(files, key=lambda name: files[name].size, reverse=True)
@@ -94,7 +96,7 @@ def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
 
 
 def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:
-    """`damage`, with a message now and then."""
+    """Lists damage as `damage` does, with a message now and then."""
     problems = []
     done, total = 0, sum(entry.size for entry in files.values())
     report = PeriodicReport(logger.info)
@@ -111,7 +113,7 @@ def readable_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def _named(folder: Path, iteration: int | None) -> Path | None:
-    """The checkpoint that is asked for by name, or None when any will do."""
+    """Returns the path of the checkpoint that is asked for by name, or None when any will do."""
     match = CHECKPOINT_NAME.fullmatch(folder.resolve().name)
     if match:
         if iteration is not None and int(match.group(1)) != iteration:
@@ -136,7 +138,7 @@ def _read_named(path: Path) -> Checkpoint:
 
 
 def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
-    """Readable checkpoints, newest save first, and (iteration, reason) of what only looks like one."""
+    """Returns the readable checkpoints, newest save first, and (iteration, reason) of what only looks like one."""
     readable, rejected = [], []
     for iteration, path in checkpoint_paths(folder):
         try:
@@ -147,7 +149,7 @@ def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
 
 
 def _tell(chosen: Checkpoint, passed_over: list[tuple[int, str]]) -> None:
-    """Warn, on the first rank, of what is passed over for an older checkpoint."""
+    """Warns, on the first rank, of newer checkpoints that are skipped for an older one."""
     if rank_and_size()[0] != 0:
         return
     for _, reason in sorted(passed_over):

@@ -54,13 +54,13 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json into `folder`; comes after all files that it names."""
+    """Writes manifest.json into `folder`; comes after all files that it names."""
     content = {"format": MANIFEST_FORMAT, **asdict(manifest)}
     write_durably(folder / MANIFEST_FILE, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read manifest.json. Raises CheckpointError, with a reason alone, when it is missing, damaged or foreign."""
+    """Reads manifest.json. Raises CheckpointError, with a reason alone, when it is missing, damaged or foreign."""
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if content.pop("sha256") != _digest(content):
@@ -80,18 +80,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def damage(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:
-    """What is wrong with these files of a checkpoint, one sentence each: missing, of another size or content."""
+    """Lists the damage to these files of a checkpoint, one sentence each: missing, of another size or content."""
     found = (_damage_of(folder / name, entry, level) for name, entry in files.items())
     return [sentence for sentence in found if sentence is not None]
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and hash of a file that exists."""
+    """Returns size and hash of a file that exists."""
     return FileEntry(path.stat().st_size, file_sha256(path))
 
 
 def unlisted(folder: Path, names: Iterable[str]) -> list[str]:
-    """Tensor files in `folder` that are not among `names`: DeepSpeed would take them for parts of the checkpoint."""
+    """Lists tensor files in `folder` that are not among `names`, which DeepSpeed would take for its own."""
     return sorted({path.name for path in folder.glob("*.pt")} - set(names))
 
 

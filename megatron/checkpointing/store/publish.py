@@ -1,4 +1,4 @@
-"""How a checkpoint comes into a run's folder and leaves it, so that a kill at any moment leaves whole ones alone.
+"""Publishes and removes checkpoints so that a kill at any moment leaves whole ones alone.
 
 Written under a hidden name and renamed when it is whole; renamed to a hidden name before it is deleted.
 """
@@ -27,7 +27,7 @@ HIDDEN_NAME = re.compile(rf"\.(global_step\d+)\.({WRITING}|{REPLACED}|{REMOVED})
 
 
 def begin(folder: Path, iteration: int) -> Path:
-    """Clear what a killed save has left in `folder`, and make an empty folder to write a checkpoint into."""
+    """Clears what a killed save has left in `folder`, and makes an empty folder to write a checkpoint into."""
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
     temporary = _hidden(folder / checkpoint_name(iteration), WRITING)
@@ -36,14 +36,14 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def put_back_replaced(folder: Path) -> None:
-    """Give checkpoints their name back that were about to be replaced when a save was killed."""
+    """Gives checkpoints their name back that were about to be replaced when a save was killed."""
     for path, name, purpose in _leftovers(folder):
         if purpose == REPLACED and not (folder / name).exists():
             path.rename(folder / name)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed saves have left, but for checkpoints that are put back."""
+    """Deletes what killed saves have left, but for checkpoints that are put back."""
     put_back_replaced(folder)
     for path, _, _ in _leftovers(folder):
         _delete(path)
@@ -58,7 +58,7 @@ def complete(
     run_id: str,
     versions: Mapping[str, str | None],
 ) -> Path:
-    """Make a checkpoint of the folder `temporary`, which holds `files`, and the latest one; returns its final path.
+    """Makes a checkpoint of the folder `temporary`, which holds `files`, and the latest one; returns its final path.
 
     State, configuration and manifest are added, then it gets its name. A checkpoint of the same name and run is
     replaced; what else has the name is kept under another, which is logged. `versions` are of the packages and the
@@ -94,7 +94,7 @@ def complete(
 
 
 def remove_old(folder: Path, config: CheckpointConfig, run_id: str) -> None:
-    """Delete the run's whole checkpoints but the newest `keep_last_n_checkpoints` and those kept for ever.
+    """Deletes the run's whole checkpoints but the newest `keep_last_n_checkpoints` and those kept for ever.
 
     Nothing else is touched: neither other runs' checkpoints, nor damaged ones, nor links.
     """
@@ -126,8 +126,10 @@ def _publish(temporary: Path, final: Path, run_id: str) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Delete a hidden folder. Where that fails, as while another machine has a file of it open, it does no harm, and
-    the next save tries again."""
+    """Deletes a hidden folder, or leaves it to the next save where that fails.
+
+    It may fail while another machine has a file of it open; a hidden folder does no harm.
+    """
     try:
         shutil.rmtree(path)
     except OSError as error:
@@ -135,7 +137,7 @@ def _delete(path: Path) -> None:
 
 
 def _leftovers(folder: Path) -> list[tuple[Path, str, str]]:
-    """(path, checkpoint's name, purpose) of the hidden folders that this module makes."""
+    """Lists (path, checkpoint's name, purpose) of the hidden folders that this module makes."""
     if not folder.is_dir():
         return []
     found = [(HIDDEN_NAME.fullmatch(path.name), path) for path in folder.iterdir()]

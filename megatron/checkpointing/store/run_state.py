@@ -1,4 +1,4 @@
-"""Where a run stands, apart from weights and optimizer state."""
+"""Progress of a run, apart from weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ STATE_FORMAT = 2
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run must know to go on exactly. Dropout needs no generator state: it follows from seed, step and rank."""
+    """Everything that a run must know to go on exactly.
+
+    Dropout needs no generator state: it follows from seed, step and rank.
+    """
 
     iteration: int
     """Optimizer steps done [steps]."""
@@ -59,12 +62,12 @@ class RunState:
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Write state.json."""
+    """Writes state.json."""
     write_durably(folder / STATE_FILE, json.dumps({"format": STATE_FORMAT, **asdict(state)}, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> RunState:
-    """Read state.json. Raises CheckpointError when it is missing, damaged or of another format."""
+    """Reads state.json. Raises CheckpointError when it is missing, damaged or of another format."""
     path = folder / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))

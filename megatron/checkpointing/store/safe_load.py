@@ -22,7 +22,7 @@ NUMPY_ARRAY_MAKER = np.arange(0).__reduce__()[0]
 
 
 def _allowed_types() -> list[Any]:
-    """What checkpoint files of DeepSpeed and of GPT-NeoX hold besides tensors and plain containers.
+    """Lists the types that DeepSpeed's and GPT-NeoX's files hold besides tensors and plain containers.
 
     GPT-NeoX saves NumPy's random state, which is an array of 32-bit integers.
     """
@@ -46,7 +46,7 @@ def _allowed_types() -> list[Any]:
 
 
 def load_tensors(path: Path, *, allow_unsafe: bool | None = None, mmap: bool = True) -> Any:
-    """The content of a .pt file on the CPU, memory-mapped or read.
+    """Reads a .pt file on the CPU, memory-mapped or into memory.
 
     Raises CheckpointError for a damaged file, and for one that holds anything but tensors, plain values and the types
     that DeepSpeed and GPT-NeoX write, unless `allow_unsafe`: then such a file may run any code. None is False where
@@ -83,6 +83,6 @@ def _load_trusted(path: Path, mmap: bool) -> Any:
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """What torch met: the class or function where it names one."""
+    """Returns the class or function that torch met, where it names one."""
     named = re.search(r"GLOBAL (\S+)", str(error))
     return named.group(1) if named else str(error).splitlines()[0]

@@ -13,8 +13,10 @@ from megatron.io.hashing import HashingWriter
 
 
 def write_tensors(content: Any, path: Path) -> FileEntry:
-    """`torch.save` to a new file, flushed to disk; returns its size and hash, which are of what was meant to be
-    written, not of what a bad disk may give back."""
+    """Writes a new file with `torch.save`, flushed to disk; returns its size and hash.
+
+    They are of what was meant to be written, not of what a bad disk may give back.
+    """
     with path.open("xb") as file:
         hashed = HashingWriter(file)
         torch.save(content, hashed)  # type: ignore[arg-type] # torch asks for no more than this

@@ -10,8 +10,7 @@ import yaml
 from megatron.checkpointing.convert.neox.neox_files import open_neox
 from megatron.checkpointing.convert.neox.neox_model import model_of
 from megatron.config.yaml.problems import report
-from megatron.config.yaml.write_yaml import write_new_yaml
-from megatron.config.yaml.yaml_reader import read_yaml
+from megatron.config.yaml.yaml_files import read_yaml, write_new_yaml
 from megatron.errors import ConfigError
 
 HEADER = """# The configuration that {folder} was trained with, and the vocabulary rows that it has.
@@ -21,9 +20,9 @@ OF_THE_OLD_RUN = ("load", "save", "iteration", "finetune", "pretrain_partial_ini
 
 
 def write_config(source: Path, path: Path) -> None:
-    """Merge the YAMLs in `source`'s folder `configs` into `path`.
+    """Merges the YAMLs in `source`'s folder `configs` into `path`.
 
-    Raises CheckpointError for a checkpoint that is none of NeoX, ConfigError when it holds no YAMLs, or `path` exists.
+    Raises CheckpointError for a checkpoint that is not NeoX's, ConfigError when it holds no YAMLs, or `path` exists.
     """
     files = open_neox(source)
     found = model_of(files)

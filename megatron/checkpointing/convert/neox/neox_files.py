@@ -61,7 +61,7 @@ class NeoxFiles:
     """By name `N.local`: the parts of all tensor-parallel ranks, in their order."""
 
     def describe(self, name: str) -> str:
-        """What errors call a tensor, which may be one that it lacks."""
+        """Describes a tensor in an error's words; it may be one that is missing."""
         if name in self.tensors:
             return str(self.tensors[name][0])
         layer, _, local = name.partition(".")
@@ -69,7 +69,7 @@ class NeoxFiles:
 
 
 def open_neox(path: Path, *, allow_unsafe: bool = False) -> NeoxFiles:
-    """Find the tensors of a file, of a global_stepN folder, or of a run's folder, whose `latest` names one.
+    """Finds the tensors of a file, of a global_stepN folder, or of a run's folder, whose `latest` names one.
 
     Raises CheckpointError when there are none, a rank's file is missing, or a file is damaged or could run code.
     """
@@ -99,7 +99,7 @@ def open_neox(path: Path, *, allow_unsafe: bool = False) -> NeoxFiles:
 
 
 def _located(path: Path) -> Path:
-    """A file, or the folder that is to hold the files."""
+    """Returns the path of the file, or of the folder that is to hold the files."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. Name a global_stepN folder, a run's folder, or a .bin file.")
     latest = read_latest(path) if path.is_dir() else None
@@ -123,7 +123,7 @@ def _layer_files(folder: Path, matches: list[re.Match[str]], allow_unsafe: bool)
 
 
 def _state_dictionary(file: Path, allow_unsafe: bool) -> dict[str, StoredTensor]:
-    """A file of all layers: a state dictionary, or what DeepSpeed saves, with one under "module"."""
+    """Reads a file of all layers: a state dictionary, or what DeepSpeed saves, with one under "module"."""
     content = load_tensors(file, allow_unsafe=allow_unsafe)
     if isinstance(content, dict) and "module" in content:
         content = content["module"]

@@ -26,7 +26,7 @@ class NeoxMerger:
         """Name of a replicated parameter whose ranks did not agree -> their largest difference; it was averaged."""
 
     def whole(self, name: str, stored: Sequence[StoredTensor], spec: ParameterSpec) -> Tensor:
-        """The parameter `name`, ours, with as many vocabulary rows as were saved.
+        """Returns the parameter `name`, ours, with as many vocabulary rows as were saved.
 
         Columns and rows are split as in Megatron, the vocabulary by rows; the head of `output_layer_parallelism: row`
         by columns. Under `gpt_j_residual` each rank adds its own bias before the outputs are summed, so the model's is

@@ -61,9 +61,9 @@ def _layer_number(layout: LayerLayout, model: ModelConfig) -> int:
 
 
 def _local_name(layout: LayerLayout, name: str, model: ModelConfig) -> str:
-    if layout.prefix == "head":
+    if layout.name == "head":
         return f"final_linear.{name}"
-    if layout.prefix == "final_norm":
+    if layout.name == "final_norm":
         return "norm." + _norm_name(name, model.final_norm or model.norm)
     if "layernorm." in name:
         return _norm_name(name, model.norm)

@@ -1,0 +1,40 @@
+"""Loads a checkpoint's weights into the parameters of a rank's modules, whatever layout wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from megatron.checkpointing.states.parameter_layout import fit_vocabulary
+from megatron.checkpointing.states.read_states import StateReader
+from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.model.causal_lm import pipeline_location
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import local_shard, parameter_spec
+
+
+def load_parameters(
+    named: Iterable[tuple[str, nn.Parameter]], checkpoint: Checkpoint, context: ParallelContext
+) -> None:
+    """Copies a checkpoint's weights into this rank's parameters, which are given by global name.
+
+    The checkpoint's model must be that of the parameters, up to what does not change their meaning, such as masked
+    padding of the vocabulary. A layer is in memory at a time. Raises CheckpointError as `read_states` does.
+    """
+    model = checkpoint.config.model
+    wanted: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        index, local = pipeline_location(name, model)
+        wanted.setdefault(index, []).append((local, parameter))
+    reader = StateReader(checkpoint, optimizer=False)
+    for layout in reader.layouts:
+        if layout.index not in wanted:
+            continue
+        layer = reader.read(layout)
+        with torch.no_grad():
+            for local, parameter in wanted[layout.index]:
+                spec = parameter_spec(parameter)
+                whole = fit_vocabulary(layer[local].weight, spec, checkpoint.state.vocab_size)
+                parameter.copy_(local_shard(whole, spec.shard_dim, context))
