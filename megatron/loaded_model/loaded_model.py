@@ -20,7 +20,7 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import Tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.kv_cache import KeyValueCache

@@ -14,7 +14,7 @@ from megatron.checkpointing.store.publish import put_back_replaced
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.data.data_fingerprint import differences
+from megatron.data.data_fingerprint import fingerprint_differences
 from megatron.errors import CheckpointError, ConfigError, NonFiniteError
 from megatron.mpu.agreement import on_first_rank
 from megatron.training.step import Progress
@@ -159,7 +159,7 @@ def require_same_data(start: Start, fingerprint: dict[str, str], config: Checkpo
     """Raise CheckpointError when a run that continues would read other tokens than the one that it continues."""
     if start.checkpoint is None or not start.continues or config.allow_changed_data:
         return
-    changed = list(differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
+    changed = list(fingerprint_differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
     if changed:
         raise CheckpointError(
             f"the data differs from what {start.checkpoint.path} was trained on: {'; '.join(changed)}. Restore it, or "

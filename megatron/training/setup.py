@@ -19,7 +19,7 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.data_fingerprint import data_fingerprint
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST, EnvironmentSetupError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline

@@ -14,7 +14,7 @@ from megatron.config.load_config import load_config
 from megatron.config.sections.training import BatchConfig
 from megatron.data.datasets import build_datasets, sample_counts
 from megatron.data.formats.mmap import IndexedDatasetWriter
-from megatron.data.micro_batch_loader import micro_batches
+from megatron.data.micro_batch import micro_batches
 from megatron.errors import CheckpointError, ConfigError, DataError
 from tools.datasets.batch_viewer import main
 

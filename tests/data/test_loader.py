@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from megatron.data.micro_batch_loader import micro_batches
+from megatron.data.micro_batch import micro_batches
 from megatron.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def test_process_ends_although_workers_ignore_signals(broken: int | None) -> Non
     """multiprocessing would wait for them for ever, so the loader ends them itself."""
     program = f"""
         from tests.data.test_loader import Squares
-        from megatron.data.micro_batch_loader import micro_batches
+        from megatron.data.micro_batch import micro_batches
         batches = micro_batches(
             Squares(9, broken={broken}), consumed_samples=0, micro_batch_size=1, data_rank=0, data_size=1, num_workers=2
         )

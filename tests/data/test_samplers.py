@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from megatron.data.order.samplers import MicroBatchSampler
+from megatron.data.micro_batch import MicroBatchSampler
 
 
 def take(

@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.config.sections.model import ModelConfig
-from megatron.data.tokenizers.tokenizer import (
+from megatron.data.tokenizer import (
     END_OF_DOCUMENT,
     TOKENIZERS,
     Tokenizer,

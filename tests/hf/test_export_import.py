@@ -22,7 +22,7 @@ from megatron.checkpointing.states.read_states import read_weights
 from megatron.checkpointing.states.tensor_folder import open_folder
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
-from megatron.data.tokenizers.tokenizer import build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError, exit_on_user_error
 from megatron.hf.import_folder import import_folder
 from tests.hf.checkpoints import MODELS, VOCAB, export, make_checkpoint, read_run, tokens, whole_model, write_yaml

@@ -12,7 +12,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
 from megatron.config.sections.data import TokenizerConfig
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, build_tokenizer
+from megatron.data.tokenizer import END_OF_DOCUMENT, build_tokenizer
 from megatron.errors import DataError
 from megatron.hf import tokenizer_files
 from megatron.hf.tokenizer_files import PADDING, write_tokenizer

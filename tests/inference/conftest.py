@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT
+from megatron.data.tokenizer import END_OF_DOCUMENT
 from tests.helpers.eval_tasks import write_tasks
 from tests.hf.checkpoints import MODELS, VOCAB, export, make_checkpoint, write_yaml
 

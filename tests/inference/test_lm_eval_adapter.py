@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.load_config import load_config
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.evaluation.evaluate_models import evaluate_checkpoints, evaluate_hf_model
 from megatron.inference.evaluation.harness.answer_cache import AnswerCache

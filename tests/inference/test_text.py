@@ -16,7 +16,7 @@ from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import OptimizerConfig, TrainingConfig
-from megatron.data.tokenizers.tokenizer import CharLevelTokenizer
+from megatron.data.tokenizers.char_level import CharLevelTokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.generate_text import TextGenerator, write_records
 from megatron.inference.generation.prompts import configured_prompts

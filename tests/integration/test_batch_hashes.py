@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.batch_hash import batch_hash, sample_digests
+from megatron.data.micro_batch import batch_hash, sample_digests
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import train
 from tests.integration.conftest import run_command

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from megatron.config.sections.data import TokenizerConfig
-from megatron.data.tokenizers.tokenizer import CharLevelTokenizer
+from megatron.data.tokenizers.char_level import CharLevelTokenizer
 from megatron.inference.generation.terminal import CONTROLS
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import ROOT, run_ranks

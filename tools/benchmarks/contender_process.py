@@ -10,7 +10,7 @@ import torch
 
 from megatron.config.count_parameters import count_parameters
 from megatron.config.load_config import load_config
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.model.causal_lm import VocabSize
 from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops

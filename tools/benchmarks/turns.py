@@ -14,7 +14,7 @@ import torch
 
 from megatron.config.count_parameters import count_parameters
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.loaded_model.loaded_model import InferenceModel, local_device
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.prompts import configured_prompts
 from megatron.inference.generation.terminal import Terminal
