@@ -11,7 +11,7 @@ from megatron.errors import exit_on_user_error
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load the configuration and train."""
+    """Loads the configuration and trains; returns the exit code."""
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     prepare_environment()
     if os.environ["RANK"] == "0":
         print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
-    from megatron.training.setup import pretrain
+    from megatron.training.pretrain import pretrain
 
     return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)
 

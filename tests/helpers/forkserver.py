@@ -20,5 +20,5 @@ ENVIRONMENT = {
 CONTEXT = multiprocessing.get_context("forkserver")
 # DeepSpeed and torch.optim import the last two when the first engine is made.
 CONTEXT.set_forkserver_preload(
-    ["megatron.training.setup", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    ["megatron.training.pretrain", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )

@@ -22,7 +22,9 @@ from megatron.hf.export_checkpoint import ExportOptions, export_checkpoint
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
-from megatron.training import setup
+from megatron.training.build_engine import build_engine
+from megatron.training.stop_request import StopRequest
+from megatron.training.training_context import initial_run_state
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.distributed import run_distributed
 
@@ -63,9 +65,9 @@ def _save(config: Path, tensor: int, pipe: int, iteration: int) -> Path:
     deepspeed.init_distributed("gloo", verbose=False)
     loaded = load_config([config], [f"model_parallel_size={tensor}", f"pipe_parallel_size={pipe}"])
     context = ParallelContext.create(tensor, pipe)
-    engine = setup.build_engine(loaded.run, loaded.batch(tensor * pipe), VOCAB, context)
+    engine, _ = build_engine(loaded.run, loaded.batch(tensor * pipe), VOCAB, context, StopRequest())
     set_unusual_weights(engine.module.global_parameters(), context)
-    state = setup.initial_state(SampleCounts(0, 0, 0), {}, VOCAB, context)
+    state = initial_run_state(SampleCounts(0, 0, 0), {}, VOCAB, context)
     state = replace(state, iteration=iteration, consumed_train_samples=8 * iteration)
     return save_checkpoint(engine, state, loaded.run, run_id="test", versions={"torch": torch.__version__})
 

@@ -16,6 +16,7 @@ from megatron.checkpointing.engine.load_universal import load_universal
 from megatron.checkpointing.engine.loading import load_checkpoint
 from megatron.checkpointing.engine.saving import Saver
 from megatron.checkpointing.engine.universal import universal_form
+from megatron.checkpointing.states.optimizer_facts import moment_names
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.checkpointing.store.find_checkpoint import problems_of
 from megatron.config.sections.parallel import ParallelConfig
@@ -23,7 +24,9 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
-from megatron.training.setup import build_engine, initial_state
+from megatron.training.build_engine import build_engine
+from megatron.training.stop_request import StopRequest
+from megatron.training.training_context import initial_run_state
 from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe
 from tools.benchmarks.contenders import Task, random_batches
@@ -34,7 +37,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
-        engine = build_engine(task.config, task.batch, task.vocab, context)
+        engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
         batches = random_batches(task)
         # The first step makes the moments.
         engine.train_batch(batches)
@@ -54,7 +57,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
 def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
     """Write global_step1 while training waits, and global_step2 while it goes on."""
-    state = initial_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
+    state = initial_run_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
     seconds = {"step": timed(lambda: engine.train_batch(batches))}
     saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
     seconds["synchronous save"] = timed(lambda: saver.save(replace(state, iteration=1), wait=True))
@@ -82,10 +85,15 @@ def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
 def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
     """Convert global_step1, load what comes of it, and rewrite the checkpoint for four ranks."""
     checkpoint = read_checkpoint(folder / "global_step1")
-    common = {"context": ParallelContext.single(), "vocab_size": task.vocab.actual}
+    layout = {
+        "context": ParallelContext.single(),
+        "moments": moment_names(task.config.training.optimizer),
+        "vocab_size": task.vocab.actual,
+        "same_precision": True,
+    }
     seconds = {"convert": timed(lambda: universal_form(checkpoint, "sizes"))}
     universal = universal_form(checkpoint, "sizes")
-    seconds["load, converted"] = timed(lambda: load_universal(engine, universal, **common, same_precision=True))
+    seconds["load, converted"] = timed(lambda: load_universal(engine, universal, **layout))
     four = task.config.model_copy(
         update={"parallel": ParallelConfig(model_parallel_size=2, pipe_parallel_size=2, zero=task.config.parallel.zero)}
     )
