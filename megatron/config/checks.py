@@ -1,4 +1,4 @@
-"""Checks across values, one function each. They need no hardware and no other package."""
+"""Checks across values, one function each. They need no hardware and no optional package."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
+from megatron.config.architecture import ARCHITECTURES
 from megatron.config.batch_triangle import NEITHER_GIVEN
+from megatron.config.optimizer import facts_of
+from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 
 
@@ -23,12 +27,12 @@ class Finding:
 
 
 def nearest_multiple(value: int, divisor: int) -> int:
-    """The positive multiple of `divisor` that lies nearest to `value`."""
+    """Returns the positive multiple of `divisor` that lies nearest to `value`."""
     return max(round(value / divisor), 1) * divisor
 
 
 def divisors(value: int) -> list[int]:
-    """What divides `value`, from 1 to itself."""
+    """Lists the divisors of `value`, from 1 to itself."""
     return [number for number in range(1, value + 1) if value % number == 0]
 
 
@@ -86,31 +90,19 @@ def _padded_vocabulary(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _tokenformer_has_no_mlp(run: RunConfig) -> Iterator[Finding]:
-    model = run.model
-    if model.architecture != "tokenformer":
-        return
-    reason = "belongs to gpt_neox: a TokenFormer has no"
-    if model.use_bias_in_attn_linear:
-        yield Finding("model.use_bias_in_attn_linear", f"{reason} biases; use false")
-    if model.use_bias_in_mlp:
-        yield Finding("model.use_bias_in_mlp", f"{reason} biases; use false")
-    if model.activation != "gelu":
-        yield Finding("model.activation", f"{reason} MLP activation; norm_activation_type normalizes its scores")
-    if model.parallel_residual:
-        yield Finding("model.parallel_residual", "the published TokenFormer layer is sequential; use false")
+def _fixed_by_architecture(run: RunConfig) -> Iterator[Finding]:
+    for path, fixed in ARCHITECTURES[run.model.architecture].fixed.items():
+        if attrgetter(path)(run.model) != fixed.value:
+            yield Finding(f"model.{path}", fixed.reason)
 
 
 def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
     model, ranks = run.model, run.parallel.model_parallel_size
-    sizes = {}
-    if model.param_tokens is not None:
-        sizes["model.param_tokens.qkv"] = model.param_tokens.qkv
-        sizes["model.param_tokens.proj"] = model.param_tokens.proj
-        sizes["model.param_tokens.ffn"] = model.param_tokens.ffn
-    for path, size in sizes.items():
+    for path in ARCHITECTURES[model.architecture].split_sizes:
+        size = attrgetter(path)(model)
         if size % ranks:
-            yield Finding(path, f"{_does_not_split(ranks)}; nearest valid value: {nearest_multiple(size, ranks)}")
+            nearest = nearest_multiple(size, ranks)
+            yield Finding(f"model.{path}", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
     if run.parallel.sequence_parallel and model.seq_length % ranks:
         nearest = nearest_multiple(model.seq_length, ranks)
         if nearest > max(model.max_position_embeddings, ranks):
@@ -121,7 +113,7 @@ def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
 
 
 def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
-    """The vocabulary's padding never depends on the layout, so it has to fit it."""
+    """Requires a padded vocabulary that splits over tensor ranks: its padding never depends on the layout."""
     ranks, padded = run.parallel.model_parallel_size, run.model.padded_vocab_size
     multiple = run.model.make_vocab_size_divisible_by
     if padded is None and multiple % ranks:
@@ -148,6 +140,21 @@ def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
             re.compile(pattern)
         except re.error as error:
             yield Finding("parallel.pipe_partition_method", f"is no regular expression after type: ({error})")
+            return
+        names = pipeline_layer_types(run.model)
+        if not any(re.search(pattern, name, re.IGNORECASE) for name in names):
+            yield Finding(
+                "parallel.pipe_partition_method",
+                f"no layer has such a name, only {', '.join(names)}; use type:transformer, which spreads the "
+                "transformer layers evenly",
+            )
+
+
+def pipeline_layer_types(model: ModelConfig) -> list[str]:
+    """Lists the names of the classes of a model's layers, in the order of the pipeline."""
+    norms = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "layernorm_nonparam": "NonParametricLayerNorm"}
+    final_norm = norms[model.final_norm or model.norm]
+    return ["TokenEmbedding", "TransformerLayer", final_norm, "TiedHead" if model.tie_embeddings else "Head"]
 
 
 def _batch_is_given(run: RunConfig) -> Iterator[Finding]:
@@ -158,7 +165,7 @@ def _batch_is_given(run: RunConfig) -> Iterator[Finding]:
 
 
 def _batch_divides(run: RunConfig) -> Iterator[Finding]:
-    """On any number of ranks, the global batch is a multiple of what one rank contributes."""
+    """Requires a global batch that is a multiple of what one rank contributes, whatever the number of ranks."""
     training = run.training
     total = training.train_batch_size
     micro, steps = training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
@@ -171,9 +178,10 @@ def _batch_divides(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _betas(run: RunConfig) -> Iterator[Finding]:
-    if not all(0.0 <= beta < 1.0 for beta in run.training.optimizer.betas):
-        yield Finding("training.optimizer.betas", "expected numbers of at least 0 and below 1")
+def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
+    section = run.training.optimizer
+    for name, message in facts_of(section).check(section):
+        yield Finding(f"training.optimizer.{name}", message)
 
 
 def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
@@ -188,6 +196,19 @@ def _one_schedule(run: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "training.lr_schedule.override_lr_scheduler", "contradicts use_checkpoint_lr_scheduler: true; keep one"
         )
+
+
+def _wsd_schedule(run: RunConfig) -> Iterator[Finding]:
+    schedule = run.training.lr_schedule
+    path, steps = "training.lr_schedule.wsd_decay_iters", schedule.wsd_decay_iters
+    if schedule.style == "WSD" and steps is None:
+        yield Finding("training.lr_schedule.style", "needs lr_wsd_decay_iters: the steps of its decay")
+    if schedule.style != "WSD" and steps is not None:
+        yield Finding(path, f"belongs to lr_decay_style: WSD, and this is {schedule.style}")
+    key = "train_iters" if schedule.decay_iters is None else "lr_decay_iters"
+    longest = schedule.decay_iters or run.training.train_iters
+    if schedule.style == "WSD" and steps is not None and steps > longest:
+        yield Finding(path, f"is above {key} {longest}, whose last steps they are")
 
 
 def _split(run: RunConfig) -> Iterator[Finding]:
@@ -255,13 +276,35 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "checkpoint.iteration", "contradicts auto_resume: true, which goes on from the newest checkpoint; keep one"
         )
-    if checkpoint.pretrain_partial_init is not None and run.model.param_tokens is None:
-        yield Finding("checkpoint.pretrain_partial_init", "only a TokenFormer has parameter tokens to start from")
+
+
+def _partial_init(run: RunConfig) -> Iterator[Finding]:
+    if run.checkpoint.pretrain_partial_init is not None:
+        yield Finding(
+            "checkpoint.pretrain_partial_init",
+            "starting from a model with fewer parameter tokens is not implemented; remove the key to start from "
+            "initial weights",
+        )
 
 
 def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
     if run.speedups.apex_fused_adam == "on" and run.speedups.torch_fused_adamw == "on":
         yield Finding("speedups.torch_fused_adamw", "cannot be on together with apex_fused_adam; choose one of them")
+
+
+def _flash_attention(run: RunConfig) -> Iterator[Finding]:
+    if run.speedups.flash_attention == "on" and run.training.precision.dtype == "fp32":
+        yield Finding(
+            "speedups.flash_attention",
+            "flash-attn computes in bf16 and fp16 only, and this run is in fp32; use precision: bfloat16, or "
+            "flash_attention: auto",
+        )
+
+
+def _evaluation_output(run: RunConfig) -> Iterator[Finding]:
+    evaluation = run.evaluation
+    if evaluation.iterations != "all" and len(evaluation.iterations) > 1 and evaluation.output.endswith(".json"):
+        yield Finding("evaluation.output", "several checkpoints do not go into one .json file; name a folder")
 
 
 def _prompts(run: RunConfig) -> Iterator[Finding]:
@@ -279,15 +322,16 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _rotary_dimensions,
     _positions,
     _padded_vocabulary,
-    _tokenformer_has_no_mlp,
+    _fixed_by_architecture,
     _tensor_parallel_sizes,
     _tensor_parallel_vocabulary,
     _pipeline_stages,
     _batch_is_given,
     _batch_divides,
-    _betas,
+    _optimizer_values,
     _smallest_learning_rate,
     _one_schedule,
+    _wsd_schedule,
     _split,
     _one_kind_of_dataset,
     _dataset_lists,
@@ -295,5 +339,8 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _tokenizer_files,
     _checkpoint_steps,
     _checkpoint_to_load,
+    _partial_init,
+    _flash_attention,
+    _evaluation_output,
     _prompts,
 )

@@ -148,11 +148,6 @@ def require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         )
 
 
-def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def load_inference_model(
     config: RunConfig, checkpoint: Checkpoint, context: ParallelContext, device: torch.device
 ) -> InferenceModel:

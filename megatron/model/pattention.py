@@ -7,7 +7,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig, ParamTokenConfig
+from megatron.config.architectures.tokenformer import param_tokens
+from megatron.config.sections.model import ModelConfig
 from megatron.kernels.pattention.op import pattention
 from megatron.kernels.pattention.theta import RowReduction
 from megatron.model.attention import SelfAttention
@@ -80,10 +81,3 @@ def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
     )
     keys, values = [p.key_tokens for p in projections], [p.value_tokens for p in projections]
     return pattention(x_BSD, keys, values, theta=first.theta, scale_base=first.scale_base, rows=rows)
-
-
-def param_tokens(model: ModelConfig) -> ParamTokenConfig:
-    """The parameter-token section, which validation requires of a TokenFormer."""
-    if model.param_tokens is None:
-        raise ValueError(f"architecture {model.architecture} needs model.param_tokens")
-    return model.param_tokens

@@ -14,7 +14,7 @@ from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import process_group, share_with_deepspeed
 from megatron.training.build_engine import build_engine, require_hardware
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
@@ -45,6 +45,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
         if config.checkpoint.save is not None:
             require_writable(Path(config.checkpoint.save))
         with process_group():
+            share_with_deepspeed()
             ending = pretrain_in_group(config, batch, run_folder, stop)
     if ending is not Ending.STOPPED:
         return 0

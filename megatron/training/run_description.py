@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import distributed
 
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters, training_flops
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.model.causal_lm import VocabSize
-from megatron.model.flops import training_flops
 from megatron.monitor.provenance import device_name, git_commit
 
 RUN_FILE = "run.json"

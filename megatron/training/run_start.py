@@ -17,7 +17,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.data.data_fingerprint import fingerprint_differences
-from megatron.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError, os_errors_as
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
@@ -119,6 +119,7 @@ def roll_back(config: CheckpointConfig, start: RunStart, progress: Progress) -> 
     )
 
 
+@os_errors_as(CheckpointError, "the checkpoint folder")
 def _locate(config: CheckpointConfig) -> RunStart:
     save = None if config.save is None else Path(config.save).resolve()
     if save is not None:
@@ -227,5 +228,7 @@ def _described_schedule(training: TrainingConfig) -> dict[str, object]:
         "style": schedule.style,
         "warmup": schedule.warmup,
         "decay_iters": schedule.decay_iters or training.train_iters,
+        "wsd_decay_style": schedule.wsd_decay_style,
+        "wsd_decay_iters": schedule.wsd_decay_iters,
         "min_lr": schedule.min_lr,
     }

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from megatron.checkpointing.engine.load_universal import load_universal
 from megatron.checkpointing.engine.loading import load_checkpoint
 from megatron.checkpointing.engine.saving import Saver
 from megatron.checkpointing.engine.universal import universal_form
-from megatron.checkpointing.states.optimizer_facts import moment_names
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.checkpointing.store.find_checkpoint import problems_of
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import process_group, share_with_deepspeed
 from megatron.training.build_engine import build_engine
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_context import initial_run_state
@@ -37,6 +37,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
+        share_with_deepspeed()
         engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
         batches = random_batches(task)
         # The first step makes the moments.
@@ -85,15 +86,11 @@ def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
 def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
     """Convert global_step1, load what comes of it, and rewrite the checkpoint for four ranks."""
     checkpoint = read_checkpoint(folder / "global_step1")
-    layout = {
-        "context": ParallelContext.single(),
-        "moments": moment_names(task.config.training.optimizer),
-        "vocab_size": task.vocab.actual,
-        "same_precision": True,
-    }
+    section = task.config.training.optimizer
+    load = partial(load_universal, context=ParallelContext.single(), section=section, vocab_size=task.vocab.actual)
     seconds = {"convert": timed(lambda: universal_form(checkpoint, "sizes"))}
     universal = universal_form(checkpoint, "sizes")
-    seconds["load, converted"] = timed(lambda: load_universal(engine, universal, **layout))
+    seconds["load, converted"] = timed(lambda: load(engine, universal, same_precision=True))
     four = task.config.model_copy(
         update={"parallel": ParallelConfig(model_parallel_size=2, pipe_parallel_size=2, zero=task.config.parallel.zero)}
     )

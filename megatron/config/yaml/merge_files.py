@@ -9,26 +9,24 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron.config.neox.keys.table import NEOX_KEYS, NESTED
+from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.yaml.problems import Given, Origin, Problem, problem_with
-from megatron.config.yaml.yaml_reader import Entry, read_value, read_yaml
+from megatron.config.yaml.yaml_files import LocatedValue, read_value, read_yaml
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(names of YAML files, `key=value` overrides) of what a command takes in one list."""
-    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
-    return [word for word in words if word not in overrides], overrides
-
-
 """Form of an override on the command line."""
 
 COMMAND_LINE = Origin("command line")
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates what a command takes in one list: (names of YAML files, `key=value` overrides)."""
+    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
+    return [word for word in words if word not in overrides], overrides
+
+
 def gather(files: Sequence[Path], overrides: Sequence[str]) -> tuple[dict[str, Given], list[Problem]]:
-    """All keys that are set, by flat name, and what is wrong with how they are written."""
+    """Returns all keys that are set, by flat name, and what is wrong with how they are written."""
     given: dict[str, Given] = {}
     problems = list(_repeated_names(files))
     top_level: dict[str, Origin] = {}
@@ -60,22 +58,22 @@ def _add(found: Iterator[Given | Problem], given: dict[str, Given], problems: li
 
 
 def _repeated_names(files: Sequence[Path]) -> Iterator[Problem]:
-    """A run keeps its YAMLs in one folder beside its checkpoints, so their names must differ."""
+    """Reports files of one name: a run keeps its YAMLs in one folder beside its checkpoints."""
     for index, file in enumerate(files):
         for earlier in files[:index]:
             if earlier.name == file.name:
                 yield Problem(str(file), f"another file of this name is given: {earlier}", Origin("file", file=file))
 
 
-def _flatten(entries: Mapping[str, Entry], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+def _flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)
-        if isinstance(entry.value, dict) and key in NESTED:
+        if isinstance(entry.value, dict) and key in nested_keys():
             yield from _flatten(entry.value, file, f"{key}.")
-        elif key in NESTED and key not in NEOX_KEYS:
+        elif key in nested_keys() and key not in neox_keys():
             if entry.value is not None:
-                inner = sorted(known.removeprefix(f"{key}.") for known in NEOX_KEYS if known.startswith(f"{key}."))
+                inner = sorted(known.removeprefix(f"{key}.") for known in neox_keys() if known.startswith(f"{key}."))
                 shown = Given(key, entry.plain(), origin)
                 yield problem_with(shown, f"expected a mapping with some of the keys {', '.join(inner)}")
         else:
