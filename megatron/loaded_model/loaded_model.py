@@ -57,15 +57,7 @@ class InferenceModel:
 
     def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
         """An empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
-        return KeyValueCache(
-            self.model_config,
-            self.context,
-            batch=batch,
-            capacity=capacity,
-            dtype=self.dtype,
-            device=self.device,
-            padding_B=padding_B,
-        )
+        return self.model.new_cache(batch, capacity, padding_B)
 
     @torch.inference_mode()
     def logits(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:

@@ -1,4 +1,7 @@
-"""The training objective."""
+"""The training objective.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 

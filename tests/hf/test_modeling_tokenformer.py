@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from megatron.hf import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
-from megatron.kernels.attention.reference import causal_attention_reference
+from megatron.kernels.attention.backends.reference import causal_attention_reference
 from tests.helpers.models import VOCAB, tiny_tokenformer
 from tests.hf.pairs import TOKENFORMERS, VARIANTS, grown_tokens, pair, random_tokens
 
