@@ -5,8 +5,10 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends make git openssh-client pdsh \
  && rm -rf /var/lib/apt/lists/*
 
+# An editable install needs no sources yet, so that a change of them leaves this layer as it is.
 WORKDIR /opt/tokenformer
+COPY pyproject.toml ./
 COPY requirements requirements
-RUN python -m pip install --no-cache-dir -r requirements/base.txt -r requirements/monitor.txt
+RUN python -m pip install --no-cache-dir -e '.[monitor]' -c requirements/constraints.txt
 COPY . .
 ENTRYPOINT ["python", "deepy.py"]

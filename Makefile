@@ -41,6 +41,8 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/%.installed: requirements/%.txt $(wildcard requirements/*.txt) | $(VENV)/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -r $<
+$(VENV)/dev.installed: EXTRAS := [dev]
+
+$(VENV)/%.installed: pyproject.toml requirements/constraints.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS)' --constraint requirements/constraints.txt
 	@touch $@

@@ -7,22 +7,20 @@ run that a signal or a limit has ended, after it was saved, ends with exit code 
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.config.command_line import load_command_line
 from megatron.errors import ConfigError, exit_on_user_error
-from megatron.launch.local import free_port, pass_signals_to, rank_environment, supervise, visible_devices
+from megatron.launch.local import run_ranks, visible_devices
 
 TRAINING_SCRIPT = "train.py"
 """Every other script runs a trained model, which has no batch triangle and no pipeline."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Validate, then run the script on the ranks of this machine; returns its exit code."""
+    """Validates the configuration, then runs the script on the ranks of this machine; returns its exit code."""
     if not argv or not argv[0].endswith(".py"):
         raise ConfigError("usage: python deepy.py SCRIPT.py [-d DIR] CONFIG.yml [CONFIG.yml ...] [key=value ...]")
     script, arguments = Path(argv[0]), argv[1:]
@@ -36,16 +34,7 @@ def main(argv: Sequence[str]) -> int:
         loaded.batch(ranks)
     else:
         loaded.replicas(ranks)
-    worker = [sys.executable, str(script), *arguments]
-    port = loaded.run.launch.master_port or free_port()
-    environments = [rank_environment(os.environ, rank, ranks, port) for rank in range(ranks)]
-    if ranks == 1:
-        sys.stdout.flush()
-        os.execve(worker[0], worker, environments[0])  # noqa: S606 - an argv list, no shell
-    workers: list[subprocess.Popen[bytes]] = []
-    pass_signals_to(workers)
-    workers.extend(subprocess.Popen(worker, env=environment) for environment in environments)
-    return supervise(workers)
+    return run_ranks([sys.executable, str(script), *arguments], ranks, loaded.run.launch.master_port)
 
 
 if __name__ == "__main__":

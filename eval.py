@@ -12,7 +12,7 @@ from megatron.registry import require
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load the configuration, score what it names, and write a results file per model."""
+    """Loads the configuration, scores the models that it names, and writes a results file for each."""
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     if not run.evaluation.tasks:
         raise ConfigError("eval_tasks: no task is named. Name some, as in `--eval_tasks lambada_openai hellaswag`.")
     from megatron.launch.environment import prepare_environment
-    from megatron.mpu.process_group import inference_ranks
+    from megatron.mpu.process_group import inference_context, local_device
 
     prepare_environment()
     require("lm_eval", "eval.py", "Install it: pip install -r requirements/eval.txt")
@@ -34,9 +34,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("eval_hf_model: one rank scores a Hugging Face model. Add `num_gpus=1`.")
         evaluate_hf_model(run)
         return 0
-    from megatron.loaded_model.loaded_model import local_device
-
-    with inference_ranks(run.parallel.model_parallel_size) as context:
+    with inference_context(run.parallel.model_parallel_size) as context:
         evaluate_checkpoints(run, context, local_device())
     return 0
 

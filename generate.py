@@ -14,12 +14,12 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load the configuration and a checkpoint, and continue prompts. Returns the exit code."""
+    """Loads the configuration and a checkpoint, and continues prompts. Returns the exit code."""
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment
-    from megatron.mpu.process_group import inference_ranks
+    from megatron.mpu.process_group import inference_context
 
     prepare_environment()
     if os.environ["RANK"] == "0":
@@ -28,12 +28,12 @@ def main(argv: Sequence[str]) -> int:
 
     loaded.replicas(int(os.environ["WORLD_SIZE"]))
     try:
-        with inference_ranks(loaded.run.parallel.model_parallel_size) as context:
+        with inference_context(loaded.run.parallel.model_parallel_size) as context:
             generate_text(loaded.run, context)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Who read the records has seen enough; Python would complain again when it flushes at its end.
+        # The reader of the records has seen enough; Python would complain again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -11,7 +11,7 @@ from megatron.errors import exit_on_user_error
 
 
 def main(argv: Sequence[str]) -> int:
-    """Load the configuration and train."""
+    """Loads the configuration and trains. Returns the exit code."""
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0

@@ -1,0 +1,1 @@
+"""A tensor- and pipeline-parallel trainer for language models whose parameters are tokens."""

@@ -1,12 +1,15 @@
-"""Errors that a user can act on. Each message says what is wrong, where, why, and what to do."""
+"""Errors that a user can act on: each message says what is wrong, where, why, and what to do."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 STOPPED_ON_REQUEST = 75
-"""Exit code of a run that a signal or a limit has ended, after it was saved: start it again to go on. It is the
-EX_TEMPFAIL of sysexits.h."""
+"""Exit code of a run that a signal or a limit has ended after saving it: start it again to go on.
+
+It is the EX_TEMPFAIL of sysexits.h.
+"""
 
 
 class UserError(Exception):
@@ -37,8 +40,20 @@ class EnvironmentSetupError(UserError):
     """This machine cannot run what is configured: a missing package, device, compiler or rank."""
 
 
+@contextmanager
+def os_errors_as(kind: type[UserError], place: str) -> Iterator[None]:
+    """Raises a `kind` for each OSError of the body, or of a function that it decorates.
+
+    The message names the error's file, or else `place`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{error.filename or place}: {error.strerror or error}") from error
+
+
 def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
-    """Run an entry point and exit with what it returns; a UserError is printed without a traceback."""
+    """Runs an entry point and exits with the code that it returns; a UserError is printed without a traceback."""
     try:
         code = main()
     except UserError as error:

@@ -17,30 +17,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron.config.json_schema import ANYTHING, DICTIONARY, Schema, describe  # noqa: E402
-from megatron.config.neox.keys.data import DATA_KEYS  # noqa: E402
+from megatron.config.architecture import ARCHITECTURES, optional_sections, owners_of  # noqa: E402
 from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected  # noqa: E402
-from megatron.config.neox.keys.model import MODEL_KEYS  # noqa: E402
-from megatron.config.neox.keys.output import CHECKPOINT_KEYS, EVALUATION_KEYS, GENERATION_KEYS, MONITOR_KEYS  # noqa: E402
-from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS  # noqa: E402
-from megatron.config.neox.keys.speedups import SPEEDUP_KEYS  # noqa: E402
-from megatron.config.neox.keys.table import NEOX_KEYS, NESTED, key_of  # noqa: E402
-from megatron.config.neox.keys.training import TRAINING_KEYS  # noqa: E402
+from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_keys, nested_keys  # noqa: E402
 from megatron.config.section_fields import Field, fields  # noqa: E402 - the script's own folder comes first on the path
+from megatron.config.value_types import Schema, describe, schema_of  # noqa: E402
 from megatron.config.yaml.problems import YamlValue, show  # noqa: E402
 
-THEMES: dict[str, Mapping[str, Entry]] = {
-    "Model": MODEL_KEYS,
-    "Training": TRAINING_KEYS,
-    "Data": DATA_KEYS,
-    "Checkpoints": CHECKPOINT_KEYS,
-    "Monitoring": MONITOR_KEYS,
-    "Generation": GENERATION_KEYS,
-    "Evaluation": EVALUATION_KEYS,
-    "Parallelism": PARALLEL_KEYS,
-    "Launching": LAUNCH_KEYS,
-    "Speed-ups": SPEEDUP_KEYS,
+THEMES = {
+    "model": "Model",
+    "training": "Training",
+    "data": "Data",
+    "checkpoint": "Checkpoints",
+    "monitor": "Monitoring",
+    "generation": "Generation",
+    "evaluation": "Evaluation",
+    "parallel": "Parallelism",
+    "launch": "Launching",
+    "speedups": "Speed-ups",
 }
+"""Sections of the configuration, and the headings of their keys."""
 
 INTRODUCTION = """\
 # Configuration
@@ -95,19 +91,32 @@ def generated() -> dict[Path, str]:
 def reference() -> str:
     """Every key by theme: what it sets, or why it has no effect or is refused."""
     parts = [INTRODUCTION]
-    for theme, keys in THEMES.items():
-        parts.append(f"## {theme}\n")
+    for section, heading in THEMES.items():
+        keys = _keys_of(section)
+        parts.append(f"## {heading}\n")
         parts.append(_table(("key", "type", "unit", "default", "meaning", "NeoX difference"), _mapped_rows(keys)))
         parts.append(_titled_table("Without effect", ("key", "reason"), _inert_rows(keys)))
         parts.append(_titled_table("Refused", ("key", "except", "reason"), _refused_rows(keys)))
     return "\n".join(part for part in parts if part)
 
 
+def _keys_of(section: str) -> dict[str, Entry]:
+    """Returns the keys of a section: those that set its values, each before its other names, and then the rest."""
+    table, others = neox_keys(), OTHER_KEYS.get(section, {})
+    aliases = {key: entry for key, entry in table.items() if isinstance(entry, MapsTo) and key in others}
+    keys: list[str] = []
+    for field in fields().values():
+        if field.path.startswith(f"{section}."):
+            keys += [field.key, *(key for key, entry in aliases.items() if entry.path == field.path)]
+    own = [key for key in table if key.startswith(OPTIMIZER_PARAMS)] if section == "training" else []
+    return {key: table[key] for key in dict.fromkeys([*keys, *others, *own])}
+
+
 def flat_schema() -> dict[str, Any]:
     """JSON schema of one flat YAML file; nothing is required, since files are merged."""
     draft = "https://json-schema.org/draft/2020-12/schema"
     root = {"$schema": draft, "title": "Training configuration", **_object()}
-    for key, entry in NEOX_KEYS.items():
+    for key, entry in neox_keys().items():
         *dictionaries, name = key.split(".")
         properties = root["properties"]
         for dictionary in dictionaries:
@@ -133,31 +142,32 @@ def _property(key: str, entry: Entry) -> dict[str, Any]:
         default = _default(key, entry)
         return {**_nullable(_schema(entry)), **described, **({} if default is None else {"default": default})}
     if isinstance(entry, Inert):
-        return {**_nullable(entry.accepts), "description": f"No effect: {entry.reason}."}
-    if key in NESTED:
+        return {**_nullable(schema_of(entry.accepts)), "description": f"No effect: {entry.reason}."}
+    if key in nested_keys():
         return {"description": f"Refused but for these keys: {entry.reason}."}
     refused: dict[str, Any] = {"description": f"Refused: {entry.reason}.", "enum": [*entry.harmless, None]}
-    if entry.accepts == DICTIONARY:
+    if entry.accepts is dict:
         off = {"type": "object", "properties": {"enabled": {"const": False}}, "required": ["enabled"]}
         return {"description": refused["description"], "anyOf": [{"enum": refused["enum"]}, off]}
     return refused
 
 
 def _nullable(schema: Schema) -> dict[str, Any]:
-    if schema == ANYTHING or {"type": "null"} in schema.get("anyOf", ()):
+    if not schema or {"type": "null"} in schema.get("anyOf", ()):
         return dict(schema)
     return {"anyOf": [*schema.get("anyOf", [dict(schema)]), {"type": "null"}]}
 
 
 def _schema(entry: MapsTo) -> Schema:
-    return entry.accepts or fields()[entry.path].schema
+    return fields()[entry.path].schema if entry.accepts is None else schema_of(entry.accepts)
 
 
 def _mapped_rows(keys: Mapping[str, Entry]) -> Iterator[tuple[str, ...]]:
     for key, entry in keys.items():
         if isinstance(entry, MapsTo):
             meaning, unit = _without_unit(_meaning(key, entry))
-            yield f"`{key}`", describe(_schema(entry)), unit, _shown_default(key, entry), meaning, entry.difference
+            default, difference = _shown_default(key, entry), _difference(entry)
+            yield f"`{key}`", describe(_schema(entry)), unit, default, meaning, difference
 
 
 def _inert_rows(keys: Mapping[str, Entry]) -> Iterator[tuple[str, ...]]:
@@ -174,26 +184,35 @@ def _refused_rows(keys: Mapping[str, Entry]) -> Iterator[tuple[str, ...]]:
 
 
 def _meaning(key: str, entry: MapsTo) -> str:
-    first = key_of(entry.path)
+    first = fields()[entry.path].key
     if entry.meaning or key != first:
         return entry.meaning or f"Another name of `{first}`."
     return re.sub(r"\bNone\b", "unset", fields()[entry.path].meaning)
 
 
+def _difference(entry: MapsTo) -> str:
+    """Returns the key's difference from NeoX, and the architectures that have another default."""
+    facts = {name: ARCHITECTURES[name] for name in ARCHITECTURES}
+    own = {name: each.defaults.get(entry.path.removeprefix("model.")) for name, each in facts.items()}
+    defaults = [f"{show(value)} by default for {name}" for name, value in own.items() if value is not None]
+    return "; ".join(filter(None, [entry.difference, *defaults]))
+
+
 def _default(key: str, entry: MapsTo) -> YamlValue:
-    return fields()[entry.path].default if entry.default is None and key == key_of(entry.path) else entry.default
+    return fields()[entry.path].default if entry.default is None and key == fields()[entry.path].key else entry.default
 
 
 def _shown_default(key: str, entry: MapsTo) -> str:
     default, field = _default(key, entry), fields()[entry.path]
     if default is not None:
         return f"`{show(default)}`"
-    return _no_default(field) if key == key_of(entry.path) else ""
+    return _no_default(field) if key == fields()[entry.path].key else ""
 
 
 def _no_default(field: Field) -> str:
     if field.required:
-        return "required for tokenformer" if field.path.startswith("model.param_tokens.") else "required"
+        section = field.path.split(".")[1]
+        return f"required for {', '.join(owners_of(section))}" if section in optional_sections() else "required"
     return "derived" if field.derived else "unset"
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: on disk, as streams of layers, through the engine, from one form to another."""

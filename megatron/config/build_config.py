@@ -8,14 +8,14 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from megatron.config.architecture import architecture_facts, optional_sections
 from megatron.config.checks import CHECKS, Finding
-from megatron.config.json_schema import describe, likely_meant
-from megatron.config.neox.keys.entries import MapsTo
-from megatron.config.neox.keys.table import NEOX_KEYS, key_of
 from megatron.config.neox.translate import Setting
-from megatron.config.section_fields import fields
+from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_facts
+from megatron.config.section_fields import Field, fields
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.yaml.problems import DEFAULT, Origin, Problem, YamlValue, problem_with, show
+from megatron.config.value_types import describe, expected
+from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, show
 
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
@@ -40,17 +40,21 @@ def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig
 def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin]:
     """Where every value of the configuration came from, by dotted path."""
     found: dict[str, Origin] = {}
-    for path, field in fields().items():
-        if path.startswith("model.param_tokens.") and run.model.param_tokens is None:
+    for path, field in fields(type(run.training.optimizer)).items():
+        if _is_absent(path, run):
             continue
         found[path] = settings[path].origin if path in settings else Origin("derived") if field.derived else DEFAULT
     return found
 
 
+def _is_absent(path: str, run: RunConfig) -> bool:
+    """Tells whether a value lies in an optional section that the architecture does not have."""
+    section, _, name = path.removeprefix("model.").partition(".")
+    return bool(name) and section in optional_sections() and getattr(run.model, section) is None
+
+
 def _nest(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    sections = list(_SECTIONS_WITH_REQUIRED_KEYS)
-    if _is_tokenformer(settings):
-        sections.append("model.param_tokens")
+    sections = [*_SECTIONS_WITH_REQUIRED_KEYS, *(f"model.{section}" for section in _own_sections(settings))]
     nested: dict[str, Any] = {}
     for section in sections:
         _section_at(nested, section.split("."))
@@ -66,9 +70,18 @@ def _section_at(nested: dict[str, Any], parts: list[str]) -> dict[str, Any]:
     return nested
 
 
-def _is_tokenformer(settings: Mapping[str, Setting]) -> bool:
+def _own_sections(settings: Mapping[str, Setting]) -> Set[str]:
+    """Returns the optional sections of the model that its architecture has."""
     architecture = settings.get("model.architecture")
-    return architecture is not None and architecture.value == "tokenformer"
+    facts = None if architecture is None else architecture_facts(architecture.value)
+    return set() if facts is None else facts.sections.keys()
+
+
+def _fields(settings: Mapping[str, Setting]) -> dict[str, Field]:
+    """Returns the values of the configuration with the chosen optimizer; with the default one where it is unknown."""
+    chosen = settings.get("training.optimizer.type")
+    facts = None if chosen is None else optimizer_facts(chosen.value)
+    return fields((facts or OPTIMIZERS[DEFAULT_OPTIMIZER]).section)
 
 
 def _says_something(error_type: str) -> bool:
@@ -79,20 +92,18 @@ def _says_something(error_type: str) -> bool:
 def _path_of(location: tuple[int | str, ...]) -> str:
     """The field that a pydantic error is about: its location, without list positions and union branches."""
     parts = [str(part) for part in location]
-    while ".".join(parts) not in fields():
+    while parts and ".".join(parts) not in fields():
         parts.pop()
     return ".".join(parts)
 
 
 def _type_problem(path: str, settings: Mapping[str, Setting]) -> Problem:
     setting = settings.get(path)
-    schema = fields()[path].schema
+    field = _fields(settings)[path]
     if setting is not None and setting.given is not None:
-        return problem_with(setting.given, f"expected {describe(schema)}{likely_meant(setting.given.value, schema)}")
-    key = key_of(path)
-    entry = NEOX_KEYS[key]
-    advice = f"; {entry.difference}" if isinstance(entry, MapsTo) and entry.difference.startswith("must be") else ""
-    return Problem(f"missing key {key}", f"expected {describe(schema)}{advice}")
+        return problem_with(setting.given, expected(setting.given.value, field.schema))
+    advice = f"; {field.difference}" if field.difference.startswith("must be") else ""
+    return Problem(f"missing key {field.key}", f"expected {describe(field.schema)}{advice}")
 
 
 def _checked_in_part(settings: Mapping[str, Setting], wrong: Set[str]) -> list[Problem]:
@@ -109,7 +120,7 @@ def _checked_in_part(settings: Mapping[str, Setting], wrong: Set[str]) -> list[P
 
 def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespace:
     root = SimpleNamespace()
-    for path, field in fields().items():
+    for path, field in _fields(settings).items():
         if path in wrong or (path not in settings and (field.required or field.derived)):
             continue
         *section_parts, name = path.split(".")
@@ -119,8 +130,8 @@ def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespac
                 setattr(section, part, SimpleNamespace())
             section = getattr(section, part)
         setattr(section, name, settings[path].value if path in settings else field.default)
-    if not _is_tokenformer(settings):
-        root.model.param_tokens = None
+    for absent in optional_sections().keys() - _own_sections(settings):
+        setattr(root.model, absent, None)
     return root
 
 
@@ -128,6 +139,6 @@ def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
     setting = settings.get(finding.path)
     if setting is not None and setting.given is not None:
         return problem_with(setting.given, finding.message)
-    value: YamlValue = fields()[finding.path].default
-    shown = "" if value is None else f": {show(value)} (default)"
-    return Problem(key_of(finding.path) + shown, finding.message)
+    field = _fields(settings)[finding.path]
+    shown = "" if field.default is None else f": {show(field.default)} (default)"
+    return Problem(field.key + shown, finding.message)

@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
+from megatron.config.architecture import ARCHITECTURES
 from megatron.config.batch_triangle import NEITHER_GIVEN
+from megatron.config.optimizer import optimizer_facts
 from megatron.config.sections.run_config import RunConfig
 
 
@@ -86,31 +89,19 @@ def _padded_vocabulary(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _tokenformer_has_no_mlp(run: RunConfig) -> Iterator[Finding]:
-    model = run.model
-    if model.architecture != "tokenformer":
-        return
-    reason = "belongs to gpt_neox: a TokenFormer has no"
-    if model.use_bias_in_attn_linear:
-        yield Finding("model.use_bias_in_attn_linear", f"{reason} biases; use false")
-    if model.use_bias_in_mlp:
-        yield Finding("model.use_bias_in_mlp", f"{reason} biases; use false")
-    if model.activation != "gelu":
-        yield Finding("model.activation", f"{reason} MLP activation; norm_activation_type normalizes its scores")
-    if model.parallel_residual:
-        yield Finding("model.parallel_residual", "the published TokenFormer layer is sequential; use false")
+def _fixed_by_architecture(run: RunConfig) -> Iterator[Finding]:
+    for path, fixed in ARCHITECTURES[run.model.architecture].fixed.items():
+        if attrgetter(path)(run.model) != fixed.value:
+            yield Finding(f"model.{path}", fixed.reason)
 
 
 def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
     model, ranks = run.model, run.parallel.model_parallel_size
-    sizes = {}
-    if model.param_tokens is not None:
-        sizes["model.param_tokens.qkv"] = model.param_tokens.qkv
-        sizes["model.param_tokens.proj"] = model.param_tokens.proj
-        sizes["model.param_tokens.ffn"] = model.param_tokens.ffn
-    for path, size in sizes.items():
+    for path in ARCHITECTURES[model.architecture].split_sizes:
+        size = attrgetter(path)(model)
         if size % ranks:
-            yield Finding(path, f"{_does_not_split(ranks)}; nearest valid value: {nearest_multiple(size, ranks)}")
+            nearest = nearest_multiple(size, ranks)
+            yield Finding(f"model.{path}", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
     if run.parallel.sequence_parallel and model.seq_length % ranks:
         nearest = nearest_multiple(model.seq_length, ranks)
         if nearest > max(model.max_position_embeddings, ranks):
@@ -171,9 +162,12 @@ def _batch_divides(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _betas(run: RunConfig) -> Iterator[Finding]:
-    if not all(0.0 <= beta < 1.0 for beta in run.training.optimizer.betas):
-        yield Finding("training.optimizer.betas", "expected numbers of at least 0 and below 1")
+def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
+    section = run.training.optimizer
+    facts = optimizer_facts(section.type)
+    if facts is not None:
+        for name, message in facts.check(section):
+            yield Finding(f"training.optimizer.{name}", message)
 
 
 def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
@@ -188,6 +182,19 @@ def _one_schedule(run: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "training.lr_schedule.override_lr_scheduler", "contradicts use_checkpoint_lr_scheduler: true; keep one"
         )
+
+
+def _wsd_schedule(run: RunConfig) -> Iterator[Finding]:
+    schedule = run.training.lr_schedule
+    path, steps = "training.lr_schedule.wsd_decay_iters", schedule.wsd_decay_iters
+    if schedule.style == "WSD" and steps is None:
+        yield Finding("training.lr_schedule.style", "needs lr_wsd_decay_iters: the steps of its decay")
+    if schedule.style != "WSD" and steps is not None:
+        yield Finding(path, f"belongs to lr_decay_style: WSD, and this is {schedule.style}")
+    key = "train_iters" if schedule.decay_iters is None else "lr_decay_iters"
+    longest = schedule.decay_iters or run.training.train_iters
+    if schedule.style == "WSD" and steps is not None and steps > longest:
+        yield Finding(path, f"is above {key} {longest}, whose last steps they are")
 
 
 def _split(run: RunConfig) -> Iterator[Finding]:
@@ -279,15 +286,16 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _rotary_dimensions,
     _positions,
     _padded_vocabulary,
-    _tokenformer_has_no_mlp,
+    _fixed_by_architecture,
     _tensor_parallel_sizes,
     _tensor_parallel_vocabulary,
     _pipeline_stages,
     _batch_is_given,
     _batch_divides,
-    _betas,
+    _optimizer_values,
     _smallest_learning_rate,
     _one_schedule,
+    _wsd_schedule,
     _split,
     _one_kind_of_dataset,
     _dataset_lists,

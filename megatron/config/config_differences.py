@@ -31,5 +31,5 @@ def differences(first: RunConfig, second: RunConfig) -> list[Difference]:
 def _value_at(dump: dict[str, Any], path: str) -> Any:
     value: Any = dump
     for name in path.split("."):
-        value = None if value is None else value[name]
+        value = None if value is None else value.get(name)
     return value

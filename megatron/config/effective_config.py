@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.config.batch_triangle import equation, implied_data_parallel_size
-from megatron.config.count_parameters import count_parameters
 from megatron.config.load_config import LoadedConfig
+from megatron.config.model_size import count_parameters
 from megatron.config.yaml.problems import show
 from megatron.errors import ConfigError
 

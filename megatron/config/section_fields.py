@@ -1,17 +1,18 @@
-"""What the configuration sections say about a value at a dotted path: its schema, default and meaning."""
+"""Lists the values of the configuration by dotted path: schema, default and meaning, as their sections declare them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megatron.config.json_schema import Schema
+from megatron.config.optimizer import OptimizerConfig, registered_optimizers
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, OneOf, Section
+from megatron.config.value_types import Schema
 from megatron.config.yaml.problems import YamlValue
 
 
@@ -21,8 +22,14 @@ class Field:
 
     path: str
     """Dotted path from the root, such as `model.num_layers`."""
-    schema: Schema
-    """JSON schema of its type."""
+    key: str
+    """YAML key that sets it, such as `optimizer.params.lr`."""
+    difference: str
+    """How the key's meaning or default differs from NeoX's."""
+    type_schema: Schema
+    """JSON schema of its type; of a choice among registered names, the schema of a text."""
+    choice: OneOf | None
+    """The registered names it is one of."""
     meaning: str
     """Its docstring: meaning and unit."""
     required: bool
@@ -31,32 +38,71 @@ class Field:
     """Whether its default is computed from other values."""
     default: YamlValue
     """Default value; None also for required and derived ones."""
+    key_default: YamlValue
+    """Default of the key, where the section requires the value."""
+
+    @property
+    def schema(self) -> Schema:
+        """Returns the JSON schema of its type, with the names that are registered now."""
+        return self.type_schema if self.choice is None else self.choice.schema()
+
+
+def fields(optimizer: type[OptimizerConfig] | None = None) -> dict[str, Field]:
+    """Returns all values of the configuration by dotted path, in the order of the sections; subsections come last.
+
+    Those of every registered optimizer are among them, or with `optimizer` only those of that section.
+    """
+    sections = [facts.section for facts in registered_optimizers()] if optimizer is None else [optimizer]
+    return _fields_with(tuple(sections))
 
 
 @cache
-def fields() -> dict[str, Field]:
-    """All values of the configuration by dotted path, in the order of the sections; subsections come last."""
-    return {field.path: field for field in _walk(RunConfig, "")}
+def _fields_with(optimizers: tuple[type[OptimizerConfig], ...]) -> dict[str, Field]:
+    found: dict[str, Field] = {}
+    for field in _walk(RunConfig, "", optimizers):
+        found.setdefault(field.path, field)
+    return found
 
 
-def _walk(section: type[Section], prefix: str) -> Iterator[Field]:
+def _walk(section: type[Section], prefix: str, optimizers: tuple[type[OptimizerConfig], ...]) -> Iterator[Field]:
+    for field in _own_fields(section):
+        yield replace(field, path=prefix + field.path)
+    for name, info in section.model_fields.items():
+        inner = _section_of(info.annotation)
+        if inner is not None:
+            for variant in optimizers if inner is OptimizerConfig else (inner,):
+                yield from _walk(variant, f"{prefix}{name}.", optimizers)
+
+
+@cache
+def _own_fields(section: type[Section]) -> list[Field]:
+    """Lists the values of one section, without those of its subsections, under their names in it."""
     schema = section.model_json_schema(mode="validation")
     definitions = schema.get("$defs", {})
-    inner = {name: _section_of(info.annotation) for name, info in section.model_fields.items()}
-    for name, info in section.model_fields.items():
-        if inner[name] is not None:
-            continue
-        yield Field(
-            path=prefix + name,
-            schema=_resolve(schema["properties"][name], definitions),
+    keys = {name: _key(section, name) for name in section.model_fields}
+    return [
+        Field(
+            path=name,
+            key=keys[name].name or section.key_prefix + name,
+            difference=keys[name].difference,
+            type_schema=_resolve(schema["properties"][name], definitions),
+            choice=next((item for item in info.metadata if isinstance(item, OneOf)), None),
             meaning=" ".join((info.description or "").split()),
             required=info.is_required(),
             derived=info.default_factory is not None,
             default=_default(info),
+            key_default=keys[name].default,
         )
-    for name, subsection in inner.items():
-        if subsection is not None:
-            yield from _walk(subsection, f"{prefix}{name}.")
+        for name, info in section.model_fields.items()
+        if _section_of(info.annotation) is None
+    ]
+
+
+def _key(section: type[Section], name: str) -> Key:
+    """Returns the key of a field as the section declares it, or the section that it extends."""
+    sections = [base for base in section.__mro__ if issubclass(base, Section) and name in base.model_fields]
+    declared = (item for base in sections for item in base.model_fields[name].metadata if isinstance(item, Key))
+    return next(declared, Key())
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
@@ -72,7 +118,7 @@ def _default(info: FieldInfo) -> YamlValue:
 
 
 def _resolve(schema: Any, definitions: dict[str, Any]) -> Any:
-    """Inline references and drop titles, defaults and descriptions, so that the type alone remains."""
+    """Inlines references and drops titles, defaults and descriptions, so that the type alone remains."""
     if isinstance(schema, dict):
         if "$ref" in schema:
             return _resolve(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)

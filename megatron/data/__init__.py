@@ -1,0 +1,1 @@
+"""Tokenizers, dataset formats, the order of samples, loaders."""

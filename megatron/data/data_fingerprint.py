@@ -1,4 +1,4 @@
-"""What decides the tokens of every training step, in a form that two runs can compare."""
+"""The fingerprint of the training data: the facts that decide the tokens of every step, for two runs to compare."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.config.sections.data import DataConfig
+from megatron.data.dataset_format import dataset_file, dataset_format
 from megatron.data.datasets import split_shares
-from megatron.data.formats.mmap import data_file, index_file
 from megatron.errors import DataError
 from megatron.io.hashing import file_sha256, sampled_sha256
 
 
 def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[str, str]:
-    """Facts by the configuration key that they belong to. Paths do not count, contents do.
+    """Returns facts by the configuration key that they belong to. Contents count, paths do not.
 
-    Of a dataset, the whole .idx is hashed, and of .bin its size and 64 pieces of 4 KiB, which costs little however
-    large it is. Raises DataError when a file cannot be read.
+    The index of a dataset is hashed whole; of its tokens, the size and a sample count, which cost little however large
+    the file is. Raises DataError when a file cannot be read.
     """
     tokenizer = data.tokenizer
     facts = {"seq_length": str(seq_length), "seed": str(seed), "tokenizer_type": tokenizer.type}
@@ -25,34 +25,33 @@ def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[st
             facts[key] = f"sha256 {_sha256(Path(name))}"
     if data.data_path is not None:
         facts["split"] = _numbers(split_shares(data.split))
-        facts |= _dataset_facts("data_path", Path(data.data_path))
+        facts |= _dataset_facts("data_path", data.impl, Path(data.data_path))
     for part in ("train", "valid", "test"):
         paths: list[str] = getattr(data, f"{part}_data_paths") or []
         weights: list[float] | None = getattr(data, f"{part}_data_weights")
         if paths:
             facts[f"{part}_data_weights"] = _numbers(weights or [1.0] * len(paths))
         for number, path in enumerate(paths):
-            facts |= _dataset_facts(f"{part}_data_paths[{number}]", Path(path))
+            facts |= _dataset_facts(f"{part}_data_paths[{number}]", data.impl, Path(path))
     return facts
 
 
-def differences(ours: dict[str, str], theirs: dict[str, str], name: str) -> Iterator[str]:
-    """Each fact that differs between this run and the one that `name` describes, as `key: name's, this run's`."""
+def fingerprint_differences(ours: dict[str, str], theirs: dict[str, str], name: str) -> Iterator[str]:
+    """Yields each fact that differs between this run and the one that `name` describes, with both values."""
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             yield f"{key}: {name} {theirs.get(key, 'none')}, this run {ours.get(key, 'none')}"
 
 
-def _dataset_facts(key: str, prefix: Path) -> dict[str, str]:
-    tokens = data_file(prefix)
+def _dataset_facts(key: str, impl: str, prefix: Path) -> dict[str, str]:
+    files = dataset_format(impl, prefix)
+    tokens = files.token_file(prefix)
     try:
         size, sampled = tokens.stat().st_size, sampled_sha256(tokens)
     except OSError as error:
         raise DataError(f"{tokens}: cannot be read ({error.strerror}). It belongs to {key}.") from error
-    return {
-        f"{key} (.idx)": f"sha256 {_sha256(index_file(prefix))}",
-        f"{key} (.bin)": f"{size} bytes, sha256 of pieces {sampled}",
-    }
+    whole = {f"{key} ({suffix})": f"sha256 {_sha256(dataset_file(prefix, suffix))}" for suffix in files.index_suffixes}
+    return whole | {f"{key} ({files.token_suffix})": f"{size} bytes, sha256 of pieces {sampled}"}
 
 
 def _sha256(path: Path) -> str:

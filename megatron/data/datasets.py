@@ -1,4 +1,4 @@
-"""Training, validation and test datasets from the configuration, with NeoX's splits and sample counts."""
+"""Builds the training, validation and test datasets of a configuration, with NeoX's splits and sample counts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from pathlib import Path
 
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.data.formats.mmap import IndexedDataset, data_file
+from megatron.data.dataset_format import TokenDataset, dataset_format
 from megatron.data.order.blendable_dataset import BlendableDataset
 from megatron.data.order.gpt_dataset import GPTDataset
 from megatron.data.order.index_cache import cached_sample_index
 from megatron.data.order.sample_index import num_tokens_in
 from megatron.errors import ConfigError, DataError
 
-# What NeoX asks of each part of a blend beyond its share, against uneven interleaving.
+# NeoX asks more of each part of a blend than its share, against uneven interleaving.
 _BLEND_RESERVE = 1.005
 
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """Samples that the indices are built for. They decide the number of epochs that are shuffled together, so a run
-    that resumes must keep them."""
+    """Numbers of samples that the indices are built for [samples].
+
+    They decide the number of epochs that are shuffled together, so a run that resumes must keep them.
+    """
 
     train: int
     valid: int
@@ -33,7 +35,7 @@ class SampleCounts:
 
 @dataclass(frozen=True)
 class Datasets:
-    """None where a dataset is not configured or no sample of it is needed."""
+    """The datasets of a run; None where one is not configured or no sample of it is needed."""
 
     train: GPTDataset | BlendableDataset
     valid: GPTDataset | BlendableDataset | None
@@ -41,7 +43,7 @@ class Datasets:
 
 
 def sample_counts(training: TrainingConfig, global_batch_size: int) -> SampleCounts:
-    """What a run needs: all training steps, every validation with one more at the end, one test."""
+    """Counts what a run needs: all training steps, every validation with one more at the end, one test."""
     validations = training.train_iters // training.eval_interval + 1
     return SampleCounts(
         train=training.train_iters * global_batch_size,
@@ -51,13 +53,13 @@ def sample_counts(training: TrainingConfig, global_batch_size: int) -> SampleCou
 
 
 def build_datasets(data: DataConfig, counts: SampleCounts, *, seq_length: int, seed: int, vocab_size: int) -> Datasets:
-    """Datasets that serve `counts` samples of `seq_length` + 1 tokens.
+    """Builds datasets that serve `counts` samples of `seq_length` + 1 tokens.
 
-    With `data_path`, contiguous ranges of its documents; otherwise a blend of each list of paths. `vocab_size` is the
-    padded vocabulary, above which a token id is an error. Raises ConfigError when no training data is configured, and
-    DataError when a dataset is missing, damaged or too small.
+    With `data_path`, they are contiguous ranges of its documents; otherwise a blend of each list of paths. `vocab_size`
+    is the padded vocabulary, above which a token id is an error. Raises ConfigError when no training data is
+    configured, DataError when a dataset is missing, damaged or too small.
     """
-    reader = _SampleReader(data.index_cache_dir, seq_length, seed, vocab_size)
+    reader = _SampleReader(data.impl, data.index_cache_dir, seq_length, seed, vocab_size)
     if data.data_path is not None:
         return _split_datasets(data.data_path, data.split, counts, reader)
     if data.train_data_paths is None:
@@ -73,44 +75,52 @@ def build_datasets(data: DataConfig, counts: SampleCounts, *, seq_length: int, s
 class _SampleReader:
     """Makes GPTDatasets that differ in their documents and number of samples only."""
 
+    impl: str
     index_cache_dir: str | None
     seq_length: int
     seed: int
     vocab_size: int
 
-    def dataset(self, indexed: IndexedDataset, documents: range, num_samples: int, key: str, remedy: str) -> GPTDataset:
-        """Raises DataError, naming the configuration key, when the documents hold less than one sample."""
-        num_tokens = num_tokens_in(indexed.sizes, documents)
+    def open(self, prefix: str) -> TokenDataset:
+        """Opens the documents of a path. Raises DataError when a file is missing or damaged."""
+        return dataset_format(self.impl, Path(prefix)).open(Path(prefix))
+
+    def dataset(self, tokens: TokenDataset, documents: range, num_samples: int, key: str, remedy: str) -> GPTDataset:
+        """Builds the dataset of a range of documents.
+
+        Raises DataError, naming the configuration key, when they hold less than one sample.
+        """
+        num_tokens = num_tokens_in(tokens.sizes, documents)
         if num_tokens <= self.seq_length:
             raise DataError(
-                f"{key}: too small. {len(documents):,} documents of {data_file(indexed.prefix)} hold {num_tokens:,} "
+                f"{key}: too small. {len(documents):,} documents of {tokens.token_file} hold {num_tokens:,} "
                 f"tokens; one sample needs {self.seq_length + 1:,} (seq_length + 1). {remedy}"
             )
         if self.index_cache_dir is None:
-            folder = indexed.prefix.with_name(indexed.prefix.name + "_index_cache")
+            folder = tokens.prefix.with_name(tokens.prefix.name + "_index_cache")
         else:
             folder = Path(self.index_cache_dir)
         index = cached_sample_index(
-            indexed.sizes,
+            tokens.sizes,
             documents,
             num_samples,
             self.seq_length,
             self.seed,
             folder=folder,
-            name=indexed.prefix.name,
+            name=tokens.prefix.name,
         )
-        return GPTDataset(indexed, index, self.vocab_size)
+        return GPTDataset(tokens, index, self.vocab_size)
 
 
 def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _SampleReader) -> Datasets:
-    indexed = IndexedDataset(Path(data_path))
+    tokens = reader.open(data_path)
     shares = split_shares(split)
-    ranges = split_documents(shares, len(indexed))
+    ranges = split_documents(shares, len(tokens))
     remedy = "Give it a larger share in `split`, more documents, or a smaller seq_length"
 
     def part(position: int, name: str, num_samples: int, way_out: str) -> GPTDataset:
         key = f"split: {split!r}, {name}"
-        return reader.dataset(indexed, ranges[position], num_samples, key, remedy + way_out)
+        return reader.dataset(tokens, ranges[position], num_samples, key, remedy + way_out)
 
     unused = "; or do without it: give it a share of 0."
     return Datasets(
@@ -121,7 +131,7 @@ def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _S
 
 
 def split_shares(split: str) -> list[float]:
-    """The three shares of NeoX's `split`, such as "969, 30, 1" or "9/1"; missing ones are 0, and they sum to 1."""
+    """Returns the three shares of NeoX's `split`, as in "969, 30, 1" or "9/1". Missing ones are 0; the sum is 1."""
     numbers = [float(share) for share in split.split("," if "," in split else "/")]
     numbers += [0.0] * (3 - len(numbers))
     total = sum(numbers)
@@ -129,9 +139,10 @@ def split_shares(split: str) -> list[float]:
 
 
 def split_documents(shares: Sequence[float], num_documents: int) -> list[range]:
-    """Contiguous document ranges of the shares. NeoX's rounding: the error is taken from every boundary but the first.
+    """Returns contiguous ranges of documents with the given shares.
 
-    A range may come out empty, and on very few documents the training range absorbs the error.
+    As NeoX rounds: the error is taken from every boundary but the first. A range may come out empty, and on very few
+    documents the training range absorbs the error.
     """
     boundaries = [0]
     for share in shares:
@@ -155,7 +166,7 @@ def _blend(
     remedy = f"Leave it out of {part}_data_paths, or choose a smaller seq_length."
     datasets = []
     for path, share in zip(paths, shares, strict=True):
-        indexed = IndexedDataset(Path(path))
+        tokens = reader.open(path)
         needed = math.ceil(num_samples * share * _BLEND_RESERVE)
-        datasets.append(reader.dataset(indexed, range(len(indexed)), needed, f"{part}_data_paths: {path}", remedy))
+        datasets.append(reader.dataset(tokens, range(len(tokens)), needed, f"{part}_data_paths: {path}", remedy))
     return BlendableDataset(datasets, shares)

@@ -1,20 +1,147 @@
-"""From token samples to what the model and the loss read."""
+"""Micro batches: their order on a rank, the worker processes that read ahead, the tensors for model and loss."""
 
 from __future__ import annotations
 
+import atexit
+import hashlib
+import itertools
+import signal
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron.errors import DataError
+
+MicroBatch = tuple[Tensor, tuple[Tensor, Tensor]]
+"""(inputs int64 [B, S], (labels int64 [B, S], loss mask float32 [B, S])), nested as DeepSpeed's pipeline takes it."""
 
 
-def to_inputs_and_labels(tokens: Tensor, *, eod_token: int | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Split tokens int64 [b, s + 1] into inputs [b, s] and (labels [b, s], loss_mask float32 [b, s]).
+class MicroBatchSampler(Sampler[list[int]]):
+    """Endless lists of dataset items: this rank's share of each global micro batch, in sequential order.
+
+    A global micro batch is the next micro_batch_size * data_size items, of which rank r takes the r-th contiguous
+    block. Past the end of the dataset items start over. `consumed_samples` counts the items of all ranks that earlier
+    training has used, so a resumed run goes on where it stopped, whatever its micro batch and number of ranks were.
+    """
+
+    def __init__(
+        self, num_samples: int, consumed_samples: int, micro_batch_size: int, data_rank: int, data_size: int
+    ) -> None:
+        self.num_samples = num_samples
+        self.consumed_samples = consumed_samples
+        self.micro_batch_size = micro_batch_size
+        self.data_rank = data_rank
+        self.data_size = data_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.consumed_samples + self.data_rank * self.micro_batch_size
+        for start in itertools.count(first, self.micro_batch_size * self.data_size):
+            yield [item % self.num_samples for item in range(start, start + self.micro_batch_size)]
+
+
+def micro_batches(
+    dataset: Dataset[npt.NDArray[np.int64]],
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    num_workers: int,
+) -> Iterator[Tensor]:
+    """Yields this rank's token samples, int64 [B, S + 1], without end and in the sampler's order.
+
+    The workers (0 reads in this process) leave signals to the parent, so that a run told to stop can still finish its
+    step. Draws nothing from the global random generators. A worker's DataError is raised here as it was.
+    """
+    sampler = MicroBatchSampler(
+        num_samples=len(cast(Any, dataset)),
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+    )
+    loader = DataLoader(
+        _Batched(dataset),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_parent,
+        # Without one of its own, DataLoader takes its workers' seed from the global generator, and a resumed run
+        # would draw other dropout masks than an uninterrupted one.
+        generator=torch.Generator().manual_seed(0),
+    )
+    batches = _raise_errors(loader)
+    # Workers that ignore SIGTERM outlive multiprocessing's own exit handler, which would wait for them for ever.
+    atexit.register(_close, weakref.ref(batches))
+    return batches
+
+
+def to_inputs_and_labels(tokens: Tensor, *, eod_token: int | None) -> MicroBatch:
+    """Splits samples int64 [B, S + 1] into inputs [B, S] and (labels [B, S], loss mask [B, S]).
 
     The mask is 1; where `eod_token` is given it is 0 at the positions whose *input* is that token (NeoX's
     eod_mask_loss): what follows the end of a document is not predicted from it.
     """
-    inputs = tokens[:, :-1].contiguous()
-    labels = tokens[:, 1:].contiguous()
-    loss_mask = torch.ones_like(inputs, dtype=torch.float32)
+    inputs_BS = tokens[:, :-1].contiguous()
+    labels_BS = tokens[:, 1:].contiguous()
+    mask_BS = torch.ones_like(inputs_BS, dtype=torch.float32)
     if eod_token is not None:
-        loss_mask.masked_fill_(inputs == eod_token, 0.0)
-    return inputs, (labels, loss_mask)
+        mask_BS.masked_fill_(inputs_BS == eod_token, 0.0)
+    return inputs_BS, (labels_BS, mask_BS)
+
+
+def sample_digests(tokens: npt.NDArray[np.integer]) -> list[bytes]:
+    """Hashes each sample of token ids [B, S + 1], taken as little-endian int64, with SHA-256."""
+    return [hashlib.sha256(sample.tobytes()).digest() for sample in np.ascontiguousarray(tokens, dtype="<i8")]
+
+
+def batch_hash(digests: Iterable[bytes]) -> str:
+    """Hashes the samples' digests in the order of the global batch: SHA-256, hexadecimal.
+
+    Two runs with the same hash have trained on the same tokens.
+    """
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+class _Batched(Dataset["Tensor | DataError"]):
+    """Items that are whole micro batches. A DataError is handed over as a value, since DataLoader would rewrite it."""
+
+    def __init__(self, samples: Dataset[npt.NDArray[np.int64]]) -> None:
+        self.samples = samples
+
+    def __getitem__(self, items: list[int]) -> Tensor | DataError:
+        try:
+            return torch.from_numpy(np.stack([self.samples[item] for item in items]))
+        except DataError as error:
+            return error
+
+
+def _raise_errors(loader: DataLoader[Tensor | DataError]) -> Generator[Tensor, None, None]:
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        if loader.num_workers > 0:
+            # Left to garbage collection, workers would live as long as a traceback that refers to the iterator.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _close(batches: weakref.ref[Generator[Tensor, None, None]]) -> None:
+    generator = batches()
+    if generator is not None:
+        generator.close()
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Hugging Face both ways; importing this package registers TokenFormer with transformers' Auto classes."""
+"""Hugging Face both ways: model, export, import, upload."""
 
 from megatron.hf.architectures import tokenformer as _tokenformer  # noqa: F401 - registers with the Auto classes
 from megatron.hf.modeling_tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel

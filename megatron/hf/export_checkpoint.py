@@ -19,7 +19,7 @@ from megatron.checkpointing.states.tensor_folder import write_shards
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture
 from megatron.hf.logit_check import fixed_tokens, logit_difference

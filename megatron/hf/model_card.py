@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
 
 USAGE = """```python

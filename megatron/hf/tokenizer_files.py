@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron.config.sections.data import TokenizerConfig
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
+from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.registry import Registry
 

@@ -1,0 +1,1 @@
+"""Durable and atomic writing, hashing, progress messages."""

@@ -1,7 +1,7 @@
 """Backends: functions that compute the same operation, one file each, and the choice among them.
 
 An operation is a registry that fills itself from a folder. A faster kernel is one new file in that folder: the tests in
-`tests/kernels` compare it with the operation's reference, and runs that can use it do, without another change.
+`tests/unit/kernels` compare it with the operation's reference, and runs that can use it do, without another change.
 """
 
 from __future__ import annotations

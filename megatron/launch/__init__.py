@@ -1,0 +1,1 @@
+"""Launchers' environments; starting and watching ranks."""

@@ -1,30 +1,53 @@
-"""From a launcher's environment to a process that knows its rank and its accelerator."""
+"""Prepares a process that some launcher has started: its rank, its accelerator, its log."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import MutableMapping
+from dataclasses import astuple, dataclass
 
 from megatron.errors import EnvironmentSetupError
+from megatron.registry import Registry
 
-# What each launcher calls the rank, the number of ranks and the rank within the machine. Step-level Slurm variables
-# describe the srun that started this process; job-level ones may describe a bigger allocation.
-LAUNCHER_VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+
+@dataclass(frozen=True)
+class LauncherVariables:
+    """Names of the environment variables by which a launcher tells a process its place."""
+
+    rank: str
+    """Rank among all processes, from 0."""
+
+    world_size: str
+    """Number of ranks."""
+
+    local_rank: str
+    """Rank among those of this machine, from 0."""
+
+
+TORCHRUN = LauncherVariables("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Also the names that everything here reads."""
+
+LAUNCHERS: Registry[LauncherVariables] = Registry("launcher")
+"""Launchers in order of precedence: the first whose variables are all set has started this process."""
+
+# torchrun may itself run under one of the others, which then describe the processes that it runs in.
+LAUNCHERS.register("torchrun")(TORCHRUN)
+# Step-level variables describe the srun that started this process; job-level ones may describe a bigger allocation.
+LAUNCHERS.register("slurm")(LauncherVariables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+LAUNCHERS.register("openmpi")(
+    LauncherVariables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 )
 
 
 def adopt_launcher_environment(environment: MutableMapping[str, str]) -> None:
-    """Translate the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Translates the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises EnvironmentSetupError when several ranks do not know where to meet.
     """
-    for names in LAUNCHER_VARIABLES:
-        if all(name in environment for name in names):
-            for ours, theirs in zip(LAUNCHER_VARIABLES[0], names, strict=True):
+    for launcher in (LAUNCHERS[name] for name in LAUNCHERS):
+        if all(name in environment for name in astuple(launcher)):
+            for ours, theirs in zip(astuple(TORCHRUN), astuple(launcher), strict=True):
                 environment[ours] = environment[theirs]
             break
     environment.setdefault("RANK", "0")
@@ -42,7 +65,7 @@ def adopt_launcher_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def prepare_environment() -> None:
-    """Adopt the launcher's variables and choose the accelerator; comes before the first import of DeepSpeed.
+    """Adopts the launcher's variables, chooses the accelerator and sets up logging, before DeepSpeed is imported.
 
     Raises EnvironmentSetupError when more ranks were started on this machine than it has GPUs.
     """

@@ -1,4 +1,4 @@
-"""Starts ranks on this machine and watches them: signals go to all of them, and one that fails ends the others."""
+"""Starts ranks on this machine and supervises them: signals go to all of them, and one that fails ends the others."""
 
 from __future__ import annotations
 
@@ -19,21 +19,38 @@ POLL_SECONDS = 0.1
 
 
 def visible_devices() -> int:
-    """GPUs that this machine offers, or 1 for a CPU."""
+    """Counts the GPUs that this machine offers; 1 for a CPU. Imports torch."""
     import torch
 
     return max(torch.cuda.device_count(), 1)
 
 
+def run_ranks(command: list[str], ranks: int, port: int | None) -> int:
+    """Runs `command` on `ranks` ranks of this machine, which meet on `port`, or on a free one; returns the exit code.
+
+    One rank replaces this process and does not return; several are supervised.
+    """
+    port = port or free_port()
+    environments = [rank_environment(os.environ, rank, ranks, port) for rank in range(ranks)]
+    if ranks == 1:
+        sys.stdout.flush()
+        os.execve(command[0], command, environments[0])  # noqa: S606 - an argv list, no shell
+    workers: list[subprocess.Popen[bytes]] = []
+    # Before the first rank starts, so that no signal is lost between two of them.
+    forward_signals(workers)
+    workers.extend(subprocess.Popen(command, env=environment) for environment in environments)
+    return supervise(workers)
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Returns a TCP port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The environment of one rank on this machine. Threads are shared out unless the user has decided.
+    """Builds the environment of one rank on this machine. Threads are shared out unless the user has decided.
 
     They sleep while they wait: threads that spin instead slow a run down tenfold where other programs share the cores.
     """
@@ -50,8 +67,8 @@ def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) 
     }
 
 
-def pass_signals_to(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Send every signal that this process gets to whatever is in `workers` then."""
+def forward_signals(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Sends every signal that this process gets from now on to whatever is in `workers` then."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for worker in workers:
@@ -63,7 +80,7 @@ def pass_signals_to(workers: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all ranks; returns 0, or STOPPED_ON_REQUEST where ranks have ended with that.
+    """Waits for all ranks; returns 0, or STOPPED_ON_REQUEST where ranks have ended with that.
 
     The first rank that fails ends the others, and its exit code is returned.
     """
@@ -73,16 +90,18 @@ def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
         if failed is not None:
             rank = codes.index(failed)
             print(f"deepy.py: rank {rank} ended with exit code {failed}; ending the other ranks", file=sys.stderr)
-            end(workers)
+            end_workers(workers)
             return failed if failed > 0 else 128 - failed
         if None not in codes:
             return max(code for code in codes if code is not None)
         time.sleep(POLL_SECONDS)
 
 
-def end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask the ranks that still run to stop, and kill those that do not within the grace period: without one of them,
-    they could not save anyway."""
+def end_workers(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Terminates the ranks that still run, and kills those that do not end within the grace period.
+
+    Without one of them, the others could not save anyway.
+    """
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()

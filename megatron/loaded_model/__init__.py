@@ -1,0 +1,1 @@
+"""A trained model on its ranks: logits, scores, cached sampling."""

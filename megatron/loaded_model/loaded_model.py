@@ -20,7 +20,7 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import Tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.kv_cache import KeyValueCache
@@ -138,11 +138,6 @@ def require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
             f"{checkpoint.path} was trained with a vocabulary of {checkpoint.state.vocab_size:,} ids, and the "
             f"configured tokenizer has {tokenizer.vocab_size:,}. Configure the tokenizer of the run."
         )
-
-
-def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_inference_model(

@@ -1,0 +1,1 @@
+"""Layers, architectures, the pipeline, the loss."""

@@ -21,7 +21,7 @@ Builder = Callable[[ModelConfig, ParallelContext], nn.Module]
 
 @dataclass(frozen=True)
 class TransformerLayerSpec:
-    """Builders of a layer's parts, and the arithmetic that goes with them."""
+    """Builders of a layer's parts."""
 
     norm: Builder
     """Before attention and before the feed-forward sublayer."""
@@ -29,8 +29,6 @@ class TransformerLayerSpec:
     """Causal self-attention, residual stream in and out."""
     mlp: Builder
     """Feed-forward sublayer, residual stream in and out."""
-    layer_matmul_parameters: Callable[[ModelConfig], int]
-    """Weights of one layer that every token is multiplied with."""
 
 
 ARCHITECTURES: Registry[Callable[[ModelConfig], TransformerLayerSpec]] = Registry(

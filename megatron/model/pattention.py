@@ -11,7 +11,8 @@ from functools import partial
 from einops import rearrange
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig, ParamTokenConfig
+from megatron.config.architectures.tokenformer import param_tokens
+from megatron.config.sections.model import ModelConfig
 from megatron.kernels.pattention.backends.autograd import pattention
 from megatron.kernels.pattention.pattention import PattentionFunction
 from megatron.kernels.pattention.theta import RowReduction
@@ -101,13 +102,3 @@ def row_reduction(context: ParallelContext) -> RowReduction:
         sum=partial(collectives.sum_over_ranks, context=context),
         max=partial(collectives.max_over_ranks, context=context),
     )
-
-
-def param_tokens(model: ModelConfig) -> ParamTokenConfig:
-    """Returns the section of parameter tokens, which validation requires of a TokenFormer.
-
-    Raises ValueError for a model that was put together without it.
-    """
-    if model.param_tokens is None:
-        raise ValueError(f"architecture {model.architecture} needs model.param_tokens")
-    return model.param_tokens

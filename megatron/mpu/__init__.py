@@ -1,0 +1,1 @@
+"""Parallel context, collectives, split layers, process groups."""

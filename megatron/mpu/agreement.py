@@ -1,4 +1,4 @@
-"""What all ranks must agree on: one of them looks, or each looks at its share, and all learn the same.
+"""Decisions that all ranks must share: rank 0 takes one and all learn it, or each reports and all learn everything.
 
 Without a process group, as in the tools, this process is the only rank.
 """
@@ -10,32 +10,30 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from megatron.errors import CheckpointError, UserError
+from megatron.errors import UserError
 
 T = TypeVar("T")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This rank and the number of ranks."""
+    """Returns this rank and the number of ranks."""
     if distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank; a UserError that it raises there is raised everywhere.
+    """Runs `work` on rank 0 and returns its result on every rank. Collective.
 
-    An OSError becomes a CheckpointError with its message.
+    A UserError or OSError that it raises there is raised on every rank, so that none waits for a result.
     """
     rank, size = rank_and_size()
     outcome: list[Any] = [None, None]
     if rank == 0:
         try:
             outcome[0] = work()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
-        except OSError as error:
-            outcome[1] = CheckpointError(f"{error.filename or 'the checkpoint folder'}: {error.strerror or error}")
     if size > 1:
         distributed.broadcast_object_list(outcome, src=0)
     result, failure = outcome
@@ -44,8 +42,8 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return] # what work() returned, sent as an object
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, in the order of ranks, on every rank."""
+def gather_objects(value: T) -> list[T]:
+    """Returns every rank's value, in the order of ranks, on every rank. Collective."""
     _, size = rank_and_size()
     if size == 1:
         return [value]

@@ -81,19 +81,24 @@ def decays(parameter: nn.Parameter) -> bool:
 
 
 def initialize_parameters(named: Iterator[tuple[str, nn.Parameter]], seed: int, context: ParallelContext) -> None:
-    """Set parameters from their global names, so that every layout starts from the same full weights.
-
-    Each is drawn whole in float32 on the CPU from a generator of its own, seeded by (seed, global name); then this
-    rank's share is copied.
-    """
+    """Sets parameters from their global names, so that every layout starts from the same full weights."""
     for name, parameter in named:
         spec = parameter_spec(parameter)
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        full = torch.empty(spec.full_shape, dtype=torch.float32, device="cpu")
         with torch.no_grad():
-            spec.initializer(full, generator)
-            parameter.copy_(local_shard(full, spec.shard_dim, context))
+            parameter.copy_(local_shard(initial_values(spec, seed, name), spec.shard_dim, context))
+
+
+def initial_values(spec: ParameterSpec, seed: int, name: str) -> Tensor:
+    """Draws the initial values of the parameter `name`, a global name: whole, in float32, on the CPU.
+
+    Each parameter has a generator of its own, seeded by (seed, name).
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values = torch.empty(spec.full_shape, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        spec.initializer(values, generator)
+    return values
 
 
 def local_shard(full: Tensor, shard_dim: int | None, context: ParallelContext) -> Tensor:

@@ -1,0 +1,1 @@
+"""Assembly, loop, callbacks, optimizer, stability."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron.data.batch_hash import batch_hash, sample_digests
+from megatron.data.micro_batch import batch_hash, sample_digests
 from megatron.monitor.writers.jsonl import read_records
 from megatron.mpu.context import ParallelContext
 from megatron.training.step import Step

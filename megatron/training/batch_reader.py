@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron.config.sections.training import BatchConfig
-from megatron.data.micro_batch import to_inputs_and_labels
-from megatron.data.micro_batch_loader import micro_batches
+from megatron.data.micro_batch import micro_batches, to_inputs_and_labels
 from megatron.mpu.collectives import sum_over_data_ranks
 from megatron.mpu.context import ParallelContext
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
-from megatron.config.sections.training import OptimizerConfig
+from megatron.config.optimizer import OptimizerConfig
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.mpu.parameters import decays
 from megatron.registry import require
 
@@ -35,6 +36,7 @@ def build_optimizer(
     Every implementation computes the same; apex's needs its package. Raises EnvironmentSetupError without it.
     """
     groups = parameter_groups(module, config.weight_decay)
+    config = cast(AdamWConfig, config)
     beta1, beta2 = config.betas
     if implementation == "apex FusedAdam":
         optimizers = require("apex.optimizers", "apex_fused_adam: on", "Install apex, or set the key to auto or off.")

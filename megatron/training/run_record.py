@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import distributed
 
+from megatron.config.model_size import training_flops
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.model.causal_lm import VocabSize
-from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.provenance import device_name, git_commit

@@ -14,8 +14,8 @@ from megatron.checkpointing.store.publish import put_back_replaced
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.data.data_fingerprint import differences
-from megatron.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron.data.data_fingerprint import fingerprint_differences
+from megatron.errors import CheckpointError, ConfigError, NonFiniteError, os_errors_as
 from megatron.mpu.agreement import on_first_rank
 from megatron.training.step import Progress
 
@@ -95,6 +95,7 @@ def roll_back(config: CheckpointConfig, start: Start, progress: Progress) -> Sta
     )
 
 
+@os_errors_as(CheckpointError, "the checkpoint folder")
 def _locate(config: CheckpointConfig) -> Start:
     save = None if config.save is None else Path(config.save).resolve()
     if save is not None:
@@ -159,7 +160,7 @@ def require_same_data(start: Start, fingerprint: dict[str, str], config: Checkpo
     """Raise CheckpointError when a run that continues would read other tokens than the one that it continues."""
     if start.checkpoint is None or not start.continues or config.allow_changed_data:
         return
-    changed = list(differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
+    changed = list(fingerprint_differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
     if changed:
         raise CheckpointError(
             f"the data differs from what {start.checkpoint.path} was trained on: {'; '.join(changed)}. Restore it, or "
@@ -203,5 +204,7 @@ def _described_schedule(training: TrainingConfig) -> dict[str, object]:
         "style": schedule.style,
         "warmup": schedule.warmup,
         "decay_iters": schedule.decay_iters or training.train_iters,
+        "wsd_decay_style": schedule.wsd_decay_style,
+        "wsd_decay_iters": schedule.wsd_decay_iters,
         "min_lr": schedule.min_lr,
     }

@@ -13,20 +13,20 @@ import torch
 from megatron.checkpointing.states.same_model import require_same_vocabulary
 from megatron.checkpointing.store.checkpoint import require_writable
 from megatron.checkpointing.store.run_state import RunState
-from megatron.config.count_parameters import count_parameters
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.data_fingerprint import data_fingerprint
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST, EnvironmentSetupError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import process_group, share_with_deepspeed
 from megatron.training.batch_reader import BatchReader
 from megatron.training.loop import Ending
 from megatron.training.lr_schedules import LRScheduler
@@ -58,6 +58,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
         if config.checkpoint.save is not None:
             require_writable(Path(config.checkpoint.save))
         with process_group():
+            share_with_deepspeed()
             ending = pretrain_in_group(config, batch, run_folder, stop)
     if ending is not Ending.STOPPED:
         return 0

@@ -11,9 +11,10 @@ import torch
 from megatron.checkpointing.store.publish import begin, complete
 from megatron.checkpointing.store.run_state import RunState
 from megatron.checkpointing.store.tensor_files import write_tensors
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import OptimizerConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 
 STATE = RunState(
     iteration=10,
@@ -40,7 +41,7 @@ CONFIG = RunConfig(
         max_position_embeddings=8,
         pos_emb="rotary",
     ),
-    training=TrainingConfig(train_iters=10, optimizer=OptimizerConfig(lr=1e-3)),
+    training=TrainingConfig(train_iters=10, optimizer=AdamWConfig(lr=1e-3)),
 )
 
 

@@ -31,7 +31,7 @@ from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import exit_on_user_error
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.inference.evaluation.harness.answer_cache import AnswerCache

@@ -22,7 +22,7 @@ from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import process_group, share_with_deepspeed
 from megatron.training.setup import build_engine, initial_state
 from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe
@@ -34,6 +34,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
+        share_with_deepspeed()
         engine = build_engine(task.config, task.batch, task.vocab, context)
         batches = random_batches(task)
         # The first step makes the moments.

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.config.count_parameters import count_parameters
 from megatron.config.load_config import load_config
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.config.model_size import count_parameters, training_flops
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.model.causal_lm import VocabSize
-from megatron.model.flops import training_flops
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import process_group, share_with_deepspeed
 from megatron.training.setup import require_hardware
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 
@@ -32,6 +31,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
     """
     task = build_task(settings)
     with process_group():
+        share_with_deepspeed()
         contender = CONTENDERS[name](task)
         connection.send(describe(task, settings))
         while True:

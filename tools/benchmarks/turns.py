@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
-from megatron.loaded_model.loaded_model import InferenceModel, local_device
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.loaded_model.loaded_model import InferenceModel
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 from megatron.monitor.provenance import device_name
 from megatron.monitor.writers.console import format_count
+from megatron.mpu.process_group import local_device
 
 
 def benchmark_parser(description: str) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Exactly the tokens that a range of training steps reads.
+"""Shows exactly the tokens that a range of training steps reads.
 
     python tools/datasets/batch_viewer.py config.yml --start 100 --end 102 --output batches.npy
     python tools/datasets/batch_viewer.py config.yml data.yml train_iters=2000 --start 1 --end 1 --text
@@ -30,13 +30,13 @@ from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError, exit_on_user_error
 from megatron.io.durable import atomic_write
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write or print the steps' tokens."""
+    """Writes or prints the tokens of the steps."""
     args, command = parse_args(argv)
     loaded = load_config(command.files, command.overrides)
     tokenizer = build_tokenizer(loaded.run.data.tokenizer)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
-    """The viewer's own flags, and the rest as deepy.py and train.py take it."""
+    """Parses the viewer's own flags, and the rest as deepy.py and train.py do."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,8 +79,10 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
 
 
 def global_batch_size(loaded: LoadedConfig, command: CommandLine) -> int:
-    """Samples per step. Only where the configuration leaves it to the ranks does --world-size matter; it is one
-    model replica unless given."""
+    """Returns the samples per step. --world-size matters only where the configuration leaves it to the ranks.
+
+    Without it, there is one model replica.
+    """
     if command.world_size is not None:
         return loaded.batch(command.world_size).global_batch_size
     training = loaded.run.training
@@ -89,8 +91,10 @@ def global_batch_size(loaded: LoadedConfig, command: CommandLine) -> int:
 
 
 def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range) -> Iterator[npt.NDArray[np.int64]]:
-    """The samples of each step [global batch, seq_length + 1]. Raises ConfigError for steps that were trained with
-    another global batch than the configuration's."""
+    """Yields the samples of each step [global batch, seq_length + 1].
+
+    Raises ConfigError for steps that were trained with another global batch than the configuration's.
+    """
     run = loaded.run
     state = resumed_state(run.checkpoint)
     num_samples = sample_counts(run.training, size).train if state is None else state.train_index_samples
@@ -113,7 +117,7 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
 
 def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
-    """State of the newest checkpoint of this run, or of the one that it continues; None for a run without any."""
+    """Returns the state of this run's newest checkpoint, or of the one that it continues; None without any."""
     found = None
     if checkpoint.save is not None:
         found = find_checkpoint(Path(checkpoint.save), None, "sizes")
@@ -125,7 +129,7 @@ def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
 
 
 def print_text(step: int, samples: npt.NDArray[np.int64], tokenizer: Tokenizer) -> None:
-    """Each sample under a heading, with the ends of documents shown."""
+    """Prints each sample under a heading, with the ends of documents shown."""
     for row, tokens in enumerate(samples):
         print(f"--- step {step}, sample {row}")
         ends = np.flatnonzero(tokens == tokenizer.eod)

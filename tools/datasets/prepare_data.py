@@ -1,4 +1,4 @@
-"""Real text to train on, without a download: tokenizer, training set and held-out set.
+"""Prepares real text to train on, without a download: tokenizer, training set and held-out set.
 
     python tools/datasets/prepare_data.py --output-dir demo/data
     python tools/datasets/prepare_data.py --output-dir demo/data --text mine.txt
@@ -37,10 +37,10 @@ from tokenizers.trainers import BpeTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.config.sections.data import TokenizerConfig
-from megatron.data.formats.mmap import IndexedDataset
+from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
 from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT
+from megatron.data.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError, exit_on_user_error
 from megatron.io.durable import atomic_write
 
@@ -58,7 +58,7 @@ Group = list[str]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prepare as asked."""
+    """Prepares the data in the given folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for all files")
     parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
-    """Write all files to `output_dir`. Raises DataError when the text is missing, malformed or too small."""
+    """Writes all files to `output_dir`. Raises DataError when the text is missing, malformed or too small."""
     started = time.monotonic()
 
     def say(message: str) -> None:
@@ -103,7 +103,7 @@ def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
 
 
 def python_groups() -> Iterator[Group]:
-    """The language reference, then each module's manual page and source, in alphabetical order."""
+    """Yields the language reference, then each module's manual page and source, in alphabetical order."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
@@ -124,7 +124,7 @@ def python_groups() -> Iterator[Group]:
 
 
 def manual_page(module: str, tree: ast.Module) -> str:
-    """The docstrings of a module's public classes and functions under their signatures; empty without any."""
+    """Renders the docstrings of a module's public classes and functions under their signatures; empty without any."""
     sections = [f"{title}\n\n{text}" for title, text in docstrings(tree, f"Module {module}", "")]
     return "\n\n".join(sections)
 
@@ -132,7 +132,7 @@ def manual_page(module: str, tree: ast.Module) -> str:
 def docstrings(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, title: str, scope: str
 ) -> Iterator[tuple[str, str]]:
-    """Title and docstring of a module, class or function, and of the public ones inside a module or class."""
+    """Yields title and docstring of a module, class or function, and of the public ones inside a module or class."""
     text = ast.get_docstring(node)
     if text:
         yield title, text
@@ -146,7 +146,7 @@ def docstrings(
 
 
 def own_groups(path: Path) -> Iterator[Group]:
-    """The paragraphs of a .txt file, or the texts of a .jsonl file."""
+    """Yields the paragraphs of a .txt file, or the texts of a .jsonl file."""
     require_text_files([path])
     for raw in read_documents([path]):
         try:
@@ -158,8 +158,11 @@ def own_groups(path: Path) -> Iterator[Group]:
 
 
 def hold_out(groups: Sequence[Group], source: str) -> tuple[list[str], list[str]]:
-    """Training and held-out documents: a group is held out when one of average size would bring their share of the
-    characters nearest to HELD_OUT. Raises DataError when there is too little text, or none could be held out."""
+    """Splits documents into training and held-out ones.
+
+    A group is held out when one of average size would bring their share of the characters nearest to HELD_OUT. Raises
+    DataError when there is too little text, or none could be held out.
+    """
     train: list[str] = []
     valid: list[str] = []
     seen = held_out = 0
@@ -183,15 +186,17 @@ def hold_out(groups: Sequence[Group], source: str) -> tuple[list[str], list[str]
 
 
 def write_jsonl(path: Path, documents: Sequence[str]) -> None:
-    """One {"text": ...} a line."""
+    """Writes one {"text": ...} per line."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for document in documents:
             print(json.dumps({"text": document}, ensure_ascii=False), file=file)
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int, path: Path) -> int:
-    """Write a byte-level BPE with the end-of-document token as id 0; its vocabulary, which a short text leaves smaller
-    than asked for."""
+    """Trains a byte-level BPE whose end-of-document token has id 0, and writes it to `path`.
+
+    Returns the size of its vocabulary, which a short text leaves smaller than asked for.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -208,14 +213,17 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, path: Path) -> in
 
 
 def token_counts(prefix: Path, vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often each token occurs in a dataset [vocab_size]."""
-    dataset = IndexedDataset(prefix)
-    return np.bincount(np.concatenate([dataset[i] for i in range(len(dataset))]), minlength=vocab_size)
+    """Counts the occurrences of each token in a dataset [vocab_size]."""
+    dataset = DATASET_FORMATS[DEFAULT_FORMAT].open(prefix)
+    documents = [dataset.read(index, 0, int(size)) for index, size in enumerate(dataset.sizes)]
+    return np.bincount(np.concatenate(documents), minlength=vocab_size)
 
 
 def unigram_loss(train: npt.NDArray[np.int64], valid: npt.NDArray[np.int64]) -> float:
-    """Cross entropy of the tokens counted in `valid` under the frequencies of `train`, each token counted once more
-    so that none is impossible [nats per token]."""
+    """Computes the cross entropy of the tokens counted in `valid` under the frequencies of `train` [nats per token].
+
+    Each token is counted once more, so that none is impossible.
+    """
     log_frequencies = np.log(train + 1) - np.log(train.sum() + len(train))
     return float(-(valid @ log_frequencies) / valid.sum())
 

@@ -1,9 +1,9 @@
-"""Tokenize text files into a dataset that training reads; NeoX's flags, and --max-bad-lines.
+"""Tokenizes text files into a dataset that training reads; takes NeoX's flags, and --max-bad-lines.
 
     python tools/datasets/preprocess_data.py --input corpus.jsonl.zst --output-prefix data/corpus \\
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json --append-eod --workers 8
 
-Reads .jsonl, .jsonl.gz and .jsonl.zst (one document a line) and .txt (one document a file). Writes
+Reads .jsonl, .jsonl.gz and .jsonl.zst (one document per line) and .txt (one document per file). Writes
 <output-prefix>_<key>_document.bin and .idx; `data_path` is their path without the ending.
 """
 
@@ -22,17 +22,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
-from megatron.data.formats.mmap import data_file
+from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
 from megatron.errors import exit_on_user_error
 
 
 def main(argv: Sequence[str]) -> int:
-    """Tokenize as asked, then say what was written."""
+    """Tokenizes the input files, then prints what was written."""
     args = parse_args(argv)
     options = TokenizeOptions(
         tokenizer=TokenizerConfig(type=args.tokenizer_type, vocab_file=args.vocab_file, merge_file=args.merge_file),
         keys=tuple(args.jsonl_keys),
+        format=args.dataset_impl,
         append_eod=args.append_eod,
         fix_text=args.ftfy,
     )
@@ -47,13 +48,14 @@ def main(argv: Sequence[str]) -> int:
             report=report,
         )
     for key, tokens in tally.tokens.items():
-        print(f"{data_file(dataset_prefix(args.output_prefix, key))}: {tokens:,} tokens")
+        prefix = dataset_prefix(args.output_prefix, key)
+        print(f"{DATASET_FORMATS[options.format].token_file(prefix)}: {tokens:,} tokens")
     print(f"{tally.documents:,} documents; left out: {tally.empty:,} empty, {len(tally.bad_lines):,} malformed")
     return 0
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """NeoX's flags, with its defaults."""
+    """Parses NeoX's flags, with its defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("input")
     text.add_argument("--input", action="append", required=True, help="a file, or several with commas; may be repeated")
@@ -68,7 +70,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     tokenizer.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the ftfy library")
     output = parser.add_argument_group("output")
     output.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, without _text_document")
-    output.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="format; mmap is the one there is")
+    output.add_argument(
+        "--dataset-impl", choices=list(DATASET_FORMATS), default=DEFAULT_FORMAT, help=f"format ({DEFAULT_FORMAT})"
+    )
     runtime = parser.add_argument_group("runtime")
     runtime.add_argument("--workers", type=positive, default=1, help="processes; the result does not depend on it (1)")
     runtime.add_argument("--log-interval", type=positive, default=100, help="documents between progress updates (100)")
@@ -76,14 +80,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
+    """Parses a whole number above 0 for argparse."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
     return int(text)
 
 
 def split_paths(given: str) -> list[Path]:
-    """The files of a comma-separated list; a file whose own name has a comma is taken whole."""
+    """Splits a comma-separated list of files; a file whose own name has a comma is taken whole."""
     return [Path(given)] if Path(given).exists() else [Path(part.strip()) for part in given.split(",")]
 
 
@@ -91,7 +95,7 @@ def split_paths(given: str) -> list[Path]:
 def shown_progress(
     inputs: Sequence[Path], num_docs: int | None, log_interval: int
 ) -> Iterator[Callable[[Tally], None]]:
-    """A progress bar on standard error: by documents when their number is known, else by bytes of the input."""
+    """Shows a progress bar on standard error, by documents when their number is known, else by bytes of the input."""
     total = num_docs or sum(path.stat().st_size for path in inputs if path.is_file())
     columns = (
         TextColumn("{task.description}"),

@@ -1,0 +1,1 @@
+"""Functions from one checkpoint to another."""

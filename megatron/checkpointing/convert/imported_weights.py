@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron.checkpointing.states.parameter_layout import fit_vocabulary
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.parameters import ParameterSpec

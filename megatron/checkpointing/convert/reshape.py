@@ -14,7 +14,7 @@ from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import padded_vocab_size
+from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import VocabSize
 

@@ -1,0 +1,1 @@
+"""Saving and loading through DeepSpeed's engine."""

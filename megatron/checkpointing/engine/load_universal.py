@@ -15,6 +15,7 @@ from megatron.checkpointing.states.parameter_layout import fit_vocabulary
 from megatron.checkpointing.states.read_zero_files import LOSS_SCALE, MASTER
 from megatron.checkpointing.states.universal_files import OPTIMIZER_FILE, parameter_folder
 from megatron.checkpointing.store.safe_load import load_tensors
+from megatron.config.optimizer import Implementation, OptimizerConfig, facts_of
 from megatron.errors import CheckpointError
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
@@ -27,14 +28,14 @@ def load_universal(
     engine: PipelineEngine,
     universal: Path,
     context: ParallelContext,
+    section: OptimizerConfig,
     *,
-    moments: tuple[str, ...],
     vocab_size: int,
     same_precision: bool,
 ) -> None:
     """Loads weights, moments, counters and schedule from the folder `universal`.
 
-    `moments` are the optimizer's own names of them.
+    `section` says which optimizer the engine has, whose moments have names of their own.
     `vocab_size` is the number of embedding rows that tokens have, padding apart. The state of fp16's loss scale is
     loaded only into a run of the `same_precision`. Hyperparameters stay the engine's. Raises CheckpointError when a
     file is damaged or unsafe, or a parameter has another shape.
@@ -47,7 +48,7 @@ def load_universal(
         _load_optimizer,
         engine.optimizer,
         context=context,
-        moments=moments,
+        section=section,
         vocab_size=vocab_size,
         same_precision=same_precision,
     )
@@ -70,7 +71,7 @@ def _load_optimizer(
     load_from_fp32_weights: bool,
     *,
     context: ParallelContext,
-    moments: tuple[str, ...],
+    section: OptimizerConfig,
     vocab_size: int,
     same_precision: bool,
 ) -> None:
@@ -82,14 +83,16 @@ def _load_optimizer(
     )
     groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
     base = optimizer.optimizer
+    facts = facts_of(section)
+    implementation = facts.implementation_of(base, section)
     for group, parameters in zip(base.param_groups, groups, strict=True):
         (flat,) = group["params"]
         targets = {MASTER: flat.data}
-        if _file(folder, optimizer, parameters[0], moments[0]).exists():
-            targets |= {key: base.state[flat].setdefault(key, torch.zeros_like(flat)) for key in moments}
-            steps = _file(folder, optimizer, parameters[0], "step")
-            if steps.exists():
-                _set_steps(base, group, load_tensors(steps))
+        if _file(folder, optimizer, parameters[0], facts.moments[0]).exists():
+            targets |= {key: base.state[flat].setdefault(key, torch.zeros_like(flat)) for key in facts.moments}
+            if implementation.step_count is not None:
+                steps = load_tensors(_file(folder, optimizer, parameters[0], "step"))
+                _set_steps(base, group, steps, implementation)
         else:
             base.state.pop(flat, None)
         for parameter in parameters:
@@ -103,14 +106,14 @@ def _file(universal: Path, optimizer: Any, parameter: nn.Parameter, key: str) ->
     return parameter_folder(universal, optimizer.param_names[parameter]) / f"{key}.pt"
 
 
-def _set_steps(base: torch.optim.Optimizer, group: dict[str, Any], steps: Tensor) -> None:
-    """Sets the step count, which torch's optimizers keep by parameter and apex's by group."""
-    if type(base).__module__.startswith("apex."):
+def _set_steps(
+    base: torch.optim.Optimizer, group: dict[str, Any], steps: Tensor, implementation: Implementation[Any]
+) -> None:
+    if implementation.step_count == "group":
         group["step"] = int(steps)
         return
     (flat,) = group["params"]
-    # A fused optimizer needs its count on the parameters' device.
-    base.state[flat]["step"] = steps.clone().to(flat.device if group.get("fused") else "cpu")
+    base.state[flat]["step"] = steps.clone().to(flat.device if implementation.step_on_device else "cpu")
 
 
 def _whole(content: Mapping[str, Tensor], parameter: nn.Parameter, vocab_size: int) -> Tensor:

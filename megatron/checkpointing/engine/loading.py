@@ -11,13 +11,12 @@ from megatron.checkpointing.engine.load_universal import load_universal
 from megatron.checkpointing.engine.same_layout import layout_differences
 from megatron.checkpointing.engine.universal import universal_form
 from megatron.checkpointing.states.load_parameters import load_parameters
-from megatron.checkpointing.states.optimizer_facts import moment_names
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import gather, rank_and_size
+from megatron.mpu.agreement import gather_objects, rank_and_size
 from megatron.mpu.context import ParallelContext
 
 if TYPE_CHECKING:
@@ -50,9 +49,13 @@ def _load(
         logger.info("%s was written in another layout: %s", checkpoint.path, "; ".join(differences))
         universal = universal_form(checkpoint, config.checkpoint.verify_checkpoint)
         same_precision = checkpoint.config.training.precision.dtype == config.training.precision.dtype
-        moments = moment_names(config.training.optimizer)
         load_universal(
-            engine, universal, context, moments=moments, vocab_size=vocab.actual, same_precision=same_precision
+            engine,
+            universal,
+            context,
+            config.training.optimizer,
+            vocab_size=vocab.actual,
+            same_precision=same_precision,
         )
         return
     loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
@@ -85,6 +88,6 @@ def _require_safe(checkpoint: Checkpoint, *, prefix: str, allow_unsafe: bool | N
         except CheckpointError as error:
             failure = str(error)
             break
-    failures = [text for text in gather(failure) if text is not None]
+    failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
         raise CheckpointError(failures[0])

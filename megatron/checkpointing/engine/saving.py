@@ -21,8 +21,8 @@ from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.publish import begin, complete, remove_old
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.sections.run_config import RunConfig
-from megatron.errors import CheckpointError
-from megatron.mpu.agreement import gather, on_first_rank
+from megatron.errors import CheckpointError, os_errors_as
+from megatron.mpu.agreement import gather_objects, on_first_rank
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -107,7 +107,8 @@ class _Save:
         self.seconds_waited = 0.0
         self.started = time.perf_counter()
         with self._training_waits():
-            self.temporary = on_first_rank(partial(begin, self.folder, state.iteration))
+            with os_errors_as(CheckpointError, "the checkpoint folder"):
+                self.temporary = on_first_rank(partial(begin, self.folder, state.iteration))
             engine.checkpoint_engine = files
             # DeepSpeed would drop scripts into the folder which unpickle whatever they find there.
             engine._copy_recovery_script = lambda save_path: None
@@ -138,7 +139,8 @@ class _Save:
             try:
                 written = _gathered(self.files)
                 named = partial(complete, run_id=run_id, versions=versions)
-                final = on_first_rank(partial(named, self.temporary, written, self.state, self.config))
+                with os_errors_as(CheckpointError, "the checkpoint folder"):
+                    final = on_first_rank(partial(named, self.temporary, written, self.state, self.config))
             except CheckpointError as error:
                 on_first_rank(partial(shutil.rmtree, self.temporary, ignore_errors=True))
                 raise CheckpointError(
@@ -146,7 +148,8 @@ class _Save:
                     f"{error}. Earlier ones are as they were. Make room or repair the disk, then go on with "
                     "`auto_resume: true`."
                 ) from error
-            on_first_rank(partial(remove_old, self.folder, self.config.checkpoint, run_id))
+            with os_errors_as(CheckpointError, "the checkpoint folder"):
+                on_first_rank(partial(remove_old, self.folder, self.config.checkpoint, run_id))
         logger.info(
             "saved %s, %.2f GiB, in %.1f s; training waited %.2f s of them",
             final,
@@ -169,7 +172,7 @@ def _gathered(files: EngineFiles) -> dict[str, FileEntry]:
         own: dict[str, FileEntry] | str = files.taken()
     except CheckpointError as error:
         own = str(error)
-    reports = gather(own)
+    reports = gather_objects(own)
     failures = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
     if failures:
         raise CheckpointError("; ".join(failures))

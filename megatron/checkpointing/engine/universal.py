@@ -25,11 +25,11 @@ from megatron.checkpointing.states.universal_files import UniversalFiles
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.manifest import MANIFEST_FILE, FileEntry, damage
 from megatron.config.sections.checkpoint import Verification
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, os_errors_as
 from megatron.io.durable import flush_folder, write_durably
 from megatron.io.hashing import file_sha256
 from megatron.io.progress import PeriodicReport
-from megatron.mpu.agreement import gather, on_first_rank, rank_and_size
+from megatron.mpu.agreement import gather_objects, on_first_rank, rank_and_size
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,11 @@ def universal_form(checkpoint: Checkpoint, level: Verification) -> Path:
         logger.warning("%s: %s. It is made again.", folder, problem)
     conversion = Conversion(checkpoint)
     try:
-        on_first_rank(conversion.begin)
-        for layout in conversion.reader.layouts:
-            on_first_rank(partial(conversion.convert, layout))
-        on_first_rank(conversion.publish)
+        with os_errors_as(CheckpointError, "the checkpoint folder"):
+            on_first_rank(conversion.begin)
+            for layout in conversion.reader.layouts:
+                on_first_rank(partial(conversion.convert, layout))
+            on_first_rank(conversion.publish)
     except CheckpointError:
         on_first_rank(conversion.remove)
         raise
@@ -148,7 +149,7 @@ def _problem(folder: Path, checkpoint: Checkpoint, level: Verification) -> str |
         return reason
     rank, size = rank_and_size()
     own = damage(folder, {name: files[name] for name in sorted(files)[rank::size]}, level)
-    return next(chain.from_iterable(gather(own)), None)
+    return next(chain.from_iterable(gather_objects(own)), None)
 
 
 def _listed(folder: Path, checkpoint: Checkpoint) -> tuple[Mapping[str, FileEntry] | None, str]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import ParameterState
-from megatron.checkpointing.states.optimizer_facts import group_of, moment_names
 from megatron.checkpointing.states.parameter_layout import LayerLayout, merge, shard_shape
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.safe_load import load_tensors
+from megatron.config.optimizer import facts_of
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import from_engine_name
 
@@ -64,7 +64,7 @@ class ZeroFiles:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._specs = {layout.global_name(name): spec for layout in layouts for name, spec in layout.parameters.items()}
-        self._moments = moment_names(self._config.training.optimizer)
+        self._facts = facts_of(self._config.training.optimizer)
         self._hyperparameters: dict[str, Mapping[str, Any]] = {}
         self._clip_grad = 0.0
         self._loss_scale: dict[str, Any] = {}
@@ -117,10 +117,10 @@ class ZeroFiles:
             state = base["state"].get(group, {})
             # torch counts steps by parameter, apex by group.
             step = state.get("step", base["param_groups"][group].get("step"))
-            flat = {MASTER: master.detach(), **{name: state[name] for name in self._moments if name in state}}
+            flat = {MASTER: master.detach(), **{name: state[name] for name in self._facts.moments if name in state}}
             for engine_name, address in pieces.items():
                 name = from_engine_name(engine_name, self._config.model)
-                label = group_of(self._config.training.optimizer, self._specs[name])
+                label = self._facts.group_of(self._specs[name]).name
                 self._hyperparameters[label] = base["param_groups"][group]
                 yield name, _Piece(flat, None if step is None else float(step), address.start, address.numel)
 

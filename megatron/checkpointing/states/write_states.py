@@ -21,7 +21,7 @@ from megatron.checkpointing.store.publish import begin, complete
 from megatron.checkpointing.store.run_state import RunState
 from megatron.checkpointing.store.tensor_files import write_tensors
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import padded_vocab_size
+from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.number_formats import DTYPES

@@ -21,13 +21,13 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import ParameterState
-from megatron.checkpointing.states.optimizer_facts import group_names, group_of, group_options
 from megatron.checkpointing.states.parameter_layout import ParallelSizes, split
 from megatron.checkpointing.states.read_zero_files import MASTER, EngineState, optimizer_file
 from megatron.checkpointing.states.stage_parameters import StageParameter
 from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.tensor_files import write_tensors
 from megatron.config.deepspeed_json import precision_section
+from megatron.config.optimizer import facts_of
 from megatron.config.sections.training import PrecisionConfig, TrainingConfig
 from megatron.errors import CheckpointError
 from megatron.model.number_formats import DTYPES
@@ -51,9 +51,9 @@ class StageFiles:
         self.stage = stage
         self.sizes = sizes
         self.training = training
+        facts = facts_of(training.optimizer)
         by_group = {
-            name: tuple(p for p in parameters if group_of(training.optimizer, p.spec) == name)
-            for name in group_names(training.optimizer)
+            group.name: tuple(p for p in parameters if facts.group_of(p.spec) is group) for group in facts.groups
         }
         self._groups = {name: _FlatGroup(members, sizes) for name, members in by_group.items() if members}
         self._buffers: dict[tuple[str, int, int], dict[str, Tensor]] = {}
@@ -155,7 +155,9 @@ class StageFiles:
             return dict(engine.hyperparameters[group])
         # The source had no parameter in this group: it differs from the others by its own options alone.
         other = next(iter(engine.hyperparameters.values()))
-        return dict(other) | group_options(self.training.optimizer, group)
+        section = self.training.optimizer
+        own = next(declared for declared in facts_of(section).groups if declared.name == group)
+        return dict(other) | own.options(section)
 
     def _step_entry(self, group: str) -> dict[str, Tensor]:
         """Returns the group's step count as torch keeps it; nothing for an optimizer that counts none."""

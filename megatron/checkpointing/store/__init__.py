@@ -1,0 +1,1 @@
+"""Run folders, manifests, publishing, finding, safe reading."""

@@ -18,13 +18,14 @@ from megatron.checkpointing.store.checkpoint import (
 )
 from megatron.checkpointing.store.manifest import FileEntry, damage, unlisted
 from megatron.config.sections.checkpoint import Verification
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, os_errors_as
 from megatron.io.progress import PeriodicReport
-from megatron.mpu.agreement import gather, on_first_rank, rank_and_size
+from megatron.mpu.agreement import gather_objects, on_first_rank, rank_and_size
 
 logger = logging.getLogger(__name__)
 
 
+@os_errors_as(CheckpointError, "the checkpoint folder")
 def find_checkpoint(folder: Path, iteration: int | None, level: Verification) -> Checkpoint | None:
     """Finds the checkpoint of `iteration` in `folder`, or the newest whole one; `folder` may be a checkpoint itself.
 
@@ -76,7 +77,7 @@ def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
     own = _damage_with_progress(checkpoint.path, {name: files[name] for name in by_size[rank::size]}, level)
     if rank == 0:
         own += [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
-    return sorted(chain.from_iterable(gather(own)))
+    return sorted(chain.from_iterable(gather_objects(own)))
 
 
 def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:

@@ -1,0 +1,1 @@
+"""GPT-NeoX's vocabulary: aliases, conversions, keys without effect, refused keys."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from megatron.config.json_schema import Schema, conforms, describe, did_you_mean, likely_meant
+from megatron.config.architecture import DEFAULT_ARCHITECTURE, architecture_facts, optional_sections, owners_of
 from megatron.config.neox.keys.entries import UNSET, Converted, Flat, Inert, MapsTo, RefusedError, Rejected
-from megatron.config.neox.keys.table import find_entry, mapped_keys
-from megatron.config.section_fields import fields
+from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, find_entry, mapped_keys, neox_keys
+from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, OptimizerFacts, optimizer_facts
+from megatron.config.value_types import did_you_mean, mistyped, schema_of
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, show
 
 
@@ -45,19 +47,33 @@ def translate(given: Mapping[str, Given]) -> Translation:
     """Look every key up in the table. A null leaves its key unset, as if it were not there."""
     translation = Translation()
     flat = {key: item.value for key, item in given.items() if item.value is not None}
+    optimizer = _chosen_optimizer(given, flat)
     for item in given.values():
         if item.value is not None:
-            _translate_key(item, flat, translation)
+            _translate_key(item, flat, optimizer, translation)
     _contradicted_switches(given, translation)
     _complete(translation)
     return translation
 
 
-def _translate_key(item: Given, flat: Flat, translation: Translation) -> None:
-    entry = find_entry(item.key)
+def _chosen_optimizer(given: Mapping[str, Given], flat: Flat) -> OptimizerFacts[Any] | None:
+    """Returns the optimizer that the keys of its type name; None where they name none that is known."""
+    choice = Translation()
+    for item in given.values():
+        entry = find_entry(item.key)
+        if item.value is not None and isinstance(entry, MapsTo) and entry.path == "training.optimizer.type":
+            _set(item, entry, flat, choice)
+    setting = choice.settings.get("training.optimizer.type")
+    if setting is None:
+        return None if choice.refused else OPTIMIZERS[DEFAULT_OPTIMIZER]
+    return optimizer_facts(setting.value)
+
+
+def _translate_key(item: Given, flat: Flat, optimizer: OptimizerFacts[Any] | None, translation: Translation) -> None:
+    entry = find_entry(item.key, optimizer)
     match entry:
         case None:
-            translation.problems.append(problem_with(item, "unknown key" + _suggestion(item.key)))
+            translation.problems.append(problem_with(item, _unknown(item.key, optimizer)))
         case Rejected():
             if not entry.allows(item.value):
                 translation.problems.append(problem_with(item, entry.message()))
@@ -67,8 +83,18 @@ def _translate_key(item: Given, flat: Flat, translation: Translation) -> None:
             _set(item, entry, flat, translation)
 
 
+def _unknown(key: str, optimizer: OptimizerFacts[Any] | None) -> str:
+    if optimizer is not None and key.startswith(OPTIMIZER_PARAMS):
+        entries = neox_keys(optimizer).items()
+        known = [own for own, entry in entries if isinstance(entry, MapsTo) and own.startswith(OPTIMIZER_PARAMS)]
+        names = [own.removeprefix(OPTIMIZER_PARAMS) for own in known]
+        nearest = did_you_mean(key.removeprefix(OPTIMIZER_PARAMS), names)
+        return f"the optimizer {optimizer.names[0]} has no such key; it has {', '.join(names)}{nearest}"
+    return "unknown key" + _suggestion(key)
+
+
 def _suggestion(key: str) -> str:
-    """The key that was probably meant: one of the same name in a dictionary, or one that is spelt alike."""
+    """Asks for the key that was probably meant: one of the same name in a dictionary, or one that is spelt alike."""
     _, _, name = key.rpartition(".")
     nested = [known for known in mapped_keys() if known.endswith(f".{name}")]
     return f"; did you mean {nested[0]}?" if nested else did_you_mean(key, mapped_keys())
@@ -86,7 +112,8 @@ def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation)
 
 
 def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> None:
-    refusal = mistyped(item.value, entry.accepts) if entry.accepts and "type" in entry.accepts else None
+    is_choice = entry.accepts is None or "enum" in schema_of(entry.accepts)
+    refusal = None if is_choice else mistyped(item.value, entry.accepts)
     value: Converted = item.value
     if refusal is None and entry.convert is not None:
         try:
@@ -115,13 +142,6 @@ def _beats(setting: Setting, other: Setting) -> bool:
     return setting.origin.kind == "command line" and other.origin.kind != "command line"
 
 
-def mistyped(value: YamlValue, schema: Schema) -> str | None:
-    """What was expected of a value that does not have the schema's type; None for one that has it."""
-    if conforms(value, schema):
-        return None
-    return f"expected {describe(schema)}{likely_meant(value, schema)}"
-
-
 def _contradicted_switches(given: Mapping[str, Given], translation: Translation) -> None:
     """`fp16: {enabled: false}` leaves the precision to other keys, but not to one that says fp16."""
     dtype = translation.settings.get("training.precision.dtype")
@@ -140,19 +160,24 @@ def _complete(translation: Translation) -> None:
         settings.setdefault("generation.text_gen_type", Setting("input-file"))
     if "model.architecture" in translation.refused:
         return
-    architecture = settings.setdefault("model.architecture", Setting("gpt_neox")).value
-    if architecture == "tokenformer":
-        settings.setdefault("model.use_bias_in_attn_linear", Setting(False))
-        settings.setdefault("model.use_bias_in_mlp", Setting(False))
-    else:
-        _refuse_parameter_tokens(translation, show(architecture))
+    architecture = settings.setdefault("model.architecture", Setting(DEFAULT_ARCHITECTURE)).value
+    facts = architecture_facts(architecture)
+    if facts is not None:
+        for name, value in facts.defaults.items():
+            settings.setdefault(f"model.{name}", Setting(value))
+    for section in optional_sections():
+        if facts is None or section not in facts.sections:
+            _refuse_section(section, translation)
 
 
-def _refuse_parameter_tokens(translation: Translation, architecture: str) -> None:
-    for path in [path for path in fields() if path.startswith("model.param_tokens.")]:
-        setting = translation.settings.pop(path, None)
-        if setting is not None and setting.given is not None:
-            message = f"only the tokenformer architecture has parameter tokens, and this is {architecture}"
-            given_by = translation.settings["model.architecture"].given
-            message += f" ({given_by})" if given_by else "; add architecture: tokenformer"
-            translation.problems.append(problem_with(setting.given, message))
+def _refuse_section(section: str, translation: Translation) -> None:
+    """Takes the settings of an optional section out that the architecture does not have, and reports them."""
+    architecture = translation.settings["model.architecture"]
+    for path in [path for path in translation.settings if path.startswith(f"model.{section}.")]:
+        given = translation.settings.pop(path).given
+        if given is not None:
+            owners = owners_of(section)
+            message = f"only the {' or '.join(owners)} architecture has {optional_sections()[section]}, "
+            message += f"and this is {show(architecture.value)}"
+            message += f" ({architecture.given})" if architecture.given else f"; add architecture: {owners[0]}"
+            translation.problems.append(problem_with(given, message))

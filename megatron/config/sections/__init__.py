@@ -1,0 +1,1 @@
+"""Sections of the configuration; a key is declared here, once."""

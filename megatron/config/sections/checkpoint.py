@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 
 Verification = Literal["full", "sizes"]
 
@@ -17,7 +17,9 @@ class CheckpointConfig(Section):
     save: str | None = None
     """Folder for this run's checkpoints; None saves nothing."""
 
-    load: str | None = None
+    load: Annotated[str | None, Key(difference="must hold a checkpoint; NeoX starts from step 0 when it does not")] = (
+        None
+    )
     """Folder to load from; it must hold a checkpoint."""
 
     checkpoint_factor: PositiveInt | PositiveFloat | None = None
@@ -30,29 +32,29 @@ class CheckpointConfig(Section):
     extra_save_iters: list[NonNegativeInt] = Field(default=[])
     """Further steps at which to save [steps]; 0 saves the initial weights."""
 
-    async_save: bool = False
+    async_save: Annotated[bool, Key(difference="not a NeoX key; Megatron-LM has an option of this name")] = False
     """Write checkpoints in the background while training goes on, from a copy in host memory, which is as large as the
     files that a rank writes. Only the copying, and the last save of a run, are waited for."""
 
     keep_last_n_checkpoints: PositiveInt | None = None
     """Newest complete checkpoints of this run that are kept [checkpoints]; None keeps all."""
 
-    keep_extra_save_iters: bool = False
+    keep_extra_save_iters: Annotated[bool, Key(difference="not a NeoX key")] = False
     """Keep the checkpoints of extra_save_iters for ever, whatever keep_last_n_checkpoints says."""
 
-    keep_every_n_iters: PositiveInt | None = None
+    keep_every_n_iters: Annotated[PositiveInt | None, Key(difference="not a NeoX key")] = None
     """Keep the checkpoint of every multiple of this step for ever [steps]; None keeps none for that reason."""
 
-    verify_checkpoint: Verification = "full"
+    verify_checkpoint: Annotated[Verification, Key(difference="not a NeoX key; there, nothing is checked")] = "full"
     """What is compared with the manifest before a checkpoint is loaded: sizes and SHA-256 of all files, or sizes."""
 
-    allow_unsafe_load: bool = False
+    allow_unsafe_load: Annotated[bool, Key(difference="not a NeoX key; there, every file is unpickled")] = False
     """Load .pt files that hold more than tensors and plain values. Such files can run any code."""
 
-    allow_changed_data: bool = False
+    allow_changed_data: Annotated[bool, Key(difference="not a NeoX key; there, nobody notices")] = False
     """Go on with a run although its datasets, tokenizer, seed or sequence length are not those of the checkpoint."""
 
-    auto_resume: bool = False
+    auto_resume: Annotated[bool, Key(difference="not a NeoX key; there, load equal to save")] = False
     """Continue from the newest complete checkpoint in `save` when there is one; otherwise start from `load`, or
     fresh."""
 
@@ -62,7 +64,7 @@ class CheckpointConfig(Section):
     finetune: bool = False
     """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""
 
-    pretrain_partial_init: str | None = None
+    pretrain_partial_init: Annotated[str | None, Key(difference="TokenFormer release")] = None
     """Checkpoint folder of a TokenFormer with fewer parameter tokens, as the published growth runs start from: its
     tokens fill the first rows, the other rows keep their initial values, and everything else is copied."""
 

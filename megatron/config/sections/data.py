@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import NonNegativeInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 
 TokenizerType = Literal["HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer", "CharLevelTokenizer"]
 
@@ -14,7 +14,7 @@ TokenizerType = Literal["HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer", "Char
 class TokenizerConfig(Section):
     """How text becomes token ids."""
 
-    type: TokenizerType = "GPT2BPETokenizer"
+    type: Annotated[TokenizerType, Key("tokenizer_type")] = "GPT2BPETokenizer"
     """Kind of tokenizer."""
 
     vocab_file: str | None = None
@@ -37,10 +37,10 @@ class DataConfig(Section):
     train_data_paths: list[str] | None = None
     """Prefixes of the training datasets, blended by their weights."""
 
-    valid_data_paths: list[str] | None = None
+    valid_data_paths: Annotated[list[str] | None, Key(difference="may be left out with eval_iters: 0")] = None
     """Prefixes of the validation datasets."""
 
-    test_data_paths: list[str] | None = None
+    test_data_paths: Annotated[list[str] | None, Key(difference="may be left out; then there is no final test")] = None
     """Prefixes of the test datasets."""
 
     train_data_weights: list[float] | None = None
@@ -52,16 +52,18 @@ class DataConfig(Section):
     test_data_weights: list[float] | None = None
     """Weights of the test datasets; equal when unset."""
 
-    impl: Literal["mmap", "infer"] = "mmap"
+    impl: Annotated[Literal["mmap", "infer"], Key("data_impl", difference="infer means mmap")] = "mmap"
     """Dataset format; both names mean NeoX's memory-mapped .bin/.idx files."""
 
-    eod_mask_loss: bool = False
+    eod_mask_loss: Annotated[
+        bool, Key(difference="the mean is over a step's counted tokens, not over each micro batch's")
+    ] = False
     """Leave end-of-document tokens out of the loss."""
 
     num_workers: NonNegativeInt = 2
     """Loader processes per rank [processes]."""
 
-    index_cache_dir: str | None = None
+    index_cache_dir: Annotated[str | None, Key(difference="not a NeoX key; there, beside the dataset")] = None
     """Folder for the sample indices, shared by all ranks of a machine; None keeps them beside the dataset."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 
 
 class GenerationConfig(Section):
@@ -28,7 +28,7 @@ class GenerationConfig(Section):
     """Tokens generated per sample at most [tokens]. A prompt loses tokens on the left to make room for them, at most
     for half of seq_length; where a sequence reaches seq_length, it ends."""
 
-    num_samples: PositiveInt = 1
+    num_samples: Annotated[PositiveInt, Key(difference="counts for prompts too, not only without")] = 1
     """Samples of each prompt [samples]."""
 
     prompt_end: str = Field(default="\n", min_length=1)
@@ -44,5 +44,7 @@ class GenerationConfig(Section):
     sample_input_file: str | None = None
     """File of prompts (input-file)."""
 
-    sample_output_file: str | None = None
+    sample_output_file: Annotated[
+        str | None, Key(difference="records are printed when unset; NeoX's default is samples.txt")
+    ] = None
     """File of records, one JSON line per sample; None prints them."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, OneOf, Section
+from megatron.registry import variant_names
 
-Architecture = Literal["tokenformer", "gpt_neox"]
+Architecture = Annotated[str, OneOf(partial(variant_names, "megatron.config.architectures"))]
 Theta = Literal["softmax", "gelu_l2_norm", "l2_norm_gelu"]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh"]
@@ -28,34 +30,42 @@ PositionEmbedding = Literal["rotary", "none"]
 class ParamTokenConfig(Section):
     """Sizes of the learnable parameter tokens (TokenFormer only), and how their scores are normalized."""
 
-    qkv: PositiveInt
+    qkv: Annotated[PositiveInt, Key("qkv_slot_num", difference="TokenFormer release; not a key of NeoX proper")]
     """Parameter tokens in each of the query, key and value Pattentions [tokens, summed over tensor ranks]."""
 
-    proj: PositiveInt
+    proj: Annotated[PositiveInt, Key("proj_slot_num", difference="TokenFormer release")]
     """Parameter tokens in the Pattention that replaces the attention output projection [tokens]."""
 
-    ffn: PositiveInt
+    ffn: Annotated[PositiveInt, Key("ffn_slot_num", difference="TokenFormer release")]
     """Parameter tokens in the Pattention that replaces the MLP [tokens]."""
 
-    theta: Theta = "l2_norm_gelu"
+    theta: Annotated[Theta, Key("norm_activation_type", difference="TokenFormer release")] = "l2_norm_gelu"
     """Normalization of the scores between input tokens and parameter tokens."""
 
-    qkv_scale_base: PositiveInt = Field(default_factory=lambda given: given["qkv"])
+    qkv_scale_base: Annotated[PositiveInt, Key(difference="not a NeoX key; the release recomputes it")] = Field(
+        default_factory=lambda given: given["qkv"]
+    )
     """Token count that scales the q, k and v scores [tokens]; the current count unless set. Growth pins it to the count
     of the first stage, so that appended zero keys leave the model unchanged."""
 
-    proj_scale_base: PositiveInt = Field(default_factory=lambda given: given["proj"])
+    proj_scale_base: Annotated[PositiveInt, Key(difference="not a NeoX key")] = Field(
+        default_factory=lambda given: given["proj"]
+    )
     """Token count that scales the output projection's scores [tokens]; the current count unless set."""
 
-    ffn_scale_base: PositiveInt = Field(default_factory=lambda given: given["ffn"])
+    ffn_scale_base: Annotated[PositiveInt, Key(difference="not a NeoX key")] = Field(
+        default_factory=lambda given: given["ffn"]
+    )
     """Token count that scales the feed-forward scores [tokens]; the current count unless set."""
 
 
 class ModelConfig(Section):
     """The network."""
 
-    architecture: Architecture
-    """Layer design; inferred from `attention_config` in NeoX YAMLs that do not name it."""
+    architecture: Annotated[
+        Architecture, Key(difference="not a NeoX key; there, attention_config decides", default="gpt_neox")
+    ]
+    """Layer design; attention_config, when given, says it as well."""
 
     num_layers: PositiveInt
     """Transformer layers [layers]."""
@@ -72,16 +82,20 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt
     """Longest sequence that the model is meant for [tokens]; at least seq_length."""
 
-    pos_emb: PositionEmbedding
+    pos_emb: Annotated[
+        PositionEmbedding, Key(difference="must be given: NeoX's default, learned positions, is not implemented")
+    ]
     """Position encoding."""
 
     param_tokens: ParamTokenConfig | None = None
     """Parameter tokens; required for tokenformer, absent otherwise."""
 
-    norm: Norm = "layernorm"
+    norm: Annotated[
+        Norm, Key(difference="NeoX's non_parametric_layernorm is layernorm_nonparam, as in the TokenFormer release")
+    ] = "layernorm"
     """Normalization inside the layers."""
 
-    final_norm: Norm | None = None
+    final_norm: Annotated[Norm | None, Key(difference="TokenFormer release")] = None
     """Normalization before the head; None means the same kind as `norm`."""
 
     layernorm_epsilon: PositiveFloat = 1.0e-5
@@ -90,7 +104,10 @@ class ModelConfig(Section):
     rms_norm_epsilon: PositiveFloat = 1.0e-8
     """Added to the mean square in RMSNorm."""
 
-    activation: Activation = "gelu"
+    activation: Annotated[
+        Activation,
+        Key(difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; other activations are not implemented"),
+    ] = "gelu"
     """MLP activation (gpt_neox): exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it."""
 
     rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -99,7 +116,7 @@ class ModelConfig(Section):
     rotary_emb_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
 
-    parallel_residual: bool = False
+    parallel_residual: Annotated[bool, Key("gpt_j_residual")] = False
     """Attention and MLP read the same residual input (gpt_neox)."""
 
     use_bias_in_attn_linear: bool = True
@@ -108,7 +125,7 @@ class ModelConfig(Section):
     use_bias_in_mlp: bool = True
     """Biases in the MLP (gpt_neox)."""
 
-    tie_embeddings: bool = True
+    tie_embeddings: Annotated[bool, Key("no_weight_tying")] = True
     """The head shares the embedding matrix."""
 
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -126,11 +143,14 @@ class ModelConfig(Section):
     init_method_std: NonNegativeFloat = 0.02
     """Standard deviation of the normal initializations."""
 
-    make_vocab_size_divisible_by: PositiveInt = 128
+    make_vocab_size_divisible_by: Annotated[
+        PositiveInt,
+        Key(difference="NeoX pads to this times model_parallel_size, so that its loss depends on the layout"),
+    ] = 128
     """The vocabulary is padded up to a multiple of this [tokens]; never of the tensor-parallel size."""
 
-    padded_vocab_size: PositiveInt | None = None
+    padded_vocab_size: Annotated[PositiveInt | None, Key(difference="NeoX overwrites it with the tokenizer's")] = None
     """Rows of the embedding [tokens]; None derives it from the tokenizer."""
 
-    mask_padded_vocab: bool = False
+    mask_padded_vocab: Annotated[bool, Key(difference="not a NeoX key; there, padding is not masked")] = False
     """Keep the padding rows out of the softmax; the published models let them in."""

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import PositiveInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 
 
 class WandbConfig(Section):
     """Weights & Biases. The API key comes from the environment or netrc, never from a configuration."""
 
-    enabled: bool = False
+    key_prefix = "wandb_"
+
+    enabled: Annotated[bool, Key("use_wandb")] = False
     """Record to W&B."""
 
     project: str = "neox"
     """Project that the run belongs to."""
 
-    group: str | None = None
+    group: Annotated[str | None, Key(difference="taken as it is; NeoX appends a random suffix")] = None
     """Group of runs."""
 
     team: str | None = None
     """Team (entity) that owns the project."""
 
-    host: str | None = None
+    host: Annotated[str | None, Key(difference="NeoX's default is https://api.wandb.ai")] = None
     """Base URL of the server; None means W&B's own or what the environment says."""
 
     run_name: str | None = None
@@ -35,10 +39,10 @@ class MonitorConfig(Section):
     log_interval: PositiveInt = 100
     """Steps between progress lines and metric records [steps]."""
 
-    log_batch_hashes: bool = False
+    log_batch_hashes: Annotated[bool, Key(difference="not a NeoX key")] = False
     """Write the hash of each step's tokens to batch_hashes.jsonl in the run's folder."""
 
-    log_dir: str | None = None
+    log_dir: Annotated[str | None, Key(difference="the folder of metrics.jsonl; NeoX copies its output there")] = None
     """The run's folder, where metrics.jsonl is written; None means the checkpoint folder `save`, or runs/<name of the
     first YAML>."""
 

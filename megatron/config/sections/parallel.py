@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from megatron.config.sections.section import Section
+from megatron.config.sections.section import Key, Section
 
 
 class ZeroConfig(Section):
     """ZeRO-1 data parallelism: each data-parallel rank keeps a slice of the optimizer state."""
 
-    stage: Literal[1] = 1
+    key_prefix = "zero_optimization."
+
+    stage: Annotated[
+        Literal[1],
+        Key(
+            difference="1 also when unset or 0: stage 0 clips wrongly across pipeline stages, and its checkpoints "
+            "do not convert"
+        ),
+    ] = 1
     """ZeRO stage; 0 is raised to 1 and 2 or 3 are refused."""
 
     allgather_bucket_size: PositiveInt = 500_000_000
@@ -28,7 +36,9 @@ class ParallelConfig(Section):
     model_parallel_size: PositiveInt = 1
     """Tensor-parallel ranks [ranks]."""
 
-    pipe_parallel_size: PositiveInt = 1
+    pipe_parallel_size: Annotated[
+        PositiveInt, Key(difference="0 means 1; both train through DeepSpeed's pipeline engine")
+    ] = 1
     """Pipeline stages [stages]."""
 
     pipe_partition_method: str = Field(default="type:transformer|mlp", pattern=r"^(uniform|parameters|type:.+)$")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
-from megatron.config.sections.section import Section
-
-LRDecayStyle = Literal["constant", "linear", "cosine", "exponential", "inverse_sqrt"]
+from megatron.config.learning_rate import LRScheduleConfig
+from megatron.config.optimizer import OptimizerConfig, read_optimizer_section
+from megatron.config.sections.section import Key, Section
 
 
 class BatchConfig(Section):
@@ -33,7 +33,9 @@ class BatchConfig(Section):
 class PrecisionConfig(Section):
     """Number formats and loss scaling."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    key_prefix = "fp16."
+
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], Key("precision")] = "fp32"
     """Format of weights and activations; the optimizer always keeps fp32 master weights."""
 
     loss_scale: NonNegativeFloat = 0.0
@@ -52,65 +54,26 @@ class PrecisionConfig(Section):
     """fp16 only: smallest dynamic scale."""
 
 
-class OptimizerConfig(Section):
-    """AdamW. Weight decay spares norms and biases."""
-
-    type: Literal["Adam", "AdamW"] = "Adam"
-    """NeoX's "Adam" is decoupled AdamW; both names mean that here."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-
-    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    """Decay of the first and second moment."""
-
-    eps: PositiveFloat = 1.0e-8
-    """Added to the root of the second moment."""
-
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay on everything but norms and biases."""
-
-
-class LRScheduleConfig(Section):
-    """Learning rate over steps."""
-
-    style: LRDecayStyle = "linear"
-    """Shape of the decay after the warmup."""
-
-    warmup: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of lr_decay_iters that warms up linearly from 0."""
-
-    decay_iters: PositiveInt | None = None
-    """Steps until min_lr is reached [steps]; None means train_iters."""
-
-    min_lr: NonNegativeFloat = 0.0
-    """Smallest learning rate; held after the end of the decay."""
-
-    override_lr_scheduler: bool = False
-    """On resume, follow this schedule instead of the checkpoint's, whatever that was."""
-
-    use_checkpoint_lr_scheduler: bool = False
-    """On resume, follow the checkpoint's schedule instead of this one."""
-
-
 class CheckpointedActivations(Section):
     """Activation checkpointing: recompute layers in the backward pass instead of keeping their activations."""
 
-    enabled: bool = False
+    enabled: Annotated[bool, Key("checkpoint_activations")] = False
     """Recompute."""
 
-    num_layers: PositiveInt = 1
+    num_layers: Annotated[PositiveInt, Key("checkpoint_num_layers")] = 1
     """Layers between two kept activations [layers]."""
 
 
 class NonFiniteConfig(Section):
     """What happens when a loss or gradient is NaN or infinite on any rank (fp16's search for a scale apart)."""
 
-    policy: Literal["stop", "skip", "rollback"] = "stop"
+    key_prefix = "non_finite_"
+
+    policy: Annotated[Literal["stop", "skip", "rollback"], Key(difference="not a NeoX key")] = "stop"
     """Stop with an error and leave the last checkpoint the last; leave the step out; or go back to the newest complete
     checkpoint and on with the samples after the bad ones."""
 
-    budget: PositiveInt = 10
+    budget: Annotated[PositiveInt, Key(difference="not a NeoX key")] = 10
     """Steps of the run that may be left out or rolled back before it stops after all [steps]."""
 
 
@@ -132,17 +95,21 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro batches per optimizer step [micro batches]; derived when unset."""
 
-    gradient_clipping: NonNegativeFloat = 1.0
+    gradient_clipping: Annotated[
+        NonNegativeFloat, Key(difference="published NeoX runs that say 1.0 very likely did not clip; this does")
+    ] = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
     non_finite: NonFiniteConfig = NonFiniteConfig()
     """NaN and infinity."""
 
-    exit_interval: PositiveInt | None = None
+    exit_interval: Annotated[
+        PositiveInt | None, Key(difference="saves first, and ends with the exit code that asks to be resumed")
+    ] = None
     """Save and end the run after every multiple of this step, with the exit code that asks to be resumed [steps]; None
     does not."""
 
-    exit_duration_in_mins: PositiveFloat | None = None
+    exit_duration_in_mins: Annotated[PositiveFloat | None, Key(difference="Megatron's key, not NeoX's")] = None
     """Save and end the run at the first step that ends this long after its start, with the exit code that asks to be
     resumed [minutes]; None does not."""
 
@@ -155,7 +122,7 @@ class TrainingConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
 
-    optimizer: OptimizerConfig
+    optimizer: Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(read_optimizer_section)]
     """Optimizer."""
 
     lr_schedule: LRScheduleConfig = LRScheduleConfig()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron.config.neox.keys.table import NEOX_KEYS, NESTED
+from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.yaml.problems import Given, Origin, Problem, problem_with
 from megatron.config.yaml.yaml_reader import Entry, read_value, read_yaml
 
@@ -71,11 +71,11 @@ def _flatten(entries: Mapping[str, Entry], file: Path | None, prefix: str = "") 
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)
-        if isinstance(entry.value, dict) and key in NESTED:
+        if isinstance(entry.value, dict) and key in nested_keys():
             yield from _flatten(entry.value, file, f"{key}.")
-        elif key in NESTED and key not in NEOX_KEYS:
+        elif key in nested_keys() and key not in neox_keys():
             if entry.value is not None:
-                inner = sorted(known.removeprefix(f"{key}.") for known in NEOX_KEYS if known.startswith(f"{key}."))
+                inner = sorted(known.removeprefix(f"{key}.") for known in neox_keys() if known.startswith(f"{key}."))
                 shown = Given(key, entry.plain(), origin)
                 yield problem_with(shown, f"expected a mapping with some of the keys {', '.join(inner)}")
         else:

@@ -1,0 +1,1 @@
+"""Formats of tokenized datasets, one module each."""

@@ -8,10 +8,10 @@
     uint64    number of sequences, n
     uint64    number of document boundaries, m
     int32[n]  length of each sequence [tokens]
-    int64[n]  where each sequence starts in .bin [bytes]
-    int64[m]  the sequence at which each document starts, closed by n
+    int64[n]  start of each sequence in .bin [bytes]
+    int64[m]  sequence at which each document starts, closed by n
 
-The writer stores one sequence a document; the reader takes what Megatron's and NeoX's tools write.
+The writer stores one sequence per document; the reader takes what Megatron's and NeoX's tools write.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, dataset_file
 from megatron.errors import DataError
 from megatron.io.durable import atomic_write
 
@@ -41,35 +42,39 @@ _DTYPE_CODES: dict[int, np.dtype] = {
     5: np.dtype(np.int64),
     8: np.dtype(np.uint16),
 }
+_DATA_SUFFIX = ".bin"
+_INDEX_SUFFIX = ".idx"
 _LARGEST_UINT16_VOCABULARY = 65500
 _CHUNK = 1 << 20  # entries of an index handled at a time
 
 
 def data_file(prefix: Path) -> Path:
-    """The file with the tokens."""
-    return prefix.with_name(prefix.name + ".bin")
+    """Returns the path of the file with the tokens."""
+    return dataset_file(prefix, _DATA_SUFFIX)
 
 
 def index_file(prefix: Path) -> Path:
-    """The file with the sequence lengths and positions."""
-    return prefix.with_name(prefix.name + ".idx")
+    """Returns the path of the file with the lengths and positions of the sequences."""
+    return dataset_file(prefix, _INDEX_SUFFIX)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that NeoX stores tokens in: uint16 for vocabularies below 65,500, else int32."""
+    """Returns the type in which NeoX stores tokens: uint16 for vocabularies below 65,500, else int32."""
     return np.dtype(np.uint16 if vocab_size < _LARGEST_UINT16_VOCABULARY else np.int32)
 
 
 class IndexedDataset:
     """Token sequences behind a memory map; opening reads no tokens.
 
-    `sizes` int32 [n] is the length of each sequence, `document_indices` int64 [m] the sequences at which documents
-    start. Raises DataError when a file is missing, truncated, damaged or of another format.
+    `sizes` int32 [n] is the length of each sequence [tokens], `document_indices` int64 [m] the sequences at which
+    documents start.
     """
 
     def __init__(self, prefix: Path) -> None:
+        """Opens both files. Raises DataError when one is missing, truncated, damaged or of another format."""
         self.prefix = prefix
-        index_path, data_path = index_file(prefix), data_file(prefix)
+        self.token_file = data_file(prefix)
+        index_path, data_path = index_file(prefix), self.token_file
         for path in (index_path, data_path):
             if not path.is_file():
                 raise DataError(
@@ -90,11 +95,14 @@ class IndexedDataset:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.integer]:
-        """All tokens of sequence `index`, read-only [tokens]."""
+        """Returns all tokens of sequence `index`, read-only."""
         return self.read(index, 0, int(self.sizes[index]))
 
     def read(self, index: int, offset: int, length: int) -> npt.NDArray[np.integer]:
-        """`length` tokens of sequence `index` from token `offset` on, read-only."""
+        """Returns `length` tokens of sequence `index` from token `offset` on, read-only.
+
+        Raises IndexError when the sequence ends before.
+        """
         if not 0 <= offset <= offset + length <= self.sizes[index]:
             raise IndexError(
                 f"tokens {offset} to {offset + length} of a sequence of {self.sizes[index]} tokens ({self.prefix})"
@@ -107,7 +115,7 @@ class IndexedDataset:
         return IndexedDataset, (self.prefix,)
 
     def _check_positions(self, data_path: Path) -> None:
-        """Every sequence must start where its predecessor ends, and the last must end with the data file."""
+        """Raises DataError unless each sequence starts where its predecessor ends, up to the end of the data file."""
         position = 0
         for start in range(0, len(self), _CHUNK):
             sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
@@ -130,7 +138,7 @@ class IndexedDatasetWriter:
     """Streams documents into `<prefix>.bin` and `<prefix>.idx`.
 
     Both files appear when the `with` block ends without an exception; otherwise nothing is left, and an older pair
-    stays as it was. Keeps 4 bytes of memory a document.
+    stays as it was. Keeps 4 bytes of memory per document.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
@@ -144,7 +152,7 @@ class IndexedDatasetWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far."""
+        """Number of documents added so far."""
         return len(self._sizes)
 
     def __enter__(self) -> IndexedDatasetWriter:
@@ -167,7 +175,7 @@ class IndexedDatasetWriter:
             self._data.flush()
 
     def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
-        """Append one document. Raises DataError when a token id does not fit the file's type."""
+        """Appends one document. Raises DataError when a token id does not fit the file's type."""
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and (ids.min() < self._limits.min or ids.max() > self._limits.max):
             raise DataError(
@@ -192,20 +200,30 @@ class IndexedDatasetWriter:
                 file.write(np.arange(start, min(start + _CHUNK, len(sizes) + 1), dtype=np.int64).tobytes())
 
 
+DATASET_FORMATS.register("mmap")(
+    DatasetFormat(
+        token_suffix=_DATA_SUFFIX,
+        index_suffixes=(_INDEX_SUFFIX,),
+        open=IndexedDataset,
+        write=lambda prefix, vocab_size: IndexedDatasetWriter(prefix, token_dtype(vocab_size)),
+    )
+)
+
+
 def _starts(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where each of consecutive pieces starts, counted from the first."""
+    """Returns the starts of consecutive pieces, counted from the first."""
     return np.cumsum(sizes) - sizes
 
 
 def _mapped(path: Path, dtype: np.dtype) -> npt.NDArray[Any]:
-    """The file as a read-only array; an empty file, which cannot be mapped, as an empty one."""
+    """Maps a file as a read-only array. An empty file, which cannot be mapped, becomes an empty array."""
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:
-    """Token dtype, number of sequences, number of document boundaries."""
+    """Returns the token dtype, the number of sequences and the number of document boundaries."""
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
     if not head.startswith(_MAGIC):

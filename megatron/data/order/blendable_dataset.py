@@ -1,4 +1,4 @@
-"""Several datasets read as one, in proportion to their weights; NeoX's order, index for index.
+"""Several datasets read as one, in proportion to their weights, in NeoX's order, index for index.
 
 NeoX serves item i from the dataset that lags furthest behind its share: the first k with the largest
 w_k * max(i, 1) - c_k, in double precision, where c_k counts what k has served before. Each choice depends on all
@@ -25,19 +25,19 @@ _MIN_BLOCK_LENGTH = 64
 
 @dataclass(frozen=True)
 class BlendOrder:
-    """Which dataset serves each item, and how many items of that dataset came before."""
+    """The dataset that serves each item, and the number of that dataset's items before it."""
 
     choices: npt.NDArray[np.uint8]
     """Dataset of each item [items]."""
 
     block_length: int
-    """Items between two entries of `counts_before` [items]."""
+    """Distance between two entries of `counts_before` [items]."""
 
     counts_before: npt.NDArray[np.int64]
-    """Items that each dataset has served before each block [blocks, datasets]."""
+    """Number of items that each dataset has served before each block [blocks, datasets]."""
 
     def __getitem__(self, item: int) -> tuple[int, int]:
-        """Dataset and item of it that item `item` of the blend is."""
+        """Returns the dataset of an item of the blend, and the item's number in that dataset."""
         choice = int(self.choices[item])
         block = item // self.block_length
         since = self.choices[block * self.block_length : item]
@@ -45,7 +45,7 @@ class BlendOrder:
 
 
 def blend_order(weights: npt.NDArray[np.float64], num_items: int) -> BlendOrder:
-    """NeoX's order of `num_items` items of datasets with `weights` (float64, summing to 1). One byte an item."""
+    """Computes NeoX's order of `num_items` items of datasets with `weights` that sum to 1. Takes one byte per item."""
     num_blocks = min(_MAX_BLOCKS, max(1, num_items // _MIN_BLOCK_LENGTH))
     length = -(-num_items // num_blocks)
     starts = np.arange(num_blocks, dtype=np.int64) * length
@@ -61,7 +61,7 @@ def blend_order(weights: npt.NDArray[np.float64], num_items: int) -> BlendOrder:
 
 
 def _guess_counts(weights: npt.NDArray[np.float64], items: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Counts near the true ones after `items` items: the largest-remainder apportionment [datasets, len(items)].
+    """Guesses the counts after `items` items by the largest-remainder apportionment: [datasets, len(items)].
 
     Exact for 0 items, where the first block starts.
     """
@@ -76,7 +76,7 @@ def _guess_counts(weights: npt.NDArray[np.float64], items: npt.NDArray[np.int64]
 def _serve(
     weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.float64], length: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
-    """Serve `length` items in every block. Choices [blocks, length] and the counts afterwards [datasets, blocks]."""
+    """Serves `length` items in every block: returns choices [blocks, length] and the counts then [datasets, blocks]."""
     counts = np.ascontiguousarray(counts)
     choices = np.empty((length, len(starts)), dtype=np.uint8)
     blocks = np.arange(len(starts))
@@ -96,8 +96,8 @@ def _serve(
 class BlendableDataset(Dataset[npt.NDArray[np.int64]]):
     """Items of several datasets, interleaved by weight.
 
-    As in NeoX the length is the sum of the parts' lengths, so that parts with much weight are read past their end and
-    start over; items beyond the length wrap. Weights need not sum to 1.
+    As in NeoX the length is the sum of the parts' lengths, so parts with much weight are read past their end and start
+    over. Items beyond the length wrap. Weights need not sum to 1.
     """
 
     def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float]) -> None:

@@ -6,19 +6,20 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from megatron.data.formats.mmap import IndexedDataset, data_file
+from megatron.data.dataset_format import TokenDataset
 from megatron.data.order.sample_index import SampleIndex
 from megatron.errors import DataError
 
 
 class GPTDataset(Dataset[npt.NDArray[np.int64]]):
-    """Item i is an int64 array [seq_length + 1]: a sample's inputs and, shifted by one, its labels.
+    """Samples of S + 1 tokens, int64 [S + 1]: the inputs and, shifted by one, the labels; S is seq_length.
 
     As in NeoX the length is one less than the number of samples in the index; item `len` is still served, and items
-    beyond wrap modulo the length. Raises DataError when a token id is not below `vocab_size` (the padded vocabulary).
+    beyond wrap modulo the length. Reading raises DataError when a token id is not below `vocab_size`, the padded
+    vocabulary.
     """
 
-    def __init__(self, documents: IndexedDataset, index: SampleIndex, vocab_size: int) -> None:
+    def __init__(self, documents: TokenDataset, index: SampleIndex, vocab_size: int) -> None:
         self.documents = documents
         self.index = index
         self.vocab_size = vocab_size
@@ -55,6 +56,6 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
             if not 0 <= token <= largest
         )
         return DataError(
-            f"{data_file(self.documents.prefix)}: document {document:,} holds the token id {token}, but the model's "
+            f"{self.documents.token_file}: document {document:,} holds the token id {token}, but the model's "
             f"vocabulary ends at {largest}. Configure the tokenizer that made this dataset, or tokenize the data again."
         )

@@ -1,4 +1,4 @@
-"""Sample indices on disk: built once, then memory-mapped by every rank and every later run."""
+"""Keeps sample indices on disk: built once, then memory-mapped by every rank and every later run."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def cached_sample_index(
     folder: Path,
     name: str,
 ) -> SampleIndex:
-    """`build_sample_index`, kept as .npy files in `folder`; the arrays returned are memory maps.
+    """Loads the result of `build_sample_index` from .npy files in `folder`, or builds and saves it.
 
-    The file names carry a hash of everything that the index is computed from, so data that was tokenized again never
-    meets an old order. Ranks that race build it once and then share it. Damaged files are built again. Raises DataError
-    like `build_sample_index`, and when the folder cannot be written.
+    The arrays returned are memory maps. The file names carry a hash of everything that the index is computed from, so
+    data that was tokenized again never meets an old order. Ranks that race build it once and then share it. Damaged
+    files are built again. Raises DataError like `build_sample_index`, and when the folder cannot be written.
     """
     files = _IndexFiles(folder / f"{name}_{_key(sizes, documents, num_samples, seq_length, seed)}")
     cached = files.load()
@@ -60,7 +60,7 @@ def cached_sample_index(
 
 
 def _key(sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int) -> str:
-    """Hash of what decides the index: the documents' sizes and range, the epochs, the sample length, the seed."""
+    """Hashes what decides the index: sizes and range of the documents, epochs, sample length, seed."""
     num_epochs = num_epochs_for(num_tokens_in(sizes, documents), num_samples, seq_length)
     facts = (_FORMAT_VERSION, sizes.dtype.str, documents.start, documents.stop, num_epochs, seq_length, seed)
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
@@ -69,7 +69,7 @@ def _key(sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq
 
 
 class _IndexFiles:
-    """The .npy files of one index."""
+    """The .npy files of one index, a file for each of its arrays."""
 
     def __init__(self, stem: Path) -> None:
         self.stem = stem
@@ -79,12 +79,13 @@ class _IndexFiles:
         return self.stem.with_name(f"{self.stem.name}_{part}.npy")
 
     def save(self, index: SampleIndex) -> None:
+        """Writes all arrays. Raises OSError where the disk is full, DataError where the folder cannot be written."""
         for part, array in vars(index).items():
             with atomic_write(self._path(part)) as temporary, temporary.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
 
     def load(self) -> SampleIndex | None:
-        """The index, or None when a file is missing or, which is logged, damaged."""
+        """Maps the index; None when a file is missing or damaged. Damage is logged."""
         paths = [self._path(field.name) for field in fields(SampleIndex)]
         if not all(path.is_file() for path in paths):
             return None
@@ -99,7 +100,7 @@ class _IndexFiles:
 
 
 def _check(index: SampleIndex) -> None:
-    """Raise ValueError when the three arrays cannot belong together."""
+    """Raises ValueError when the three arrays cannot belong together."""
     num_samples = len(index.shuffle_idx)
     if index.sample_idx.shape != (num_samples + 1, 2) or index.sample_idx[-1, 0] >= len(index.doc_idx):
         raise ValueError("its arrays do not belong together")

@@ -21,7 +21,7 @@ _CHUNK = 1 << 18  # documents or samples handled at a time; bounds what is held 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """Where each sample lies.
+    """The position of each sample in the documents.
 
     doc_idx      [epochs * documents]  document ids in the order of the shuffled stream
     sample_idx   [n + 1, 2]            for sample i in stream order: position in doc_idx, token offset in that document;
@@ -35,12 +35,12 @@ class SampleIndex:
 
 
 def num_tokens_in(sizes: npt.NDArray[np.integer], documents: range) -> int:
-    """Tokens of a contiguous range of documents."""
+    """Counts the tokens of a contiguous range of documents."""
     return int(sizes[documents.start : documents.stop].sum(dtype=np.int64))
 
 
 def num_epochs_for(num_tokens: int, num_samples: int, seq_length: int) -> int:
-    """Fewest passes over `num_tokens` tokens that hold `num_samples` samples; at least 1."""
+    """Returns the fewest passes over `num_tokens` tokens that hold `num_samples` samples; at least 1."""
     needed = num_samples * seq_length + 1
     return max(1, -(-needed // num_tokens))
 
@@ -48,10 +48,10 @@ def num_epochs_for(num_tokens: int, num_samples: int, seq_length: int) -> int:
 def build_sample_index(
     sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int
 ) -> SampleIndex:
-    """Index for at least `num_samples` samples of `seq_length` + 1 tokens from a contiguous range of documents.
+    """Builds the index of at least `num_samples` samples of `seq_length` + 1 tokens from a range of documents.
 
-    `sizes` are the token counts of all documents of the dataset. Raises DataError when the documents hold no token or
-    less than one sample in the epochs that `num_samples` needs. Holds little more memory than the result.
+    `sizes` are the token counts of all documents of the dataset. Takes little more memory than the result. Raises
+    DataError when the documents hold no token, or less than one sample in the epochs that `num_samples` needs.
     """
     tokens_per_epoch = num_tokens_in(sizes, documents)
     if tokens_per_epoch == 0:
@@ -82,7 +82,10 @@ def _repeated(documents: range, num_epochs: int) -> npt.NDArray[np.integer]:
 def _cut_samples(
     sizes: npt.NDArray[np.integer], doc_idx: npt.NDArray[np.integer], num_samples: int, seq_length: int
 ) -> npt.NDArray[np.integer]:
-    """Position of every seq_length-th token of the stream: the first document that ends beyond it, and the offset."""
+    """Finds every seq_length-th token of the stream: the first document that ends beyond it, and the offset in that.
+
+    Returns [num_samples + 1, 2].
+    """
     # NeoX picks its type by the number of entries alone and would overflow on more documents than an int32 counts.
     small = 2 * (num_samples + 1) < _INT32_MAX and len(doc_idx) <= _INT32_MAX
     sample_idx = np.empty((num_samples + 1, 2), dtype=np.int32 if small else np.int64)

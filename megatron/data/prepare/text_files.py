@@ -1,4 +1,4 @@
-"""Raw documents from text files: .jsonl, plain or compressed, one document a line; .txt, one document a file."""
+"""Reads raw documents from text files: one per line of .jsonl, plain or compressed; one per .txt file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHUNK = 1 << 20  # bytes read at a time
 
 @dataclass(frozen=True)
 class RawDocument:
-    """Undecoded content of one document, and where it stands."""
+    """The undecoded content of one document, and its place in the input."""
 
     path: Path
     line: int | None
@@ -28,16 +28,16 @@ class RawDocument:
 
     content: bytes
     bytes_read: int
-    """How far into all files together the reader has come, as they lie on disk [bytes]."""
+    """Position of the reader in all files together, as they lie on disk [bytes]."""
 
     @property
     def place(self) -> str:
-        """file:line."""
+        """The place as file:line, for messages."""
         return str(self.path) if self.line is None else f"{self.path}:{self.line}"
 
 
 def require_text_files(paths: Sequence[Path]) -> None:
-    """Raise DataError unless every path is a file of a known kind."""
+    """Raises DataError unless every path is a file of a known kind."""
     for path in paths:
         if not path.name.endswith(SUFFIXES):
             raise DataError(f"{path}: unknown kind of text file. Known endings: {', '.join(SUFFIXES)}.")
@@ -46,7 +46,7 @@ def require_text_files(paths: Sequence[Path]) -> None:
 
 
 def read_documents(paths: Sequence[Path]) -> Iterator[RawDocument]:
-    """The documents of all files, in order; blank lines of .jsonl files are passed over. Holds one line in memory.
+    """Yields the documents of all files, in order; blank lines of .jsonl files are left out. Holds one line in memory.
 
     Raises DataError when compressed data is damaged or ends early.
     """
@@ -63,9 +63,9 @@ def read_documents(paths: Sequence[Path]) -> Iterator[RawDocument]:
 
 
 def texts_of(raw: RawDocument, keys: Sequence[str]) -> dict[str, str]:
-    """Text by key of a .jsonl line, or a whole .txt file under the first key.
+    """Decodes the texts of a .jsonl line by key, or a whole .txt file under the first key.
 
-    Raises ValueError, saying why, when it is malformed.
+    Raises ValueError, with the reason, when the document is malformed.
     """
     try:
         text = raw.content.decode("utf-8")
@@ -105,7 +105,10 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _decompressed(file: BinaryIO) -> Iterator[bytes]:
-    """The content of one or more zstd frames. zstandard's own stream reader takes a truncated frame for complete."""
+    """Decompresses one or more zstd frames.
+
+    Raises EOFError when a frame is truncated, which zstandard's own stream reader takes for complete.
+    """
     decompressor = zstandard.ZstdDecompressor()
     frame = None
     while compressed := file.read(_CHUNK):

@@ -1,5 +1,8 @@
-"""Text files to datasets: documents are read in order, tokenized in batches, by worker processes if wanted, and written
-in order, so that the result does not depend on the number of workers."""
+"""Tokenizes text files into datasets.
+
+Documents are read in order, tokenized in batches, by worker processes if wanted, and written in order, so that the
+result does not depend on the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config.sections.data import TokenizerConfig
-from megatron.data.formats.mmap import IndexedDatasetWriter, token_dtype
+from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.text_files import RawDocument, read_documents, require_text_files, texts_of
-from megatron.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.registry import require
 
@@ -34,11 +37,15 @@ _BAD_LINES_SHOWN = 10
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """How documents become tokens."""
+    """Options that decide the tokens of a dataset."""
 
     tokenizer: TokenizerConfig
+
+    format: str = DEFAULT_FORMAT
+    """Dataset format to write."""
+
     keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line's texts; each gets a dataset of its own. A .txt file counts as the first."""
+    """Keys of a JSON line's texts; each gets a dataset of its own. The text of a .txt file counts as the first."""
 
     append_eod: bool = False
     """End each document with the tokenizer's end-of-document token."""
@@ -49,7 +56,7 @@ class TokenizeOptions:
 
 @dataclass
 class Tally:
-    """What has been done so far."""
+    """Counts of the work done so far."""
 
     documents: int = 0
     """Documents read, without bad lines."""
@@ -68,7 +75,7 @@ class Tally:
 
 
 def dataset_prefix(output_prefix: Path, key: str) -> Path:
-    """Where NeoX's tools put the dataset of a key."""
+    """Returns the prefix that NeoX's tools give the dataset of a key."""
     return output_prefix.with_name(f"{output_prefix.name}_{key}_document")
 
 
@@ -81,7 +88,7 @@ def tokenize_files(
     max_bad_lines: int = 0,
     report: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Write `<output_prefix>_<key>_document.bin` and `.idx` for each key from text files.
+    """Writes the dataset `<output_prefix>_<key>_document` of each key from text files.
 
     `report` is called after each batch. Memory stays bounded by the longest document and a few batches per worker.
     Raises DataError, leaving nothing half-written, when an input is missing or damaged, more than `max_bad_lines` lines
@@ -89,11 +96,11 @@ def tokenize_files(
     """
     require_text_files(inputs)
     tokenizer = build_tokenizer(options.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
+    files = DATASET_FORMATS[options.format]
     tally = Tally(tokens=dict.fromkeys(options.keys, 0))
     with ExitStack() as stack:
         writers = {
-            key: stack.enter_context(IndexedDatasetWriter(dataset_prefix(output_prefix, key), dtype))
+            key: stack.enter_context(files.write(dataset_prefix(output_prefix, key), tokenizer.vocab_size))
             for key in options.keys
         }
         if workers == 1:

@@ -1,0 +1,1 @@
+"""Each architecture's counterpart in transformers, one module each."""

@@ -18,7 +18,7 @@ from lm_eval.evaluator import evaluate
 from megatron.checkpointing.store.checkpoint import checkpoint_name, checkpoint_paths, read_checkpoint
 from megatron.checkpointing.store.manifest import MANIFEST_FILE
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import build_tokenizer
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.inference.evaluation.harness.answer_cache import AnswerCache
 from megatron.inference.evaluation.harness.answers import Answers

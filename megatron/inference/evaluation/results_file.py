@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.manifest import MANIFEST_FILE
-from megatron.config.count_parameters import count_parameters
+from megatron.config.model_size import count_parameters
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError

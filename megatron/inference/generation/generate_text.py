@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.prompts import configured_prompts
 from megatron.inference.generation.terminal import Terminal
@@ -28,12 +28,12 @@ from megatron.loaded_model.loaded_model import (
     InferenceModel,
     checkpoint_to_read,
     load_inference_model,
-    local_device,
     require_tokenizer,
 )
 from megatron.loaded_model.workers import Ranks
 from megatron.mpu.agreement import rank_and_size
 from megatron.mpu.context import ParallelContext
+from megatron.mpu.process_group import local_device
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Pattention: attention from input tokens to parameter tokens."""

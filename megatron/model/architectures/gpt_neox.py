@@ -12,9 +12,4 @@ from megatron.model.norms import NORMS
 @ARCHITECTURES.register("gpt_neox")
 def gpt_neox_layer(model: ModelConfig) -> TransformerLayerSpec:
     """Builds a layer of linear projections and a two-matrix MLP."""
-    return TransformerLayerSpec(
-        norm=NORMS[model.norm],
-        attention=LinearSelfAttention,
-        mlp=MLP,
-        layer_matmul_parameters=lambda model: 12 * model.hidden_size**2,
-    )
+    return TransformerLayerSpec(norm=NORMS[model.norm], attention=LinearSelfAttention, mlp=MLP)

@@ -1,0 +1,1 @@
+"""Steps that are not finite, and what DeepSpeed gets wrong."""

@@ -13,7 +13,7 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor, distributed
 
 from megatron.config.sections.training import PrecisionConfig
-from megatron.mpu.agreement import gather
+from megatron.mpu.agreement import gather_objects
 from megatron.mpu.context import ParallelContext
 from megatron.training.stop_request import StopRequest
 
@@ -98,7 +98,7 @@ class StepGuard:
 
     def _gather_evidence(self, bad_gradients: bool) -> list[Evidence]:
         losses = [number for number, loss in enumerate(self.engine.fwd_outputs) if not torch.isfinite(loss)]
-        seen = gather(Evidence(distributed.get_rank(), self.context.data_rank, losses, bad_gradients))
+        seen = gather_objects(Evidence(distributed.get_rank(), self.context.data_rank, losses, bad_gradients))
         return [evidence for evidence in seen if evidence.bad_losses or evidence.bad_gradients]
 
 

@@ -1,0 +1,1 @@
+"""Imports of GPT-NeoX's checkpoints and of published TokenFormer weights."""

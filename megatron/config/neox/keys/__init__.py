@@ -1,0 +1,1 @@
+"""Tables of NeoX's keys, by theme."""

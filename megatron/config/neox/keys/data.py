@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from megatron.config.json_schema import BOOL, NUMBER, TEXT, WHOLE
+from typing import Any
+
 from megatron.config.neox.keys.entries import (
+    Conversion,
     Converted,
-    Entry,
     Flat,
     Inert,
-    MapsTo,
     RefusedError,
     Rejected,
+    TableEntry,
     absent_flag,
 )
 from megatron.config.yaml.problems import YamlValue
@@ -35,43 +36,28 @@ _LABELS = "labels always are the next tokens"
 _PREFERENCES = "preference training is not implemented"
 _ONLINE = "only read with dataset_impl: online, which is refused"
 
-DATA_KEYS: dict[str, Entry] = {
-    "data_path": MapsTo("data.data_path"),
-    "split": MapsTo("data.split"),
-    "train_data_paths": MapsTo("data.train_data_paths"),
-    "valid_data_paths": MapsTo("data.valid_data_paths", difference="may be left out with eval_iters: 0"),
-    "test_data_paths": MapsTo("data.test_data_paths", difference="may be left out; then there is no final test"),
-    "train_data_weights": MapsTo("data.train_data_weights"),
-    "valid_data_weights": MapsTo("data.valid_data_weights"),
-    "test_data_weights": MapsTo("data.test_data_weights"),
-    "data_impl": MapsTo("data.impl", _data_impl, difference="infer means mmap"),
-    "num_workers": MapsTo("data.num_workers"),
-    "index_cache_dir": MapsTo("data.index_cache_dir", difference="not a NeoX key; there, beside the dataset"),
-    "eod_mask_loss": MapsTo(
-        "data.eod_mask_loss", difference="the mean is over a step's counted tokens, not over each micro batch's"
-    ),
+DATA_KEYS: dict[str, TableEntry] = {
+    "data_impl": Conversion(_data_impl),
     "reset_position_ids": absent_flag(_BOUNDARIES, "use reset_position_ids: false"),
     "reset_attention_mask": absent_flag(_BOUNDARIES, "use reset_attention_mask: false"),
-    "tokenizer_type": MapsTo("data.tokenizer.type", _tokenizer_type),
-    "vocab_file": MapsTo("data.tokenizer.vocab_file"),
-    "merge_file": MapsTo("data.tokenizer.merge_file"),
+    "tokenizer_type": Conversion(_tokenizer_type),
     "use_shared_fs": Rejected(
         "indices are looked for beside the dataset, or in one folder per machine",
         "use index_cache_dir with a folder on each machine",
         (True,),
-        BOOL,
+        bool,
     ),
-    "mmap_warmup": Inert(BOOL, "only reads the dataset once to fill the page cache"),
+    "mmap_warmup": Inert(bool, "only reads the dataset once to fill the page cache"),
     "weight_by_num_documents": absent_flag("blends take explicit weights", "use train_data_weights"),
-    "weighted_sampler_alpha": Inert(NUMBER, "only read with weight_by_num_documents: true, which is refused"),
-    "dataset_impl": Rejected("only GPT datasets are implemented", harmless=("gpt2",), accepts=TEXT),
-    "pack_impl": Rejected("samples are always packed", harmless=("packed",), accepts=TEXT),
-    "allow_chopped": Inert(BOOL, "only read with a pack_impl other than packed, which is refused"),
-    "short_seq_prob": Inert(NUMBER, "NeoX reads it nowhere: a left-over of BERT's data"),
-    "online_dataserver_ips": Inert({}, _ONLINE),
-    "online_dataserver_ports": Inert({}, _ONLINE),
+    "weighted_sampler_alpha": Inert(float, "only read with weight_by_num_documents: true, which is refused"),
+    "dataset_impl": Rejected("only GPT datasets are implemented", harmless=("gpt2",), accepts=str),
+    "pack_impl": Rejected("samples are always packed", harmless=("packed",), accepts=str),
+    "allow_chopped": Inert(bool, "only read with a pack_impl other than packed, which is refused"),
+    "short_seq_prob": Inert(float, "NeoX reads it nowhere: a left-over of BERT's data"),
+    "online_dataserver_ips": Inert(Any, _ONLINE),
+    "online_dataserver_ports": Inert(Any, _ONLINE),
     "curriculum_learning": Rejected("sequence-length curricula are not implemented"),
-    "curriculum_seqlen": Rejected("sequence-length curricula are not implemented", harmless=(0,), accepts=WHOLE),
+    "curriculum_seqlen": Rejected("sequence-length curricula are not implemented", harmless=(0,), accepts=int),
     "data_efficiency": Rejected("DeepSpeed's data-efficiency features are not supported"),
     "label_data_paths": Rejected(_LABELS),
 }

@@ -1,13 +1,16 @@
-"""What can be said of a flat NeoX key: it maps to a value, it has no effect here, or it is refused."""
+"""Statements about flat NeoX keys: a key sets a value, has no effect here, or is refused.
+
+A key of a section's value is declared in the section. The tables beside this module hold the rest: how such a key is
+written where that differs from the section's value, other names of the same values, and the keys that set nothing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
-from megatron.config.json_schema import BOOL, Schema
 from megatron.config.yaml.problems import YamlValue, show
 
 Flat: TypeAlias = Mapping[str, YamlValue]
@@ -35,8 +38,8 @@ class MapsTo:
     path: str
     convert: Callable[[YamlValue, Flat], Converted] | None = None
     """Turns the given value, in the light of the other keys, into the section's; raises RefusedError."""
-    accepts: Schema | None = None
-    """Schema of the key itself where it differs from that of the path. A choice is the conversion's to check."""
+    accepts: Any = None
+    """Type of the key itself where it differs from that of the path. A choice is the conversion's to check."""
     difference: str = ""
     """How the meaning or the default differs from NeoX's."""
     meaning: str = ""
@@ -46,10 +49,21 @@ class MapsTo:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """The key of a section's value is not written as the section holds the value. See `MapsTo` for the fields."""
+
+    convert: Callable[[YamlValue, Flat], Converted]
+    accepts: Any = None
+    meaning: str = ""
+    default: YamlValue = None
+
+
+@dataclass(frozen=True)
 class Inert:
     """The key is accepted and changes nothing here."""
 
-    accepts: Schema
+    accepts: Any
+    """Type of the key."""
     reason: str
     """Why nothing that the run computes depends on it."""
     check: Callable[[YamlValue, Flat], str | None] = lambda value, flat: None
@@ -67,40 +81,47 @@ class Rejected:
     """What to write instead."""
     harmless: tuple[YamlValue, ...] = ()
     """Values that ask for nothing, such as NeoX's own default of a feature that is missing here."""
-    accepts: Schema | None = None
-    """Schema that NeoX gives the key; None means any."""
+    accepts: Any = None
+    """Type that NeoX gives the key; None means any."""
 
     def allows(self, value: YamlValue) -> bool:
-        """Whether the value asks for nothing."""
+        """Tells whether the value asks for nothing."""
         if isinstance(value, dict) and value.get("enabled") is False:
             return True
-        return any(
-            value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in self.harmless
-        )
+        return _is_among(value, self.harmless)
 
     def message(self) -> str:
-        """Why the key is refused, and the way out."""
+        """Says why the key is refused, and the way out."""
         way_out = f"; {self.use}" if self.use else ""
         return f"known to NeoX, not supported here: {self.reason}{way_out}"
 
 
 Entry: TypeAlias = MapsTo | Inert | Rejected
+"""What can be said of a key."""
+
+TableEntry: TypeAlias = Entry | Conversion
+"""What can be said of it beside the sections."""
 
 DELETED_EXPERIMENT = "it belongs to experiments whose code the TokenFormer release no longer holds"
 """Reason shared by the keys that the release still declares and nothing in it reads."""
 
 
 def absent_flag(reason: str, use: str = "") -> Rejected:
-    """A switch for something that is missing here: false is accepted, true is refused."""
-    return Rejected(reason, use, harmless=(False,), accepts=BOOL)
+    """Refuses a switch for something that is missing here: false is accepted, true is not."""
+    return Rejected(reason, use, harmless=(False,), accepts=bool)
 
 
 def only(*values: YamlValue, because: str) -> Callable[[YamlValue, Flat], str | None]:
-    """A check that lets only these values be ignored."""
+    """Builds a check that lets only these values be ignored."""
 
     def check(value: YamlValue, flat: Flat) -> str | None:
-        if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
+        if _is_among(value, values):
             return None
         return f"known to NeoX, not supported here with this value: {because}; use {' or '.join(map(show, values))}"
 
     return check
+
+
+def _is_among(value: YamlValue, values: tuple[YamlValue, ...]) -> bool:
+    """Compares as YAML does, where true is not 1."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from megatron.config.json_schema import BOOL, DICTIONARY, LIST, NUMBER, TEXT, WHOLE, one_of
+from typing import Literal
+
+from megatron.config.architecture import attention_types
 from megatron.config.neox.keys.entries import (
     DELETED_EXPERIMENT,
+    Conversion,
     Converted,
-    Entry,
     Flat,
     Inert,
     MapsTo,
     RefusedError,
     Rejected,
+    TableEntry,
     absent_flag,
     only,
 )
 from megatron.config.yaml.problems import YamlValue
-
-ATTENTION_TYPES = {"tokenformer": "tokenformer", "flash": "gpt_neox", "global": "gpt_neox"}
-"""Architecture that each attention type of NeoX's `attention_config` stands for. `flash` and `global` are the same
-function; attention kernels are chosen elsewhere."""
 
 _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 
@@ -27,10 +26,11 @@ _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 def architecture_of(value: YamlValue, flat: Flat) -> Converted:
     """The architecture that an `attention_config` such as [[["tokenformer"], 12]] describes."""
     layers = _attention_layers(value, flat.get("num_layers"))
+    known = attention_types()
     for kind in layers:
-        if kind not in ATTENTION_TYPES:
-            raise RefusedError(f"attention type {kind} is not implemented; use one of {', '.join(ATTENTION_TYPES)}")
-    architectures = {ATTENTION_TYPES[kind] for kind in layers}
+        if kind not in known:
+            raise RefusedError(f"attention type {kind} is not implemented; use one of {', '.join(known)}")
+    architectures = {known[kind] for kind in layers}
     if len(architectures) > 1:
         raise RefusedError("all layers must be of one architecture")
     num_layers = flat.get("num_layers")
@@ -115,176 +115,125 @@ def _same_as(other: str, because: str) -> Inert:
             return None
         return f"known to NeoX, not supported here: {because}; leave it out or give it the value of {other}"
 
-    return Inert(WHOLE, f"equal to {other}, the only value accepted, it asks for nothing", check)
+    return Inert(int, f"equal to {other}, the only value accepted, it asks for nothing", check)
 
 
 _UNREAD = "only read by {}, which attention_config refuses"
 
-MODEL_KEYS: dict[str, Entry] = {
-    "architecture": MapsTo(
-        "model.architecture",
-        difference="not a NeoX key; there, attention_config decides",
-        meaning="Layer design; attention_config, when given, says it as well.",
-        default="gpt_neox",
-    ),
+MODEL_KEYS: dict[str, TableEntry] = {
     "attention_config": MapsTo(
         "model.architecture",
         architecture_of,
-        LIST,
+        list,
         "one architecture for all layers; global and flash are the same function",
         meaning='Attention types and how many layers they are for, as in [[["tokenformer"], 12]] or [[["flash"], 12]]; '
         "sets the architecture.",
     ),
-    "num_layers": MapsTo("model.num_layers"),
-    "hidden_size": MapsTo("model.hidden_size"),
-    "num_attention_heads": MapsTo("model.num_attention_heads"),
-    "seq_length": MapsTo("model.seq_length"),
-    "max_position_embeddings": MapsTo("model.max_position_embeddings"),
-    "qkv_slot_num": MapsTo("model.param_tokens.qkv", difference="TokenFormer release; not a key of NeoX proper"),
-    "proj_slot_num": MapsTo("model.param_tokens.proj", difference="TokenFormer release"),
-    "ffn_slot_num": MapsTo("model.param_tokens.ffn", difference="TokenFormer release"),
-    "norm_activation_type": MapsTo("model.param_tokens.theta", difference="TokenFormer release"),
-    "qkv_scale_base": MapsTo(
-        "model.param_tokens.qkv_scale_base", difference="not a NeoX key; the release recomputes it"
+    "norm": Conversion(
+        _norm, accepts=Literal["layernorm", "layernorm_nonparam", "rmsnorm", "non_parametric_layernorm"]
     ),
-    "proj_scale_base": MapsTo("model.param_tokens.proj_scale_base", difference="not a NeoX key"),
-    "ffn_scale_base": MapsTo("model.param_tokens.ffn_scale_base", difference="not a NeoX key"),
-    "norm": MapsTo(
-        "model.norm",
-        _norm,
-        one_of("layernorm", "layernorm_nonparam", "rmsnorm", "non_parametric_layernorm"),
-        "NeoX's non_parametric_layernorm is layernorm_nonparam, as in the TokenFormer release",
-    ),
-    "final_norm": MapsTo("model.final_norm", _norm, difference="TokenFormer release"),
-    "layernorm_epsilon": MapsTo("model.layernorm_epsilon"),
-    "rms_norm_epsilon": MapsTo("model.rms_norm_epsilon"),
-    "scalenorm_epsilon": Inert(NUMBER, "only read by scalenorm, which norm refuses"),
-    "use_bias_in_norms": Rejected("LayerNorm always has a bias", "leave it out, or use norm: rmsnorm", (True,), BOOL),
-    "activation": MapsTo(
-        "model.activation",
-        _activation,
-        difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; other activations are not implemented",
-    ),
+    "final_norm": Conversion(_norm),
+    "scalenorm_epsilon": Inert(float, "only read by scalenorm, which norm refuses"),
+    "use_bias_in_norms": Rejected("LayerNorm always has a bias", "leave it out, or use norm: rmsnorm", (True,), bool),
+    "activation": Conversion(_activation),
     "bias_gelu_fusion": MapsTo(
         "model.activation",
         _activation,
-        BOOL,
+        bool,
         meaning="Compute the MLP's GeLU by its tanh approximation (gpt_neox), as NeoX's fused kernel does.",
         default=False,
     ),
-    "pos_emb": MapsTo(
-        "model.pos_emb",
-        _position_embedding,
-        difference="must be given: NeoX's default, learned positions, is not implemented",
-    ),
-    "rotary_pct": MapsTo("model.rotary_pct"),
-    "rotary_emb_base": MapsTo("model.rotary_emb_base"),
-    "rotary_save_freqs_buffer": Inert(BOOL, "rotary frequencies are recomputed, never stored in a checkpoint"),
-    "rpe_num_buckets": Inert(WHOLE, "only read with pos_emb: rpe, which is refused"),
-    "rpe_max_distance": Inert(WHOLE, "only read with pos_emb: rpe, which is refused"),
-    "opt_pos_emb_offset": Inert(WHOLE, "only read with pos_emb: learned, which is refused"),
-    "gpt_j_residual": MapsTo("model.parallel_residual"),
+    "pos_emb": Conversion(_position_embedding),
+    "rotary_save_freqs_buffer": Inert(bool, "rotary frequencies are recomputed, never stored in a checkpoint"),
+    "rpe_num_buckets": Inert(int, "only read with pos_emb: rpe, which is refused"),
+    "rpe_max_distance": Inert(int, "only read with pos_emb: rpe, which is refused"),
+    "opt_pos_emb_offset": Inert(int, "only read with pos_emb: learned, which is refused"),
     "gpt_j_tied": absent_flag("the two norms of a parallel residual are separate", "use gpt_j_tied: false"),
-    "no_weight_tying": MapsTo(
-        "model.tie_embeddings",
-        _negated,
-        BOOL,
-        meaning="The head has a matrix of its own instead of the embedding's.",
-        default=False,
+    "no_weight_tying": Conversion(
+        _negated, accepts=bool, meaning="The head has a matrix of its own instead of the embedding's.", default=False
     ),
-    "use_bias_in_attn_linear": MapsTo("model.use_bias_in_attn_linear", difference="false by default for tokenformer"),
-    "use_bias_in_mlp": MapsTo("model.use_bias_in_mlp", difference="false by default for tokenformer"),
-    "attention_dropout": MapsTo("model.attention_dropout"),
-    "hidden_dropout": MapsTo("model.hidden_dropout"),
-    "init_method": MapsTo("model.init_method", _init_method),
-    "output_layer_init_method": MapsTo("model.output_layer_init_method", _init_method),
-    "init_method_std": MapsTo("model.init_method_std"),
-    "make_vocab_size_divisible_by": MapsTo(
-        "model.make_vocab_size_divisible_by",
-        difference="NeoX pads to this times model_parallel_size, so that its loss depends on the layout",
-    ),
-    "padded_vocab_size": MapsTo("model.padded_vocab_size", difference="NeoX overwrites it with the tokenizer's"),
-    "mask_padded_vocab": MapsTo("model.mask_padded_vocab", difference="not a NeoX key; there, padding is not masked"),
+    "init_method": Conversion(_init_method),
+    "output_layer_init_method": Conversion(_init_method),
     "output_layer_parallelism": Inert(
-        TEXT, "the head is always split by vocabulary", only("column", because="the head is split by vocabulary")
+        str, "the head is always split by vocabulary", only("column", because="the head is split by vocabulary")
     ),
     "num_kv_heads": _same_as("num_attention_heads", "grouped-query attention is not implemented"),
     "num_unique_layers": _same_as("num_layers", "layers do not share parameters"),
-    "param_sharing_style": Inert(TEXT, "only read with num_unique_layers below num_layers, which is refused"),
-    "intermediate_size": Inert(WHOLE, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
-    "ffn_dim": Inert(WHOLE, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
+    "param_sharing_style": Inert(str, "only read with num_unique_layers below num_layers, which is refused"),
+    "intermediate_size": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
+    "ffn_dim": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
     "expansion_factor": Inert(
-        NUMBER, "4 is the only value accepted", only(4, 4.0, because="the MLP is 4 x hidden_size wide")
+        float, "4 is the only value accepted", only(4, 4.0, because="the MLP is 4 x hidden_size wide")
     ),
-    "mlp_multiple_of": Inert(WHOLE, "the MLP width is a multiple of it already", _divides_mlp_width),
+    "mlp_multiple_of": Inert(int, "the MLP width is a multiple of it already", _divides_mlp_width),
     "sliding_window_width": Rejected("sliding-window attention is not implemented"),
     "use_qk_layernorm": absent_flag("norms on queries and keys are not implemented"),
     "soft_prompt_tuning": Rejected("soft prompts are not implemented"),
-    "sparsity_config": Inert(DICTIONARY, _UNREAD.format("sparse attention")),
-    "gmlp_attn_dim": Inert(WHOLE, _UNREAD.format("gMLP layers")),
-    "head_size": Inert(WHOLE, _UNREAD.format("RWKV layers")),
-    "dim_att": Inert(WHOLE, _UNREAD.format("RWKV layers")),
-    "mamba_causal_conv_fusion": Inert(BOOL, _UNREAD.format("Mamba layers")),
-    "mamba_inner_func_fusion": Inert(BOOL, _UNREAD.format("Mamba layers")),
-    "mamba_selective_fp32_params": Inert(BOOL, _UNREAD.format("Mamba layers")),
-    "mamba_selective_scan_fusion": Inert(BOOL, _UNREAD.format("Mamba layers")),
-    "mamba_use_bias_in_conv": Inert(BOOL, _UNREAD.format("Mamba layers")),
-    "mamba_use_bias_in_linears": Inert(BOOL, _UNREAD.format("Mamba layers")),
-    "scaled_upper_triang_masked_softmax_fusion": Inert(BOOL, _SAME_FUNCTION),
-    "scaled_masked_softmax_fusion": Inert(BOOL, _SAME_FUNCTION),
-    "bias_dropout_fusion": Inert(BOOL, _SAME_FUNCTION),
-    "layernorm_fusion": Inert(BOOL, _SAME_FUNCTION),
-    "rmsnorm_fusion": Inert(BOOL, _SAME_FUNCTION),
-    "rope_fusion": Inert(BOOL, _SAME_FUNCTION),
-    "fused_kernels_build_path": Inert(TEXT, "no kernel is compiled ahead of a run"),
+    "sparsity_config": Inert(dict, _UNREAD.format("sparse attention")),
+    "gmlp_attn_dim": Inert(int, _UNREAD.format("gMLP layers")),
+    "head_size": Inert(int, _UNREAD.format("RWKV layers")),
+    "dim_att": Inert(int, _UNREAD.format("RWKV layers")),
+    "mamba_causal_conv_fusion": Inert(bool, _UNREAD.format("Mamba layers")),
+    "mamba_inner_func_fusion": Inert(bool, _UNREAD.format("Mamba layers")),
+    "mamba_selective_fp32_params": Inert(bool, _UNREAD.format("Mamba layers")),
+    "mamba_selective_scan_fusion": Inert(bool, _UNREAD.format("Mamba layers")),
+    "mamba_use_bias_in_conv": Inert(bool, _UNREAD.format("Mamba layers")),
+    "mamba_use_bias_in_linears": Inert(bool, _UNREAD.format("Mamba layers")),
+    "scaled_upper_triang_masked_softmax_fusion": Inert(bool, _SAME_FUNCTION),
+    "scaled_masked_softmax_fusion": Inert(bool, _SAME_FUNCTION),
+    "bias_dropout_fusion": Inert(bool, _SAME_FUNCTION),
+    "layernorm_fusion": Inert(bool, _SAME_FUNCTION),
+    "rmsnorm_fusion": Inert(bool, _SAME_FUNCTION),
+    "rope_fusion": Inert(bool, _SAME_FUNCTION),
+    "fused_kernels_build_path": Inert(str, "no kernel is compiled ahead of a run"),
     "use_flashattn_swiglu": absent_flag("SwiGLU is not implemented"),
     "apply_query_key_layer_scaling": Inert(
-        BOOL, "NeoX divides the scores by the layer number and multiplies them back before the softmax: same function"
+        bool, "NeoX divides the scores by the layer number and multiplies them back before the softmax: same function"
     ),
-    "attention_softmax_in_fp32": Inert(BOOL, "the attention softmax accumulates in fp32 in every backend"),
+    "attention_softmax_in_fp32": Inert(bool, "the attention softmax accumulates in fp32 in every backend"),
     "fp16_lm_cross_entropy": absent_flag("the loss is always computed in fp32"),
     "use_cpu_initialization": Inert(
-        BOOL, "initial weights depend on the seed and the parameter's name, not on the device"
+        bool, "initial weights depend on the seed and the parameter's name, not on the device"
     ),
     "te_columnparallel": absent_flag("Transformer Engine is not supported"),
     "te_rowparallel": absent_flag("Transformer Engine is not supported"),
     "te_layernorm_mlp": absent_flag("Transformer Engine is not supported"),
     "te_mha": absent_flag("Transformer Engine is not supported"),
     "te_fp8_mha": absent_flag("Transformer Engine is not supported"),
-    "te_fp8_format": Inert(TEXT, "only read by Transformer Engine layers, which are refused"),
-    "te_fp8_wgrad": Inert(BOOL, "only read by Transformer Engine layers, which are refused"),
-    "te_fp8_amax_compute_algo": Inert(TEXT, "only read by Transformer Engine layers, which are refused"),
-    "te_fp8_amax_history_len": Inert(WHOLE, "only read by Transformer Engine layers, which are refused"),
-    "te_fp8_margin": Inert(WHOLE, "only read by Transformer Engine layers, which are refused"),
-    "moe_num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=WHOLE),
-    "num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=WHOLE),
-    "mlp_type": Inert(TEXT, "regular is the only value accepted", only("regular", because="one MLP is implemented")),
+    "te_fp8_format": Inert(str, "only read by Transformer Engine layers, which are refused"),
+    "te_fp8_wgrad": Inert(bool, "only read by Transformer Engine layers, which are refused"),
+    "te_fp8_amax_compute_algo": Inert(str, "only read by Transformer Engine layers, which are refused"),
+    "te_fp8_amax_history_len": Inert(int, "only read by Transformer Engine layers, which are refused"),
+    "te_fp8_margin": Inert(int, "only read by Transformer Engine layers, which are refused"),
+    "moe_num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=int),
+    "num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=int),
+    "mlp_type": Inert(str, "regular is the only value accepted", only("regular", because="one MLP is implemented")),
     "tokenformer_use": absent_flag(
         "the TokenFormer release itself selects its layers by attention_config",
         'use attention_config: [[["tokenformer"], N]]',
     ),
     "word_embed_fuse": absent_flag(DELETED_EXPERIMENT),
-    "transformer_increase_dim": Rejected(DELETED_EXPERIMENT, harmless=(0,), accepts=WHOLE),
+    "transformer_increase_dim": Rejected(DELETED_EXPERIMENT, harmless=(0,), accepts=int),
 }
 
 MODEL_KEYS |= {
     f"moe_{name}": Inert(kind, "only read with more than one expert, which is refused")
     for name, kind in {
-        "expert_interval": WHOLE,
-        "jitter_eps": NUMBER,
-        "lbl_in_fp32": BOOL,
-        "router_type": TEXT,
-        "top_k": WHOLE,
-        "eval_capacity_factor": NUMBER,
-        "expert_parallel_size": WHOLE,
-        "loss_coeff": NUMBER,
-        "min_capacity": WHOLE,
-        "token_dropping": BOOL,
-        "train_capacity_factor": NUMBER,
-        "use_residual": BOOL,
+        "expert_interval": int,
+        "jitter_eps": float,
+        "lbl_in_fp32": bool,
+        "router_type": str,
+        "top_k": int,
+        "eval_capacity_factor": float,
+        "expert_parallel_size": int,
+        "loss_coeff": float,
+        "min_capacity": int,
+        "token_dropping": bool,
+        "train_capacity_factor": float,
+        "use_residual": bool,
     }.items()
 } | {
-    "create_moe_param_group": Inert(BOOL, "only read with more than one expert, which is refused"),
-    "expert_interval": Inert(WHOLE, "only read with more than one expert, which is refused"),
-    "use_tutel": Inert(BOOL, "only read with more than one expert, which is refused"),
+    "create_moe_param_group": Inert(bool, "only read with more than one expert, which is refused"),
+    "expert_interval": Inert(int, "only read with more than one expert, which is refused"),
+    "use_tutel": Inert(bool, "only read with more than one expert, which is refused"),
 }

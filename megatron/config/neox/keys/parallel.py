@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from megatron.config.json_schema import BOOL, DICTIONARY, NUMBER, TEXT, WHOLE
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt
+
 from megatron.config.neox.keys.entries import (
+    Conversion,
     Converted,
-    Entry,
     Flat,
     Inert,
-    MapsTo,
     RefusedError,
     Rejected,
+    TableEntry,
     absent_flag,
     only,
 )
@@ -36,31 +39,16 @@ _SET_BY_LAUNCHER = "set by whatever starts the ranks, never by a configuration"
 _MEMORY_ONLY = "decides how gradients lie in memory or travel between ranks; nothing computed changes"
 _ZERO_DERIVED = "NeoX overwrites it from zero_optimization"
 
-PARALLEL_KEYS: dict[str, Entry] = {
-    "model_parallel_size": MapsTo("parallel.model_parallel_size"),
-    "pipe_parallel_size": MapsTo(
-        "parallel.pipe_parallel_size",
-        _pipe_parallel_size,
-        {"type": "integer", "minimum": 0},
-        "0 means 1; both train through DeepSpeed's pipeline engine",
-    ),
-    "pipe_partition_method": MapsTo("parallel.pipe_partition_method"),
-    "sequence_parallel": MapsTo("parallel.sequence_parallel"),
-    "is_pipe_parallel": Inert(BOOL, "NeoX overwrites it from pipe_parallel_size"),
-    "zero_optimization.stage": MapsTo(
-        "parallel.zero.stage",
-        _zero_stage,
-        {"type": "integer", "minimum": 0, "maximum": 3},
-        "1 also when unset or 0: stage 0 clips wrongly across pipeline stages, and its checkpoints do not convert",
-    ),
-    "zero_optimization.allgather_bucket_size": MapsTo("parallel.zero.allgather_bucket_size"),
-    "zero_optimization.reduce_bucket_size": MapsTo("parallel.zero.reduce_bucket_size"),
-    "zero_optimization.allgather_partitions": Inert(BOOL, _MEMORY_ONLY),
-    "zero_optimization.reduce_scatter": Inert(BOOL, _MEMORY_ONLY),
-    "zero_optimization.contiguous_gradients": Inert(BOOL, _MEMORY_ONLY),
-    "zero_optimization.round_robin_gradients": Inert(BOOL, _MEMORY_ONLY),
-    "zero_optimization.overlap_comm": Inert(BOOL, "DeepSpeed switches it off in its pipeline engine"),
-    "zero_optimization.load_from_fp32_weights": Inert(BOOL, "a run goes on from its fp32 master weights"),
+PARALLEL_KEYS: dict[str, TableEntry] = {
+    "pipe_parallel_size": Conversion(_pipe_parallel_size, accepts=NonNegativeInt),
+    "is_pipe_parallel": Inert(bool, "NeoX overwrites it from pipe_parallel_size"),
+    "zero_optimization.stage": Conversion(_zero_stage, accepts=Annotated[int, Field(ge=0, le=3)]),
+    "zero_optimization.allgather_partitions": Inert(bool, _MEMORY_ONLY),
+    "zero_optimization.reduce_scatter": Inert(bool, _MEMORY_ONLY),
+    "zero_optimization.contiguous_gradients": Inert(bool, _MEMORY_ONLY),
+    "zero_optimization.round_robin_gradients": Inert(bool, _MEMORY_ONLY),
+    "zero_optimization.overlap_comm": Inert(bool, "DeepSpeed switches it off in its pipeline engine"),
+    "zero_optimization.load_from_fp32_weights": Inert(bool, "a run goes on from its fp32 master weights"),
     "zero_optimization.elastic_checkpoint": absent_flag("checkpoints keep DeepSpeed's layout"),
     "zero_optimization.cpu_offload": absent_flag(
         "the optimizer state stays on the device", "use more data-parallel ranks"
@@ -68,66 +56,64 @@ PARALLEL_KEYS: dict[str, Entry] = {
     "zero_optimization.offload_optimizer": Rejected("the optimizer state stays on the device"),
     "zero_optimization.offload_param": Rejected("parameters stay on the device"),
     "zero_optimization.cpu_offload_param": absent_flag("parameters stay on the device"),
-    "zero_stage": Rejected(_ZERO_DERIVED, "use zero_optimization.stage", (1,), WHOLE),
-    "zero_reduce_scatter": Inert(BOOL, _MEMORY_ONLY),
-    "zero_contiguous_gradients": Inert(BOOL, _MEMORY_ONLY),
-    "zero_reduce_bucket_size": Rejected(_ZERO_DERIVED, "use zero_optimization.reduce_bucket_size", accepts=WHOLE),
-    "zero_allgather_bucket_size": Rejected(_ZERO_DERIVED, "use zero_optimization.allgather_bucket_size", accepts=WHOLE),
-    "deepspeed": Rejected("training always goes through DeepSpeed", harmless=(True,), accepts=BOOL),
+    "zero_stage": Rejected(_ZERO_DERIVED, "use zero_optimization.stage", (1,), int),
+    "zero_reduce_scatter": Inert(bool, _MEMORY_ONLY),
+    "zero_contiguous_gradients": Inert(bool, _MEMORY_ONLY),
+    "zero_reduce_bucket_size": Rejected(_ZERO_DERIVED, "use zero_optimization.reduce_bucket_size", accepts=int),
+    "zero_allgather_bucket_size": Rejected(_ZERO_DERIVED, "use zero_optimization.allgather_bucket_size", accepts=int),
+    "deepspeed": Rejected("training always goes through DeepSpeed", harmless=(True,), accepts=bool),
     "deepspeed_extra_args": Rejected("DeepSpeed's configuration is written by this project"),
     "data_types.grad_accum_dtype": Inert(
-        TEXT, "fp32 is what is always used", only("fp32", because="gradients are accumulated in fp32")
+        str, "fp32 is what is always used", only("fp32", because="gradients are accumulated in fp32")
     ),
     "data_types": Rejected("gradients are accumulated in fp32"),
     "communication_data_type": Inert(
-        TEXT, "fp32 is what is always used", only("fp32", because="gradients are reduced in fp32")
+        str, "fp32 is what is always used", only("fp32", because="gradients are reduced in fp32")
     ),
-    "fp32_allreduce": Inert(BOOL, "gradients are always reduced in fp32"),
+    "fp32_allreduce": Inert(bool, "gradients are always reduced in fp32"),
     "prescale_gradients": absent_flag("gradients are averaged after their sum in fp32"),
     "gradient_predivide_factor": Rejected(
-        "gradients are averaged after their sum in fp32", harmless=(1,), accepts=NUMBER
+        "gradients are averaged after their sum in fp32", harmless=(1,), accepts=float
     ),
     "sparse_gradients": absent_flag("embedding gradients are dense"),
-    "sparse_attention": Rejected("sparse attention is not implemented", accepts=DICTIONARY),
-    "compression_training": Rejected("DeepSpeed has removed it", accepts=DICTIONARY),
+    "sparse_attention": Rejected("sparse attention is not implemented", accepts=dict),
+    "compression_training": Rejected("DeepSpeed has removed it", accepts=dict),
     "elasticity": Rejected(
-        "DeepSpeed has removed it", "give train_batch_size; accumulation follows the ranks", accepts=DICTIONARY
+        "DeepSpeed has removed it", "give train_batch_size; accumulation follows the ranks", accepts=dict
     ),
-    "autotuning": Rejected("DeepSpeed's autotuner is not supported", accepts=DICTIONARY),
-    "autotuning_run": Rejected("DeepSpeed's autotuner is not supported", accepts=TEXT),
+    "autotuning": Rejected("DeepSpeed's autotuner is not supported", accepts=dict),
+    "autotuning_run": Rejected("DeepSpeed's autotuner is not supported", accepts=str),
     "deepscale": absent_flag("DeepScale is DeepSpeed's name of 2020"),
-    "deepscale_config": Inert(TEXT, "only read with deepscale: true, which is refused"),
+    "deepscale_config": Inert(str, "only read with deepscale: true, which is refused"),
 }
 
-LAUNCH_KEYS: dict[str, Entry] = {
-    "num_gpus": MapsTo("launch.num_gpus", difference="ranks on this machine, also on CPUs"),
-    "master_port": MapsTo("launch.master_port", difference="a free port when unset; NeoX's default is 29500"),
-    "launcher": Inert(TEXT, f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}"),
-    "deepspeed_slurm": Inert(BOOL, _RANKS_READ_ENVIRONMENT),
-    "deepspeed_mpi": Inert(BOOL, _RANKS_READ_ENVIRONMENT),
-    "no_ssh_check": Inert(BOOL, "nothing is started over ssh"),
+LAUNCH_KEYS: dict[str, TableEntry] = {
+    "launcher": Inert(str, f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}"),
+    "deepspeed_slurm": Inert(bool, _RANKS_READ_ENVIRONMENT),
+    "deepspeed_mpi": Inert(bool, _RANKS_READ_ENVIRONMENT),
+    "no_ssh_check": Inert(bool, "nothing is started over ssh"),
     "force_multi": absent_flag(_ONE_MACHINE, _START_ELSEWHERE),
-    "hostfile": Rejected(_ONE_MACHINE, _START_ELSEWHERE, accepts=TEXT),
-    "include": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=TEXT),
-    "exclude": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=TEXT),
-    "num_nodes": Rejected(_ONE_MACHINE, _START_ELSEWHERE, harmless=(-1, 1), accepts=WHOLE),
-    "master_addr": Rejected(_ONE_MACHINE, f"{_START_ELSEWHERE}, which set MASTER_ADDR", accepts=TEXT),
-    "comment": Inert(TEXT, "a note for Slurm, given to sbatch or srun instead"),
-    "account": Rejected(_ONE_MACHINE, "give the account to sbatch or srun", accepts=TEXT),
+    "hostfile": Rejected(_ONE_MACHINE, _START_ELSEWHERE, accepts=str),
+    "include": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=str),
+    "exclude": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=str),
+    "num_nodes": Rejected(_ONE_MACHINE, _START_ELSEWHERE, harmless=(-1, 1), accepts=int),
+    "master_addr": Rejected(_ONE_MACHINE, f"{_START_ELSEWHERE}, which set MASTER_ADDR", accepts=str),
+    "comment": Inert(str, "a note for Slurm, given to sbatch or srun instead"),
+    "account": Rejected(_ONE_MACHINE, "give the account to sbatch or srun", accepts=str),
     "detect_nvlink_pairs": absent_flag("devices are used in their order", "set CUDA_VISIBLE_DEVICES"),
     "distributed_backend": Inert(
-        TEXT,
+        str,
         "NCCL on GPUs and gloo on CPUs",
         only("nccl", "gloo", because="the backend follows the device: NCCL on GPUs, gloo on CPUs"),
     ),
     "lazy_mpu_init": absent_flag("groups are made when a run starts"),
     "user_script": Rejected("the script is the first argument of deepy.py"),
     "config_files": Rejected("the files are arguments of deepy.py"),
-    "world_size": Rejected(_SET_BY_LAUNCHER, accepts=WHOLE),
-    "rank": Rejected(_SET_BY_LAUNCHER, accepts=WHOLE),
-    "local_rank": Rejected(_SET_BY_LAUNCHER, accepts=WHOLE),
-    "global_num_gpus": Rejected(_SET_BY_LAUNCHER, "use num_gpus", accepts=WHOLE),
-    "do_train": Inert(BOOL, "NeoX overwrites it; train_iters decides"),
-    "do_valid": Inert(BOOL, "NeoX overwrites it; eval_iters decides"),
-    "do_test": Inert(BOOL, "NeoX overwrites it; eval_iters decides"),
+    "world_size": Rejected(_SET_BY_LAUNCHER, accepts=int),
+    "rank": Rejected(_SET_BY_LAUNCHER, accepts=int),
+    "local_rank": Rejected(_SET_BY_LAUNCHER, accepts=int),
+    "global_num_gpus": Rejected(_SET_BY_LAUNCHER, "use num_gpus", accepts=int),
+    "do_train": Inert(bool, "NeoX overwrites it; train_iters decides"),
+    "do_valid": Inert(bool, "NeoX overwrites it; eval_iters decides"),
+    "do_test": Inert(bool, "NeoX overwrites it; eval_iters decides"),
 }

@@ -1,54 +1,103 @@
 """The one table from flat NeoX keys to the sections.
 
 It knows every argument of gpt-neox and of the TokenFormer release, the keys of DeepSpeed's dictionaries that their
-YAMLs use (as dotted names), and this project's own keys.
+YAMLs use (as dotted names), and this project's own keys. Keys that the sections declare come from there.
 """
 
 from __future__ import annotations
 
-from megatron.config.neox.keys.data import DATA_KEYS
-from megatron.config.neox.keys.entries import Entry, MapsTo
-from megatron.config.neox.keys.model import MODEL_KEYS
-from megatron.config.neox.keys.output import OUTPUT_KEYS
-from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS
-from megatron.config.neox.keys.speedups import SPEEDUP_KEYS
-from megatron.config.neox.keys.training import TRAINING_KEYS
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
-NEOX_KEYS: dict[str, Entry] = {
-    **MODEL_KEYS,
-    **TRAINING_KEYS,
-    **DATA_KEYS,
-    **OUTPUT_KEYS,
-    **PARALLEL_KEYS,
-    **LAUNCH_KEYS,
-    **SPEEDUP_KEYS,
+from megatron.config.neox.keys.data import DATA_KEYS
+from megatron.config.neox.keys.entries import Conversion, Entry, MapsTo, TableEntry
+from megatron.config.neox.keys.model import MODEL_KEYS
+from megatron.config.neox.keys.output import CHECKPOINT_KEYS, GENERATION_KEYS, MONITOR_KEYS
+from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS
+from megatron.config.neox.keys.training import TRAINING_KEYS
+from megatron.config.optimizer import OptimizerFacts, registered_optimizers
+from megatron.config.section_fields import Field, fields
+
+OTHER_KEYS: Mapping[str, Mapping[str, TableEntry]] = {
+    "model": MODEL_KEYS,
+    "training": TRAINING_KEYS,
+    "data": DATA_KEYS,
+    "checkpoint": CHECKPOINT_KEYS,
+    "monitor": MONITOR_KEYS,
+    "generation": GENERATION_KEYS,
+    "parallel": PARALLEL_KEYS,
+    "launch": LAUNCH_KEYS,
 }
+"""What is said of keys beside the sections, by the section that they belong to."""
+
+OPTIMIZER_PARAMS = "optimizer.params."
+"""NeoX's dictionary of the values that an optimizer has of its own."""
+
+
+def neox_keys(optimizer: OptimizerFacts[Any] | None = None) -> Mapping[str, Entry]:
+    """Returns the table. It has the keys of every registered optimizer, or of `optimizer` alone."""
+    return _table(registered_optimizers() if optimizer is None else (optimizer,))
+
+
+def nested_keys() -> frozenset[str]:
+    """Returns the dictionaries whose keys the table knows, such as `optimizer` and `optimizer.params`."""
+    return _dictionaries(registered_optimizers())
+
+
+def find_entry(key: str, optimizer: OptimizerFacts[Any] | None = None) -> Entry | None:
+    """Returns what the table says of a key, or of the nearest dictionary around it."""
+    table = neox_keys(optimizer)
+    while key not in table:
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            return None
+    return table[key]
+
+
+def key_of(path: str) -> str:
+    """Returns the key that sets the value at a dotted path of the sections."""
+    return fields()[path].key
+
+
+def mapped_keys() -> list[str]:
+    """Lists the keys worth suggesting: those that set a value, and the dictionaries around them."""
+    keys = [key for key, entry in neox_keys().items() if isinstance(entry, MapsTo)]
+    return keys + sorted({key.rpartition(".")[0] for key in keys if "." in key})
+
+
+@cache
+def _table(optimizers: tuple[OptimizerFacts[Any], ...]) -> Mapping[str, Entry]:
+    table: dict[str, Entry] = {}
+    conversions: dict[str, Conversion] = {}
+    for keys in OTHER_KEYS.values():
+        for key, entry in keys.items():
+            if isinstance(entry, Conversion):
+                conversions[key] = entry
+            else:
+                table[key] = entry
+    for optimizer in optimizers:
+        table |= {OPTIMIZER_PARAMS + name: entry for name, entry in optimizer.neox_keys.items()}
+    # These come last: what one optimizer refuses, another may have.
+    for optimizer in reversed(optimizers):
+        for field in fields(optimizer.section).values():
+            table[field.key] = _declared(field, conversions.get(field.key))
+    return table
+
+
+def _declared(field: Field, conversion: Conversion | None) -> MapsTo:
+    if conversion is None:
+        return MapsTo(field.path, difference=field.difference, default=field.key_default)
+    return MapsTo(
+        field.path, conversion.convert, conversion.accepts, field.difference, conversion.meaning, conversion.default
+    )
+
+
+@cache
+def _dictionaries(optimizers: tuple[OptimizerFacts[Any], ...]) -> frozenset[str]:
+    return frozenset(name for key in _table(optimizers) for name in _dictionaries_around(key))
 
 
 def _dictionaries_around(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
-
-
-NESTED = frozenset(name for key in NEOX_KEYS for name in _dictionaries_around(key))
-"""Dictionaries whose keys the table knows, such as `optimizer` and `optimizer.params`."""
-
-
-def find_entry(key: str) -> Entry | None:
-    """What the table says of a key, or of the nearest dictionary around it."""
-    while key not in NEOX_KEYS:
-        key, dot, _ = key.rpartition(".")
-        if not dot:
-            return None
-    return NEOX_KEYS[key]
-
-
-def key_of(path: str) -> str:
-    """The first key in the table that sets the value at a dotted path of the sections."""
-    return next(key for key, entry in NEOX_KEYS.items() if isinstance(entry, MapsTo) and entry.path == path)
-
-
-def mapped_keys() -> list[str]:
-    """Keys worth suggesting: those that set a value, and the dictionaries around them."""
-    keys = [key for key, entry in NEOX_KEYS.items() if isinstance(entry, MapsTo)]
-    return keys + sorted({key.rpartition(".")[0] for key in keys if "." in key})

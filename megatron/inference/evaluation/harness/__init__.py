@@ -1,0 +1,1 @@
+"""A model of ours as lm-eval's harness sees it."""

@@ -10,7 +10,7 @@ import torch
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.tokenizers.tokenizer import Tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.inference.evaluation.harness.batch_limit import BatchLimit, in_batches, tokens_that_fit
 from megatron.inference.evaluation.harness.scoring import Row, Scored, score_batch
 from megatron.loaded_model.generate_tokens import generate_tokens

@@ -17,7 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megatron.data.tokenizers.tokenizer import END_OF_DOCUMENT, Tokenizer
+from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from megatron.errors import DataError
 from megatron.inference.evaluation.harness.answer_cache import AnswerCache
 from megatron.inference.evaluation.harness.scoring import Scored, plan_rows

@@ -1,0 +1,1 @@
+"""Facts of each optimizer, one module each."""

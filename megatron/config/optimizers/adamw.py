@@ -1,0 +1,75 @@
+"""AdamW with decoupled weight decay and bias correction (Loshchilov & Hutter 2019), as in the published runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from megatron.config.neox.keys.entries import Rejected, absent_flag
+from megatron.config.optimizer import OPTIMIZERS, Implementation, OptimizerConfig, OptimizerFacts, ParameterGroup
+
+
+class AdamWConfig(OptimizerConfig):
+    """AdamW. Weight decay spares norms and biases."""
+
+    type: Literal["Adam", "AdamW"] = "Adam"
+    """NeoX's "Adam" is decoupled AdamW; both names mean that here."""
+
+    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the first and second moment."""
+
+    eps: PositiveFloat = 1.0e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay on everything but norms and biases."""
+
+
+def _check(section: AdamWConfig) -> Iterator[tuple[str, str]]:
+    if not all(0.0 <= beta < 1.0 for beta in section.betas):
+        yield "betas", "expected numbers of at least 0 and below 1"
+
+
+def _arguments(section: AdamWConfig, **own: bool) -> dict[str, Any]:
+    beta1, beta2 = section.betas
+    return {"lr": section.lr, "betas": (beta1, beta2), "eps": section.eps, **own}
+
+
+OPTIMIZERS.register("adamw")(
+    OptimizerFacts(
+        section=AdamWConfig,
+        moments=("exp_avg", "exp_avg_sq"),
+        groups=(
+            ParameterGroup(
+                "decayed",
+                takes=lambda parameter: parameter.decays,
+                options=lambda section: {"weight_decay": section.weight_decay},
+            ),
+            ParameterGroup("not decayed", takes=lambda parameter: True, options=lambda section: {"weight_decay": 0.0}),
+        ),
+        implementations={
+            "torch AdamW": Implementation("torch.optim:AdamW", lambda section: _arguments(section, fused=False)),
+            "torch fused AdamW": Implementation(
+                "torch.optim:AdamW", lambda section: _arguments(section, fused=True), step_on_device=True
+            ),
+            "apex FusedAdam": Implementation(
+                "apex.optimizers:FusedAdam",
+                lambda section: _arguments(section, adam_w_mode=True),
+                step_count="group",
+                wanted_by="apex_fused_adam: on",
+                how_to_get_it="Install apex, or set the key to auto or off.",
+            ),
+        },
+        check=_check,
+        neox_keys={
+            "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),
+            "freeze_step": Rejected("1-bit Adam is not implemented"),
+            "cuda_aware": absent_flag("1-bit Adam is not implemented"),
+            "bias_correction": Rejected("Adam always corrects its bias", harmless=(True,), accepts=bool),
+            "adam_w_mode": Rejected("weight decay is always decoupled", harmless=(True,), accepts=bool),
+            "amsgrad": absent_flag("AMSGrad is not implemented"),
+        },
+    )
+)

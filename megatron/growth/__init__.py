@@ -1,0 +1,1 @@
+"""Operators that make a larger model of a trained one."""

@@ -1,0 +1,1 @@
+"""Growth operators, one module each."""
