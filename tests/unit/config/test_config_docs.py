@@ -8,7 +8,7 @@ import pytest
 
 from megatron.config.neox.keys.entries import MapsTo
 from megatron.config.neox.keys.table import neox_keys
-from megatron.config.yaml.yaml_reader import read_yaml
+from megatron.config.yaml.yaml_files import read_yaml
 from tests.helpers.forkserver import ROOT
 from tools.generate_config_docs import flat_schema, generated, reference
 

@@ -8,10 +8,10 @@ import pytest
 from megatron.config.neox.keys.entries import Inert, MapsTo, Rejected
 from megatron.config.neox.keys.table import find_entry, key_of, neox_keys, nested_keys
 from megatron.config.neox.translate import Translation, translate
-from megatron.config.section_fields import fields
+from megatron.config.sections.section_fields import fields
 from megatron.config.value_types import mistyped
 from megatron.config.yaml.problems import Given, Origin, YamlValue
-from megatron.config.yaml.yaml_reader import read_yaml
+from megatron.config.yaml.yaml_files import read_yaml
 
 HERE = Path(__file__).parent
 ROWS = [line.split("\t") for line in (HERE / "neox_arguments.tsv").read_text().splitlines() if not line.startswith("#")]

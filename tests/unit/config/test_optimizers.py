@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 from pydantic import PositiveInt, ValidationError
 
-from megatron.config.config_differences import differences
+from megatron.config.effective_config import changed_values
 from megatron.config.load_config import LoadedConfig, load_config
 from megatron.config.optimizer import (
     OPTIMIZERS,
@@ -95,7 +95,7 @@ def test_a_registered_optimizer_is_configured_by_its_keys() -> None:
     assert str(result.origins["training.optimizer.period"]) == "command line"
     assert "training.optimizer.betas" not in result.origins
     assert RunConfig.model_validate_json(config_text(result.run)) == result.run
-    changed = {each.key: (each.first, each.second) for each in differences(load_config([PYTHIA]).run, result.run)}
+    changed = {each.key: (each.first, each.second) for each in changed_values(load_config([PYTHIA]).run, result.run)}
     assert changed["optimizer.params.period"] == (None, 3)
     assert changed["optimizer.params.eps"] == (1e-8, None)
     assert "period" in flat_schema()["properties"]["optimizer"]["properties"]["params"]["properties"]

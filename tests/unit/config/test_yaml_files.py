@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron.config.yaml.yaml_reader import read_value, read_yaml
+from megatron.config.yaml.yaml_files import read_value, read_yaml
 
 
 @pytest.mark.parametrize(

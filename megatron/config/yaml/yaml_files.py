@@ -1,4 +1,4 @@
-"""Reads one YAML file into values that remember their lines.
+"""Reads a YAML file into values that remember their lines, and writes new ones.
 
 NeoX's YAMLs are YAML 1.1 read by PyYAML, whose surprises are not kept: `6e-4` is a number here, `12:30` and `010` are
 text, only `true` and `false` are booleans (`yes`, `no`, `on` and `off` are text: some keys take `on` or `off`),
@@ -8,9 +8,10 @@ text, only `true` and `false` are booleans (`yes`, `no`, `on` and `off` are text
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.composer import Composer
@@ -20,6 +21,7 @@ from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
 from megatron.config.yaml.problems import Origin, Problem, YamlValue
+from megatron.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -50,21 +52,21 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A value in a YAML file; mappings hold further entries under keys with underscores."""
+class LocatedValue:
+    """A value in a YAML file; mappings hold further ones under keys with underscores."""
 
-    value: bool | int | float | str | list[YamlValue] | dict[str, Entry] | None
+    value: bool | int | float | str | list[YamlValue] | dict[str, LocatedValue] | None
     line: int
 
     def plain(self) -> YamlValue:
-        """The value without line numbers."""
+        """Returns the value without line numbers."""
         if isinstance(self.value, dict):
             return {key: entry.plain() for key, entry in self.value.items()}
         return self.value
 
 
-def read_yaml(file: Path) -> tuple[dict[str, Entry], list[Problem]]:
-    """The top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
+def read_yaml(file: Path) -> tuple[dict[str, LocatedValue], list[Problem]]:
+    """Reads the top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -72,20 +74,34 @@ def read_yaml(file: Path) -> tuple[dict[str, Entry], list[Problem]]:
     return _Document(file).entries(content)
 
 
-def read_value(text: str) -> tuple[Entry, list[Problem]]:
-    """A value given on the command line, written as in a YAML file."""
+def read_value(text: str) -> tuple[LocatedValue, list[Problem]]:
+    """Reads a value given on the command line, written as in a YAML file."""
     return _Document(None).value(text)
 
 
+def write_new_yaml(path: Path, header: str, keys: Mapping[str, Any]) -> None:
+    """Writes `header` and `keys` to `path`, which --write-config names.
+
+    Raises ConfigError when the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(header + yaml.safe_dump(dict(keys), sort_keys=False))
+    except FileExistsError as error:
+        raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
+    except OSError as error:
+        raise ConfigError(f"--write-config {path}: cannot be written ({error.strerror}).") from error
+
+
 class _Document:
-    """Turns composed nodes into entries, collecting what is wrong on the way."""
+    """Turns composed nodes into entries, and collects what is wrong on the way."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self.problems: list[Problem] = []
         self._open_nodes: set[int] = set()
 
-    def entries(self, content: bytes) -> tuple[dict[str, Entry], list[Problem]]:
+    def entries(self, content: bytes) -> tuple[dict[str, LocatedValue], list[Problem]]:
         node = self._compose(content)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node), self.problems
@@ -93,9 +109,9 @@ class _Document:
             self._wrong(node, "expected keys and values")
         return {}, self.problems
 
-    def value(self, text: str) -> tuple[Entry, list[Problem]]:
+    def value(self, text: str) -> tuple[LocatedValue, list[Problem]]:
         node = self._compose(text)
-        return (Entry(None, 0) if node is None else self._entry(node)), self.problems
+        return (LocatedValue(None, 0) if node is None else self._entry(node)), self.problems
 
     def _compose(self, content: bytes | str) -> yaml.Node | None:
         try:
@@ -125,9 +141,9 @@ class _Document:
     def _wrong(self, node: yaml.Node, message: str) -> None:
         self._add(_line(node), message)
 
-    def _mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, LocatedValue]:
         self._require_tag(node, "map")
-        entries: dict[str, Entry] = {}
+        entries: dict[str, LocatedValue] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
                 self._wrong(key_node, "expected a plain key; merge several files instead of `<<` or composite keys")
@@ -136,22 +152,22 @@ class _Document:
             if key in entries:
                 self._wrong(key_node, f"duplicate key {key_node.value}; also on line {entries[key].line}")
                 continue
-            entries[key] = Entry(self._entry(value_node).value, _line(key_node))
+            entries[key] = LocatedValue(self._entry(value_node).value, _line(key_node))
         return entries
 
-    def _entry(self, node: yaml.Node) -> Entry:
+    def _entry(self, node: yaml.Node) -> LocatedValue:
         line = _line(node)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if id(node) in self._open_nodes:
             self._wrong(node, "an alias that contains itself")
-            return Entry(None, line)
+            return LocatedValue(None, line)
         self._open_nodes.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
-                return Entry(self._mapping(node), line)
+                return LocatedValue(self._mapping(node), line)
             self._require_tag(node, "seq")
-            return Entry([self._entry(item).plain() for item in _items(node)], line)
+            return LocatedValue([self._entry(item).plain() for item in _items(node)], line)
         finally:
             self._open_nodes.remove(id(node))
 
@@ -159,26 +175,26 @@ class _Document:
         if node.tag != _TAG + tag:
             self._wrong(node, f"the tag {node.tag} is not allowed")
 
-    def _scalar(self, node: yaml.ScalarNode) -> Entry:
+    def _scalar(self, node: yaml.ScalarNode) -> LocatedValue:
         text: str = node.value
         line = _line(node)
         match node.tag.removeprefix(_TAG):
             case "null":
-                return Entry(None, line)
+                return LocatedValue(None, line)
             case "bool":
-                return Entry(text.lower() == "true", line)
+                return LocatedValue(text.lower() == "true", line)
             case "int":
-                return Entry(int(text.replace("_", ""), 16 if "x" in text else 10), line)
+                return LocatedValue(int(text.replace("_", ""), 16 if "x" in text else 10), line)
             case "float":
-                return Entry(float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))), line)
+                return LocatedValue(float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))), line)
             case "str":
-                return Entry(text, line)
+                return LocatedValue(text, line)
         self._wrong(node, f"the tag {node.tag} is not allowed")
-        return Entry(None, line)
+        return LocatedValue(None, line)
 
 
 def _end_of_item(content: bytes, mark: yaml.Mark) -> int:
-    """Line, from 1, on which the item before `mark` ends: where a comma is missing."""
+    """Returns the line, from 1, on which the item before `mark` ends: where a comma is missing."""
     lines = content.decode(errors="replace").splitlines()
     index = min(mark.line, len(lines) - 1)
     if not lines[index][: mark.column].strip():
