@@ -58,6 +58,6 @@ def tied_logits(embedding: TokenEmbedding | TiedHead, x_BSD: Tensor) -> Tensor:
     return logits(x_BSD, embedding.word_embeddings.weight, embedding.word_embeddings.context)
 
 
-def logits(x_BSD: Tensor, weight_VD: Tensor, context: ParallelContext) -> Tensor:
+def logits(x_BSD: Tensor, weight_vD: Tensor, context: ParallelContext) -> Tensor:
     """Computes x W^T over this rank's rows of the vocabulary, for the whole sequence."""
-    return F.linear(from_residual(x_BSD, context), weight_VD)
+    return F.linear(from_residual(x_BSD, context), weight_vD)

@@ -36,8 +36,8 @@ class NeoxArchitecture:
     """Its own YAML keys that the tensors tell; those of every architecture are in neox_model.py."""
 
     deciding_keys: tuple[tuple[str, str], ...]
-    """Beginning of a parameter's name, as a pattern, and the YAML key that decides about its existence and rows; those of
-    every architecture are in neox_names.py."""
+    """Beginning of a parameter's name, as a pattern, and the YAML key that decides about its existence and rows. Those
+    of every architecture are in neox_names.py."""
 
     recognized_by: re.Pattern[str] | None = None
     """Matches the beginning of names that no other architecture has. None for GPT-NeoX itself: what no other claims."""
