@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from megatron.data.micro_batch import batch_hash, sample_digests
-from megatron.monitor.writers.jsonl import read_records
+from megatron.monitor.metrics_file import read_records
 from megatron.mpu.context import ParallelContext
 from megatron.training.step import Step
 
