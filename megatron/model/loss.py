@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.data.micro_batch import Targets
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
@@ -25,7 +26,7 @@ class CausalLMLoss:
         self.num_valid = num_valid
         self.context = context
 
-    def __call__(self, logits_BSv: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, logits_BSv: Tensor, targets: Targets) -> Tensor:
         """Computes the loss of logits [B, S, V/tp].
 
         `targets` are labels [B, S], and weights [B, S] whose mean over the step is 1.
