@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group, share_with_deepspeed
-from megatron.training.setup import build_engine, initial_state
+from megatron.training.build_engine import build_engine
+from megatron.training.stop_request import StopRequest
+from megatron.training.training_context import initial_run_state
 from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe
 from tools.benchmarks.contenders import Task, random_batches
@@ -35,7 +38,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     context = ParallelContext.single()
     with process_group():
         share_with_deepspeed()
-        engine = build_engine(task.config, task.batch, task.vocab, context)
+        engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
         batches = random_batches(task)
         # The first step makes the moments.
         engine.train_batch(batches)
@@ -55,7 +58,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
 def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
     """Write global_step1 while training waits, and global_step2 while it goes on."""
-    state = initial_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
+    state = initial_run_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
     seconds = {"step": timed(lambda: engine.train_batch(batches))}
     saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
     seconds["synchronous save"] = timed(lambda: saver.save(replace(state, iteration=1), wait=True))
@@ -83,10 +86,11 @@ def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
 def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
     """Convert global_step1, load what comes of it, and rewrite the checkpoint for four ranks."""
     checkpoint = read_checkpoint(folder / "global_step1")
-    common = {"context": ParallelContext.single(), "vocab_size": task.vocab.actual}
+    section = task.config.training.optimizer
+    load = partial(load_universal, context=ParallelContext.single(), section=section, vocab_size=task.vocab.actual)
     seconds = {"convert": timed(lambda: universal_form(checkpoint, "sizes"))}
     universal = universal_form(checkpoint, "sizes")
-    seconds["load, converted"] = timed(lambda: load_universal(engine, universal, **common, same_precision=True))
+    seconds["load, converted"] = timed(lambda: load(engine, universal, same_precision=True))
     four = task.config.model_copy(
         update={"parallel": ParallelConfig(model_parallel_size=2, pipe_parallel_size=2, zero=task.config.parallel.zero)}
     )

@@ -16,7 +16,7 @@ from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
 from megatron.mpu.process_group import process_group, share_with_deepspeed
-from megatron.training.setup import require_hardware
+from megatron.training.build_engine import require_hardware
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
+from megatron.training.build_engine import build_engine
 from megatron.training.lr_schedules import LRScheduler
 from megatron.training.optimizer import parameter_groups
-from megatron.training.setup import build_engine
+from megatron.training.stop_request import StopRequest
 
 # The plain loop scales fp16 losses by a constant: random tokens need no search for the right one.
 FP16_LOSS_SCALE = 1024.0
@@ -60,7 +61,7 @@ class Engine:
     def __init__(self, task: Task) -> None:
         self._seed = task.config.training.seed
         self._context = ParallelContext.create(1, 1)
-        self._engine = build_engine(task.config, task.batch, task.vocab, self._context)
+        self._engine, _ = build_engine(task.config, task.batch, task.vocab, self._context, StopRequest())
         self._batches = random_batches(task)
         self._steps = 0
 
