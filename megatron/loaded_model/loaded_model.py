@@ -56,15 +56,7 @@ class LoadedModel:
 
     def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
         """Makes an empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
-        return KeyValueCache(
-            self.config,
-            self.context,
-            batch=batch,
-            capacity=capacity,
-            dtype=self.dtype,
-            device=self.device,
-            padding_B=padding_B,
-        )
+        return self.module.new_cache(batch, capacity, padding_B)
 
     @torch.no_grad()  # not inference_mode: the loss of another model may depend on them, as in distillation
     def logits(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:

@@ -1,4 +1,7 @@
-"""The training objective."""
+"""The training objective.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,11 @@ class CausalLMLoss:
         self.num_valid = num_valid
         self.context = context
 
-    def __call__(self, logits_BSV: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        """logits [B, S, V/tp]; targets: labels [B, S], and weights [B, S] whose mean over the step is 1."""
+    def __call__(self, logits_BSv: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        """Computes the loss of logits [B, S, V/tp].
+
+        `targets` are labels [B, S], and weights [B, S] whose mean over the step is 1.
+        """
         labels_BS, weights_BS = targets
-        losses_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, self.num_valid, self.context)
+        losses_BS = vocab_parallel_cross_entropy(logits_BSv, labels_BS, self.num_valid, self.context)
         return (losses_BS * weights_BS).mean(dtype=torch.float64)
