@@ -26,6 +26,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from megatron_tokenformer import run_tool
+
 import torch
 import yaml
 from rich.progress import track
@@ -251,4 +253,4 @@ def same(first: Any, second: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
+from megatron.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron.errors import UserError, exit_on_user_error  # noqa: E402
-
 FOLDER = Path("demo")
 DATA = FOLDER / "data"
 RUN = FOLDER / "run"
@@ -77,4 +77,4 @@ def report(unigram: float, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

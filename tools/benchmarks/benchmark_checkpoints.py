@@ -14,17 +14,15 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
-from megatron.errors import exit_on_user_error
 from megatron.monitor.writers.console import format_count
 from tools.benchmarks.benchmark_training import Settings, require_one_rank
 
@@ -43,7 +41,7 @@ MEANINGS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print the table, write the JSON file. Returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Time saves, loads and conversions of checkpoints on one rank.",
@@ -92,4 +90,4 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

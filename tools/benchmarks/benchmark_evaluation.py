@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -32,7 +31,6 @@ from megatron.config.load_config import load_config
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
-from megatron.errors import exit_on_user_error
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.inference.evaluation.harness.answer_cache import AnswerCache
 from megatron.inference.evaluation.harness.batch_limit import BatchLimit, in_batches
@@ -56,7 +54,7 @@ BYTES = TokenizerConfig(type="CharLevelTokenizer")
 """Both adapters need a tokenizer, which has nothing to do here."""
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = benchmark_parser("Time log-likelihoods against lm-eval's own adapter.")
     parser.add_argument("--questions", type=positive, default=50, help="questions of each kind (default: 50)")
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences at a time (default: 8)")
@@ -139,7 +137,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print, write the JSON file. Returns the exit code."""
     args, words = parse_args(argv)
     command = parse_command_line(words)
@@ -150,4 +148,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

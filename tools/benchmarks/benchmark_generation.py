@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 import torch
 import transformers
@@ -28,7 +26,7 @@ from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.errors import ConfigError, exit_on_user_error
+from megatron.errors import ConfigError
 from megatron.loaded_model.generate_tokens import generate_tokens
 from megatron.loaded_model.loaded_model import InferenceModel
 from tools.benchmarks.transformers_model import transformers_model
@@ -45,7 +43,7 @@ from tools.benchmarks.turns import (
 NewTokens = list[list[int]]
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = benchmark_parser("Time cached greedy generation against transformers.")
     parser.add_argument("--batch", type=positive, default=1, help="prompts at a time (default: 1)")
     parser.add_argument("--prompt-tokens", type=positive, default=32, help="tokens of each prompt (default: 32)")
@@ -124,7 +122,7 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print, write the JSON file. Returns the exit code."""
     args, words = parse_args(argv)
     command = parse_command_line(words)
@@ -135,4 +133,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

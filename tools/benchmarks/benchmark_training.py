@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config
-from megatron.errors import ConfigError, EnvironmentSetupError, UserError, exit_on_user_error
+from megatron.errors import ConfigError, EnvironmentSetupError, UserError
 from megatron.monitor.writers.console import format_count
 
 NAMES = ("engine", "plain torch")
@@ -46,7 +45,7 @@ class Settings:
     """Ids of the vocabulary; None asks the tokenizer."""
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[Settings, Path | None]:
+def parse_args(argv: Sequence[str]) -> tuple[Settings, Path | None]:
     parser = argparse.ArgumentParser(
         description="Time training against a plain torch loop of the same model.",
         usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
@@ -214,7 +213,7 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print the table, write the JSON file. Returns the exit code."""
     settings, output = parse_args(argv)
     report = benchmark(settings)
@@ -227,4 +226,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

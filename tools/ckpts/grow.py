@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 from megatron.config.batch_triangle import data_parallel_size
 from megatron.config.load_config import load_words
 from megatron.config.model_size import count_parameters
-from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.errors import CheckpointError
 from megatron.registry import variant_names
 
 
@@ -64,4 +63,4 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -20,12 +20,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.checkpointing.convert.neox.import_neox import ImportedNeox, import_neox
 from megatron.checkpointing.convert.neox.neox_config import write_config
 from megatron.config.load_config import load_words
-from megatron.errors import exit_on_user_error
 from megatron.io.progress import PeriodicReport
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -88,4 +87,4 @@ def summary(imported: ImportedNeox, output: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

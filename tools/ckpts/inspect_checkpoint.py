@@ -15,17 +15,16 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_tokenformer import run_tool
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
 from megatron.checkpointing.states.parameter_layout import layer_layouts
@@ -36,7 +35,7 @@ from megatron.config.config_differences import differences
 from megatron.config.load_config import load_words
 from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
-from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.errors import CheckpointError
 
 Advance = Callable[[int], None]
 
@@ -209,4 +208,4 @@ def mebibytes(size: int) -> str:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -10,16 +10,15 @@ started again, it goes on where it was interrupted. The token is that of HF_TOKE
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
 from megatron.config.load_config import load_words
-from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.errors import CheckpointError
 from megatron.registry import require
 
 
@@ -87,4 +86,4 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

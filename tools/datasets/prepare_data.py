@@ -26,6 +26,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
@@ -34,14 +36,12 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
 from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
 from megatron.data.tokenizer import END_OF_DOCUMENT
-from megatron.errors import DataError, exit_on_user_error
+from megatron.errors import DataError
 from megatron.io.durable import atomic_write
 
 HELD_OUT = 0.05  # share of the characters
@@ -229,4 +229,4 @@ def unigram_loss(train: npt.NDArray[np.int64], valid: npt.NDArray[np.int64]) -> 
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

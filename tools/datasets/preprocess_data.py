@@ -10,21 +10,19 @@ Reads .jsonl, .jsonl.gz and .jsonl.zst (one document per line) and .txt (one doc
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
+from megatron_tokenformer import run_tool
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
-from megatron.errors import exit_on_user_error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,4 +118,4 @@ def shown_progress(
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

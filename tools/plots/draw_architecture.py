@@ -16,6 +16,8 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,7 +44,7 @@ ONE_BATCH = (
 """Packages in the order in which one batch meets them."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (docs/architecture.svg)")
@@ -154,4 +156,4 @@ def _box(axes: Axes, place: tuple[float, float, float, float], face: str, edge: 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_tool(main)

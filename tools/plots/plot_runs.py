@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_tokenformer import run_tool
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,9 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from megatron.errors import DataError, EnvironmentSetupError, exit_on_user_error
+from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.writers.console import format_count
 from tools.plots.run_records import Run, load_runs, series
 
@@ -240,7 +239,7 @@ def _name_lines(axes: Sequence[Axes], runs: Sequence[Run], panels: Sequence[Pane
             return
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw the curves of one or many runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
@@ -268,7 +267,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Draw, and say where the picture is. Returns the exit code; raises UserError for what the user can repair."""
     args = parse_args(argv)
     figure = draw(
@@ -291,4 +290,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

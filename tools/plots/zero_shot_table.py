@@ -12,17 +12,16 @@ import argparse
 import csv
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tokenformer import run_tool
+
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from megatron.errors import ConfigError, DataError, exit_on_user_error
+from megatron.errors import ConfigError, DataError
 from megatron.inference.evaluation.results_file import metrics_of
 from megatron.monitor.writers.console import format_count
 
@@ -199,7 +198,7 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Write the three files; raises DataError for what are no results, ConfigError for a column that is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
@@ -223,4 +222,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)
