@@ -18,7 +18,7 @@ from megatron_tokenformer import run_tool
 from megatron.config.architecture import ARCHITECTURES, optional_sections, owners_of
 from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected
 from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_keys, nested_keys
-from megatron.config.section_fields import Field, fields
+from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import Schema, describe, schema_of
 from megatron.config.yaml.problems import YamlValue, show
 
@@ -68,7 +68,7 @@ trains `demo.yml`.
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write or check the generated files."""
+    """Writes or checks the generated files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is out of date")
     options = parser.parse_args(argv)
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def generated() -> dict[Path, str]:
-    """The generated files and their text."""
+    """Returns the generated files and their text."""
     return {
         ROOT / "configs" / "README.md": reference(),
         ROOT / "configs" / "schema.json": json.dumps(flat_schema(), indent=1) + "\n",
@@ -89,7 +89,7 @@ def generated() -> dict[Path, str]:
 
 
 def reference() -> str:
-    """Every key by theme: what it sets, or why it has no effect or is refused."""
+    """Describes every key by theme: what it sets, or why it has no effect or is refused."""
     parts = [INTRODUCTION]
     for section, heading in THEMES.items():
         keys = _keys_of(section)
@@ -113,7 +113,7 @@ def _keys_of(section: str) -> dict[str, Entry]:
 
 
 def flat_schema() -> dict[str, Any]:
-    """JSON schema of one flat YAML file; nothing is required, since files are merged."""
+    """Builds the JSON schema of one flat YAML file; nothing is required, since files are merged."""
     draft = "https://json-schema.org/draft/2020-12/schema"
     root = {"$schema": draft, "title": "Training configuration", **_object()}
     for key, entry in neox_keys().items():
@@ -217,7 +217,7 @@ def _no_default(field: Field) -> str:
 
 
 def _without_unit(meaning: str) -> tuple[str, str]:
-    """A docstring's unit stands in brackets, as in [steps]."""
+    """Splits a docstring into its text and its unit, which stands in brackets, as in [steps]."""
     match = re.search(r" ?\[([a-z][a-z, ]*)\]", meaning)
     return (meaning, "") if match is None else (meaning.replace(match[0], "", 1), match[1])
 

@@ -13,7 +13,10 @@ _KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Ranks that see different samples. Raises ConfigError when the other parallel sizes do not divide the ranks."""
+    """Counts the ranks that see different samples.
+
+    Raises ConfigError when the other parallel sizes do not divide the ranks.
+    """
     model_ranks = parallel.model_parallel_size * parallel.pipe_parallel_size
     if world_size % model_ranks:
         raise ConfigError(
@@ -25,10 +28,10 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def resolve_batch(training: TrainingConfig, ranks: int, origins: Mapping[str, Origin]) -> BatchConfig:
-    """Derive the missing sides of the triangle for `ranks` data-parallel ranks, as NeoX does.
+    """Derives the missing sides of the triangle for `ranks` data-parallel ranks, as NeoX does.
 
-    Without accumulation, it is 1 unless train_batch_size and the micro batch ask for more. Raises ConfigError, with the
-    equation, when the given sides do not fit the ranks.
+    Without gradient_accumulation_steps, accumulation is 1 unless train_batch_size and the micro batch ask for more.
+    Raises ConfigError, with the equation, when the given sides do not fit the ranks.
     """
     total = training.train_batch_size
     micro = training.train_micro_batch_size_per_gpu
@@ -51,7 +54,7 @@ NEITHER_GIVEN = "train_batch_size or train_micro_batch_size_per_gpu must be give
 
 
 def implied_data_parallel_size(training: TrainingConfig) -> int | None:
-    """The data-parallel ranks that all three sides of the triangle fix together; None when one is missing."""
+    """Returns the data-parallel ranks that all three sides of the triangle fix together; None when one is missing."""
     sides = [getattr(training, key) for key in _KEYS]
     if None in sides:
         return None
@@ -60,7 +63,7 @@ def implied_data_parallel_size(training: TrainingConfig) -> int | None:
 
 
 def equation(batch: BatchConfig, seq_length: int) -> str:
-    """The batch in words: samples and tokens per optimizer step."""
+    """Puts the batch in words: samples and tokens per optimizer step."""
     return (
         f"micro batch {batch.micro_batch_size} x accumulation {batch.gradient_accumulation_steps} x "
         f"{batch.data_parallel_size} data-parallel ranks = {batch.global_batch_size:,} samples = "

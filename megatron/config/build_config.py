@@ -1,4 +1,4 @@
-"""Builds the typed configuration from settings, and says in terms of keys and lines what does not fit."""
+"""Builds the typed configuration from settings, and reports by key and line what does not fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron.config.architecture import architecture_facts, optional_sections
 from megatron.config.checks import CHECKS, Finding
 from megatron.config.neox.translate import Setting
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_facts
-from megatron.config.section_fields import Field, fields
 from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import describe, expected
 from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, show
 
@@ -21,14 +21,14 @@ _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
 
 def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig | None, list[Problem]]:
-    """The configuration, or None and all that is wrong with it: types first, then what does not fit together.
+    """Builds the configuration, or returns None and all that is wrong with it: types first, then contradictions.
 
-    Paths in `refused` have a problem that is reported already.
+    Problems with paths in `refused` are reported already.
     """
     try:
         run = RunConfig.model_validate(_nest(settings))
     except ValidationError as error:
-        found = {_path_of(details["loc"]): None for details in error.errors() if _says_something(details["type"])}
+        found = {_path_of(details["loc"]): None for details in error.errors() if _is_about_a_value(details["type"])}
         problems = [_type_problem(path, settings) for path in found if path not in refused]
         return None, problems + _checked_in_part(settings, refused | found.keys())
     if refused:
@@ -38,7 +38,7 @@ def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig
 
 
 def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin]:
-    """Where every value of the configuration came from, by dotted path."""
+    """Returns the origin of every value of the configuration, by dotted path."""
     found: dict[str, Origin] = {}
     for path, field in fields(type(run.training.optimizer)).items():
         if _is_absent(path, run):
@@ -84,13 +84,13 @@ def _fields(settings: Mapping[str, Setting]) -> dict[str, Field]:
     return fields((facts or OPTIMIZERS[DEFAULT_OPTIMIZER]).section)
 
 
-def _says_something(error_type: str) -> bool:
-    """Pydantic also reports defaults that it could not compute because another value was wrong."""
+def _is_about_a_value(error_type: str) -> bool:
+    """Tells whether an error is about a value of its own: pydantic also reports defaults that depend on a wrong one."""
     return error_type != "default_factory_not_called"
 
 
 def _path_of(location: tuple[int | str, ...]) -> str:
-    """The field that a pydantic error is about: its location, without list positions and union branches."""
+    """Returns the field that a pydantic error is about: its location, without list positions and union branches."""
     parts = [str(part) for part in location]
     while parts and ".".join(parts) not in fields():
         parts.pop()
@@ -107,7 +107,7 @@ def _type_problem(path: str, settings: Mapping[str, Setting]) -> Problem:
 
 
 def _checked_in_part(settings: Mapping[str, Setting], wrong: Set[str]) -> list[Problem]:
-    """What the checks find among the values that are right; a check that needs a wrong one is left out."""
+    """Runs the checks on the values that are right; a check that needs a wrong one is left out."""
     known = cast(RunConfig, _partial(settings, wrong))
     findings: list[Finding] = []
     for check in CHECKS:

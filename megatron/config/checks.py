@@ -1,4 +1,4 @@
-"""Checks across values, one function each. They need no hardware and no other package."""
+"""Checks across values, one function each. They need no hardware and no optional package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron.config.architecture import ARCHITECTURES
 from megatron.config.batch_triangle import NEITHER_GIVEN
-from megatron.config.optimizer import optimizer_facts
+from megatron.config.optimizer import facts_of
+from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 
 
@@ -26,12 +27,12 @@ class Finding:
 
 
 def nearest_multiple(value: int, divisor: int) -> int:
-    """The positive multiple of `divisor` that lies nearest to `value`."""
+    """Returns the positive multiple of `divisor` that lies nearest to `value`."""
     return max(round(value / divisor), 1) * divisor
 
 
 def divisors(value: int) -> list[int]:
-    """What divides `value`, from 1 to itself."""
+    """Lists the divisors of `value`, from 1 to itself."""
     return [number for number in range(1, value + 1) if value % number == 0]
 
 
@@ -112,7 +113,7 @@ def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
 
 
 def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
-    """The vocabulary's padding never depends on the layout, so it has to fit it."""
+    """Requires a padded vocabulary that splits over tensor ranks: its padding never depends on the layout."""
     ranks, padded = run.parallel.model_parallel_size, run.model.padded_vocab_size
     multiple = run.model.make_vocab_size_divisible_by
     if padded is None and multiple % ranks:
@@ -139,6 +140,21 @@ def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
             re.compile(pattern)
         except re.error as error:
             yield Finding("parallel.pipe_partition_method", f"is no regular expression after type: ({error})")
+            return
+        names = pipeline_layer_types(run.model)
+        if not any(re.search(pattern, name, re.IGNORECASE) for name in names):
+            yield Finding(
+                "parallel.pipe_partition_method",
+                f"no layer has such a name, only {', '.join(names)}; use type:transformer, which spreads the "
+                "transformer layers evenly",
+            )
+
+
+def pipeline_layer_types(model: ModelConfig) -> list[str]:
+    """Lists the names of the classes of a model's layers, in the order of the pipeline."""
+    norms = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "layernorm_nonparam": "NonParametricLayerNorm"}
+    final_norm = norms[model.final_norm or model.norm]
+    return ["TokenEmbedding", "TransformerLayer", final_norm, "TiedHead" if model.tie_embeddings else "Head"]
 
 
 def _batch_is_given(run: RunConfig) -> Iterator[Finding]:
@@ -149,7 +165,7 @@ def _batch_is_given(run: RunConfig) -> Iterator[Finding]:
 
 
 def _batch_divides(run: RunConfig) -> Iterator[Finding]:
-    """On any number of ranks, the global batch is a multiple of what one rank contributes."""
+    """Requires a global batch that is a multiple of what one rank contributes, whatever the number of ranks."""
     training = run.training
     total = training.train_batch_size
     micro, steps = training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
@@ -164,10 +180,8 @@ def _batch_divides(run: RunConfig) -> Iterator[Finding]:
 
 def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
     section = run.training.optimizer
-    facts = optimizer_facts(section.type)
-    if facts is not None:
-        for name, message in facts.check(section):
-            yield Finding(f"training.optimizer.{name}", message)
+    for name, message in facts_of(section).check(section):
+        yield Finding(f"training.optimizer.{name}", message)
 
 
 def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
@@ -262,13 +276,35 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "checkpoint.iteration", "contradicts auto_resume: true, which goes on from the newest checkpoint; keep one"
         )
-    if checkpoint.pretrain_partial_init is not None and run.model.param_tokens is None:
-        yield Finding("checkpoint.pretrain_partial_init", "only a TokenFormer has parameter tokens to start from")
+
+
+def _partial_init(run: RunConfig) -> Iterator[Finding]:
+    if run.checkpoint.pretrain_partial_init is not None:
+        yield Finding(
+            "checkpoint.pretrain_partial_init",
+            "starting from a model with fewer parameter tokens is not implemented; remove the key to start from "
+            "initial weights",
+        )
 
 
 def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
     if run.speedups.apex_fused_adam == "on" and run.speedups.torch_fused_adamw == "on":
         yield Finding("speedups.torch_fused_adamw", "cannot be on together with apex_fused_adam; choose one of them")
+
+
+def _flash_attention(run: RunConfig) -> Iterator[Finding]:
+    if run.speedups.flash_attention == "on" and run.training.precision.dtype == "fp32":
+        yield Finding(
+            "speedups.flash_attention",
+            "flash-attn computes in bf16 and fp16 only, and this run is in fp32; use precision: bfloat16, or "
+            "flash_attention: auto",
+        )
+
+
+def _evaluation_output(run: RunConfig) -> Iterator[Finding]:
+    evaluation = run.evaluation
+    if evaluation.iterations != "all" and len(evaluation.iterations) > 1 and evaluation.output.endswith(".json"):
+        yield Finding("evaluation.output", "several checkpoints do not go into one .json file; name a folder")
 
 
 def _prompts(run: RunConfig) -> Iterator[Finding]:
@@ -303,5 +339,8 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _tokenizer_files,
     _checkpoint_steps,
     _checkpoint_to_load,
+    _partial_init,
+    _flash_attention,
+    _evaluation_output,
     _prompts,
 )

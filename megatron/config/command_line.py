@@ -30,7 +30,7 @@ EVALUATION_FLAGS = {
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What the user asked for."""
+    """A command line of these programs, taken apart."""
 
     files: tuple[Path, ...]
     overrides: tuple[str, ...] = ()
@@ -43,13 +43,13 @@ class CommandLine:
 
     @property
     def answered(self) -> bool:
-        """Whether validating the configuration was all that was asked for."""
+        """Tells whether validating the configuration was all that was asked for."""
         return self.check or self.print_effective_config
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Parse `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]` and the flags of
-    evaluation, each of which is an override by another name.
+    """Parses `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]` and the
+    flags of evaluation, each of which is an override by another name.
 
     As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. Exits with code 2 and a usage
     line when the arguments make no sense.
@@ -81,7 +81,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
-    """The flags as overrides. A key=value after a list of values is an override of its own."""
+    """Turns the flags into overrides. A key=value after a list of values is an override of its own."""
     overrides = []
     for key in dict.fromkeys(EVALUATION_FLAGS.values()):
         value = getattr(options, key)
@@ -102,7 +102,7 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
-    """Load the configuration that a command line names, and print what `--check` and `--print-effective-config` ask.
+    """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
     Raises ConfigError for what is wrong with it, also with its batch on `--world-size` ranks.
     """

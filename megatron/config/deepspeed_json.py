@@ -9,7 +9,7 @@ from megatron.config.sections.training import BatchConfig, PrecisionConfig
 
 
 def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
+    """Builds the configuration that `deepspeed.initialize` is given.
 
     Always ZeRO stage 1: stage 0 clips wrongly across pipeline stages, and its checkpoints do not convert. Gradients are
     accumulated and reduced in fp32 in every precision. The optimizer and the schedule are the caller's.
@@ -37,7 +37,7 @@ def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
 
 
 def precision_section(precision: PrecisionConfig) -> dict[str, Any]:
-    """The part of the configuration that decides the number format."""
+    """Builds the part of the configuration that decides the number format."""
     match precision.dtype:
         case "bf16":
             return {"bf16": {"enabled": True}}

@@ -1,18 +1,21 @@
-"""The effective configuration as text: every value, where it came from, and what the keys without effect were."""
+"""Shows configurations to people: every value with its origin, a summary, and what two of them do not share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.batch_triangle import equation, implied_data_parallel_size
 from megatron.config.load_config import LoadedConfig
 from megatron.config.model_size import count_parameters
-from megatron.config.yaml.problems import show
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.section_fields import fields
+from megatron.config.yaml.problems import YamlValue, show
 from megatron.errors import ConfigError
 
 
 def effective_text(loaded: LoadedConfig, world_size: int | None = None) -> str:
-    """Every value with `default`, `file:line` or `derived`, and the batch as an equation.
+    """Shows every value with `default`, `file:line` or `derived`, and the batch as an equation.
 
     Without `world_size` [ranks], the batch is shown for the ranks that its three sides fix, or else for the fewest.
     """
@@ -31,7 +34,7 @@ def effective_text(loaded: LoadedConfig, world_size: int | None = None) -> str:
 
 
 def summary(loaded: LoadedConfig, world_size: int | None = None) -> list[str]:
-    """The number of parameters where the vocabulary is known, and the batch equation or why there is none."""
+    """Gives the number of parameters where the vocabulary is known, and the batch equation or why there is none."""
     model = loaded.run.model
     lines = []
     if model.padded_vocab_size is not None:
@@ -54,4 +57,28 @@ def _value_at(loaded: LoadedConfig, path: str) -> Any:
     value: Any = loaded.run
     for name in path.split("."):
         value = getattr(value, name)
+    return value
+
+
+@dataclass(frozen=True)
+class ChangedValue:
+    """One value that two configurations do not share; None where it is unset."""
+
+    key: str
+    """The YAML key."""
+    first: YamlValue
+    second: YamlValue
+
+
+def changed_values(first: RunConfig, second: RunConfig) -> list[ChangedValue]:
+    """Lists every key whose value differs, in the order of the sections."""
+    ours, theirs = first.model_dump(mode="json"), second.model_dump(mode="json")
+    found = [ChangedValue(f.key, _dumped_at(ours, f.path), _dumped_at(theirs, f.path)) for f in fields().values()]
+    return [value for value in found if value.first != value.second]
+
+
+def _dumped_at(dump: dict[str, Any], path: str) -> Any:
+    value: Any = dump
+    for name in path.split("."):
+        value = None if value is None else value.get(name)
     return value

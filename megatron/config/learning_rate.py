@@ -38,7 +38,8 @@ class LRScheduleConfig(Section):
     """Shape of the decay at the end of WSD (warmup, stable, decay); before it, the rate stays at its peak."""
 
     wsd_decay_iters: Annotated[
-        PositiveInt | None, Key("lr_wsd_decay_iters", difference="Megatron-LM's key, not NeoX's")
+        PositiveInt | None,
+        Key("lr_wsd_decay_iters", difference="Megatron-LM's key; the warmup stays NeoX's, a share of lr_decay_iters"),
     ] = None
     """Last steps of lr_decay_iters in which WSD decays to min_lr [steps]; required for WSD, unset otherwise."""
 

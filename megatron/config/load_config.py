@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a checked configuration that remembers where every value came from."""
+"""Loads YAML files and overrides into a checked configuration that remembers where every value came from."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class LoadedConfig:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run leaves its metrics: `log_dir`, else `save`, else runs/<name of the first YAML>."""
+        """Returns the folder of the run's metrics: `log_dir`, else `save`, else runs/<name of the first YAML>."""
         return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.sources[0].stem}")
 
     def batch(self, world_size: int) -> BatchConfig:
-        """The batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""
+        """Resolves the batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""
         return resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)
 
     def replicas(self, world_size: int) -> int:
-        """Copies of the model that `world_size` ranks hold at run time, where there is always one pipeline stage.
+        """Counts the copies of a trained model that `world_size` ranks hold, which have one pipeline stage always.
 
         Raises ConfigError when model_parallel_size does not divide the ranks.
         """
@@ -48,13 +48,13 @@ class LoadedConfig:
 
 
 def load_words(words: Sequence[str]) -> LoadedConfig:
-    """`load_config` of `a.yml b.yml key=value`, in one list."""
+    """Loads the configuration of `a.yml b.yml key=value`, given as one list."""
     files, overrides = split_words(words)
     return load_config([Path(file) for file in files], overrides)
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read, merge, translate and check YAML files and `key=value` overrides.
+    """Reads, merges, translates and checks YAML files and `key=value` overrides.
 
     Raises ConfigError with everything that is wrong. What cannot be read or stands twice is reported before the rest,
     which would be misleading without it.

@@ -35,7 +35,7 @@ DEFAULT_SHARD_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What may be asked of an export."""
+    """Choices of an export."""
 
     precision: Precision = "auto"
     """Format of the weights; auto keeps that of the checkpoint."""
@@ -50,7 +50,7 @@ class ExportOptions:
 
 
 def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, options: ExportOptions) -> float:
-    """Write `output` from a checkpoint and the configuration that describes it; the largest difference of logits.
+    """Writes `output` from a checkpoint and the configuration that describes it; returns the largest logit difference.
 
     Each weight appears under exactly one name of the other side, or it is an error. At the end transformers loads the
     folder, and its logits are compared with ours. Where anything fails, no folder is left. Raises ConfigError when the
@@ -131,7 +131,7 @@ def _set_token_ids(config: PretrainedConfig, tokenizer: TokenizerConfig) -> None
 
 
 def _write_config(folder: Path, config: PretrainedConfig, architecture: HFArchitecture) -> None:
-    """config.json; with it, for a model that transformers does not know by itself, the file that defines it."""
+    """Writes config.json; with it, for a model that transformers does not know by itself, the file that defines it."""
     if config.is_remote_code():
         module = architecture.model_class.__module__.rpartition(".")[2]
         base = architecture.model_class.__name__.removesuffix("ForCausalLM") + "Model"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.neox.keys.table import key_of
-from megatron.config.yaml.write_yaml import write_new_yaml
+from megatron.config.yaml.yaml_files import write_new_yaml
 from megatron.errors import DataError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.hf.import_folder import read_config
@@ -31,7 +31,7 @@ TO_FILL_IN: dict[str, Any] = {
 
 
 def write_config(folder: Path, path: Path) -> None:
-    """Write the YAML of a folder's model, its tokenizer.json and a start for the rest to `path`.
+    """Writes the YAML of a folder's model, its tokenizer.json and a start for the rest to `path`.
 
     Raises CheckpointError for a folder that is none we know, DataError without a tokenizer.json, ConfigError for a
     model that we cannot express, or when `path` exists.

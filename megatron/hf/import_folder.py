@@ -31,7 +31,10 @@ FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidd
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The folder's configuration; code in the folder is not run. Raises CheckpointError when it is none we know."""
+    """Reads the folder's configuration; code in the folder is not run.
+
+    Raises CheckpointError when it is none we know.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no config.json: it is not a Hugging Face folder.")
     try:

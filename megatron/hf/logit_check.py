@@ -15,15 +15,17 @@ NUM_SEQUENCES, MAX_LENGTH = 2, 128
 
 
 def fixed_tokens(vocab_size: int, max_length: int) -> Tensor:
-    """Token ids [B, S] that every check of a vocabulary of this size uses."""
+    """Returns the token ids [B, S] that every check of a vocabulary of this size uses."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (NUM_SEQUENCES, min(max_length, MAX_LENGTH)), generator=generator)
 
 
 def logit_difference(folder: Path, tokens: Tensor, our_logits: Tensor, rows: int) -> float:
-    """Largest difference between the folder's float32 logits and ours [B, S, V] for the first `rows` tokens of the
-    vocabulary, relative to the largest of ours where that is above 1. Raises CheckpointError when a weight is missing,
-    left over or of another shape there, or the difference is above TOLERANCE."""
+    """Compares the folder's float32 logits with ours [B, S, V] for the first `rows` tokens of the vocabulary.
+
+    Returns the largest difference, relative to the largest of ours where that is above 1. Raises CheckpointError when a
+    weight is missing, left over or of another shape there, or the difference is above TOLERANCE.
+    """
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {what: sorted(map(str, names)) for what, names in found.items() if names and what != "error_msgs"}
     if wrong:

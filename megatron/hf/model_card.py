@@ -21,7 +21,7 @@ print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40)))
 
 @dataclass(frozen=True)
 class Publication:
-    """What readers of the card load the model by."""
+    """Name under which readers of the card load the model."""
 
     name: str
     """Folder or repository."""
@@ -30,7 +30,7 @@ class Publication:
 
 
 def model_card(checkpoint: Checkpoint, publication: Publication, dtype: str, vocab_rows: int) -> str:
-    """The card of an export, its weights in `dtype`, of a vocabulary of `vocab_rows` rows."""
+    """Writes the card of an export, its weights in `dtype`, of a vocabulary of `vocab_rows` rows."""
     run, state = checkpoint.config, checkpoint.state
     tokenformer = run.model.architecture == "tokenformer"
     facts = _model_facts(run, vocab_rows, state.vocab_size) | _training_facts(run, state.consumed_train_samples)

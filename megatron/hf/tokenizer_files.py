@@ -46,7 +46,10 @@ def _from_vocab_and_merges(config: TokenizerConfig, ours: Tokenizer) -> tokenize
 
 @TOKENIZER_FILES.register("CharLevelTokenizer")
 def _bytes(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
-    """Byte b is id b. The ids that no text produces have names, since every id of a tokenizer.json must."""
+    """Builds a tokenizer where byte b is id b.
+
+    The ids that no text produces have names, since every id of a tokenizer.json must.
+    """
     vocabulary = {_byte_character(byte): byte for byte in range(2, 256)}
     vocabulary |= {END_OF_DOCUMENT: 0, PADDING: 1} | {f"<|unused{id_}|>": id_ for id_ in range(256, ours.vocab_size)}
     theirs = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=[]))
@@ -56,14 +59,16 @@ def _bytes(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _byte_character(byte: int) -> str:
-    """The character by which byte-level BPE writes a byte (Radford et al. 2019): itself where printable, else the next
-    unused one above 255."""
+    """Returns the character by which byte-level BPE writes a byte (Radford et al. 2019).
+
+    That is the byte itself where it is printable, else the next unused character above 255.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in printable else chr(256 + sum(other not in printable for other in range(byte)))
 
 
 def write_tokenizer(folder: Path, config: TokenizerConfig, max_length: int) -> None:
-    """Write the configured tokenizer into `folder`, and see that transformers reads it and encodes as ours does.
+    """Writes the configured tokenizer into `folder`, and sees that transformers reads it and encodes as ours does.
 
     `max_length` is the longest sequence that the model is meant for [tokens]. Raises DataError when the tokenizer is
     missing or damaged, has no such form, or encodes samples otherwise there.
@@ -93,7 +98,7 @@ def write_tokenizer(folder: Path, config: TokenizerConfig, max_length: int) -> N
 
 
 def _name_the_class_for_all_versions(path: Path) -> None:
-    """transformers 5 writes a name that older versions do not know for the same class."""
+    """Replaces transformers 5's name of the class, which older versions do not know."""
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 

@@ -27,7 +27,7 @@ Report = Callable[[str], None]
 
 @contextmanager
 def repository(repo: str, *, private: bool) -> Iterator[HfApi]:
-    """The hub, with the repository made if it is not there.
+    """Opens the hub, and makes the repository if it is not there.
 
     Raises EnvironmentSetupError without a token, and when the hub refuses or cannot be reached.
     """
@@ -44,8 +44,10 @@ def repository(repo: str, *, private: bool) -> Iterator[HfApi]:
 
 
 def upload_folder(api: HfApi, folder: Path, repo: str, branch: str, report: Report) -> None:
-    """Commit a folder to a branch of an existing repository; a new branch starts from the repository's first commit,
-    so that it holds nothing else."""
+    """Commits a folder to a branch of an existing repository.
+
+    A new branch starts from the repository's first commit, so that it holds nothing else.
+    """
     if branch != MAIN:
         first = api.list_repo_commits(repo)[-1].commit_id
         api.create_branch(repo, branch=branch, revision=first, exist_ok=True)
@@ -56,9 +58,9 @@ def upload_folder(api: HfApi, folder: Path, repo: str, branch: str, report: Repo
 def upload_run(
     api: HfApi, checkpoints: list[Checkpoint], run: RunConfig, repo: str, options: ExportOptions, report: Report
 ) -> None:
-    """Export each checkpoint and commit it to the branch stepN; the newest goes to the main branch as well.
+    """Exports each checkpoint and commits it to the branch stepN; the newest goes to the main branch as well.
 
-    One export is on disk at a time. Branches that are complete are passed over, so an interrupted upload can be
+    One export is on disk at a time. Branches that are complete are skipped, so an interrupted upload can be
     started again.
     """
     for checkpoint, branch in planned_branches(checkpoints):
@@ -73,12 +75,12 @@ def upload_run(
 
 
 def planned_branches(checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:
-    """Each checkpoint with its branch, named as Pythia's, in their order; then the newest with the main branch."""
+    """Pairs each checkpoint with its branch, named as Pythia's, in order; then the newest with the main branch."""
     checkpoints = sorted(checkpoints, key=lambda checkpoint: checkpoint.state.iteration)
     return [*((found, f"step{found.state.iteration}") for found in checkpoints), (checkpoints[-1], MAIN)]
 
 
 def describe_folder(folder: Path) -> str:
-    """Number and size of a folder's files."""
+    """Describes number and size of a folder's files."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     return f"{len(sizes)} files, {sum(sizes):,} bytes"

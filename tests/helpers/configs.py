@@ -77,3 +77,32 @@ def layout_keys(
         "train_micro_batch_size_per_gpu": batch // (data * accumulation),
         "eval_iters": 0,
     }
+
+
+BENCHMARKED: dict[str, Any] = {
+    "architecture": "tokenformer",
+    "num_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+    "pos_emb": "rotary",
+    "rotary_pct": 0.25,
+    "norm": "layernorm_nonparam",
+    "final_norm": "layernorm",
+    "qkv_slot_num": 32,
+    "proj_slot_num": 32,
+    "ffn_slot_num": 64,
+    "output_layer_init_method": "wang_init",
+    "make_vocab_size_divisible_by": 16,
+    "train_iters": 20,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8}},
+    "lr_decay_style": "cosine",
+    "warmup": 0.1,
+    "gradient_clipping": 0.5,
+    "data_path": "nothing/here",
+    "tokenizer_type": "HFTokenizer",
+    "vocab_file": "nothing/here.json",
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import resource
@@ -71,18 +72,23 @@ def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
 
 
 def kill_in_the_middle_of_a_file(iteration: int, rank: int) -> None:
-    """Kill all ranks when `rank` has written half of its largest write in the save of `iteration`."""
+    """Kills all ranks when `rank` has written half of its first large file in the save of `iteration`."""
+    import torch
+
     from megatron.checkpointing.engine import engine_files
 
-    def write(self: Any, data: bytes) -> int:
-        if f".global_step{iteration}.writing" in self.file.name and len(data) > 10_000 and this_rank() == rank:
-            self.file.write(bytes(data)[: len(data) // 2])
-            self.file.flush()
-            kill_all_ranks()
-        return original(self, data)
+    original = engine_files.write_tensors
 
-    original = engine_files._HashedFile.write
-    engine_files._HashedFile.write = write
+    def write(content: Any, path: Path) -> Any:
+        if path.parent.name == f".global_step{iteration}.writing" and this_rank() == rank:
+            whole = io.BytesIO()
+            torch.save(content, whole)
+            if len(whole.getvalue()) > 10_000:
+                path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+                kill_all_ranks()
+        return original(content, path)
+
+    engine_files.write_tensors = write
 
 
 def slow_writes(seconds: float, rank: int | None = None) -> None:

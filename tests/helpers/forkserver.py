@@ -18,7 +18,4 @@ ENVIRONMENT = {
 }
 """Must be set when a process is started, for the first start is also that of the process that is forked."""
 CONTEXT = multiprocessing.get_context("forkserver")
-# DeepSpeed and torch.optim import the last two when the first engine is made.
-CONTEXT.set_forkserver_preload(
-    ["megatron.training.setup", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
-)
+CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])

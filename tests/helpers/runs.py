@@ -187,3 +187,11 @@ def _kill_all() -> None:
     for running in _started:
         if any(process.is_alive() for process in running.processes):
             running.kill()
+
+
+def fails_with(config: Path, *overrides: str) -> str:
+    finished = run_ranks(config, *overrides)
+    assert finished.code == 1, finished.output
+    assert "Traceback" not in finished.output
+    assert not list(config.with_suffix("").glob("*global_step*"))
+    return finished.output

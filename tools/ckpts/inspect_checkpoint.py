@@ -31,7 +31,7 @@ from megatron.checkpointing.states.parameter_layout import layer_layouts
 from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
 from megatron.checkpointing.store.find_checkpoint import survey
 from megatron.checkpointing.store.manifest import damage, unlisted
-from megatron.config.config_differences import differences
+from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
 from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
@@ -127,7 +127,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 def compare(checkpoint: Checkpoint, words: Sequence[str]) -> list[dict[str, Any]]:
     """What differs between the checkpoint's configuration and that of YAML files and overrides."""
     given = load_words(words).run
-    found = differences(checkpoint.config, given)
+    found = changed_values(checkpoint.config, given)
     return [{"key": each.key, "checkpoint": each.first, "given": each.second} for each in found]
 
 

@@ -23,7 +23,7 @@ class Setting:
 
     @property
     def origin(self) -> Origin:
-        """Where the value came from."""
+        """Returns where the value came from."""
         if self.given is None:
             return Origin("derived")
         return Origin(self.given.origin.kind, self.given.key, self.given.origin.file, self.given.origin.line)
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass
 class Translation:
-    """What the given keys amount to."""
+    """The result of translating the given keys."""
 
     settings: dict[str, Setting] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Translation:
 
 
 def translate(given: Mapping[str, Given]) -> Translation:
-    """Look every key up in the table. A null leaves its key unset, as if it were not there."""
+    """Looks every key up in the table. A null leaves its key unset, as if it were not there."""
     translation = Translation()
     flat = {key: item.value for key, item in given.items() if item.value is not None}
     optimizer = _chosen_optimizer(given, flat)
@@ -130,7 +130,7 @@ def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> No
 
 
 def _settle(path: str, setting: Setting, translation: Translation) -> None:
-    """Keep one setting of a path: the command line's before the files'; else two keys must agree."""
+    """Keeps one setting of a path: the command line's before the files'; else two keys must agree."""
     other = translation.settings.get(path)
     if other is None or (other.value != setting.value and _beats(setting, other)):
         translation.settings[path] = setting
@@ -143,7 +143,7 @@ def _beats(setting: Setting, other: Setting) -> bool:
 
 
 def _contradicted_switches(given: Mapping[str, Given], translation: Translation) -> None:
-    """`fp16: {enabled: false}` leaves the precision to other keys, but not to one that says fp16."""
+    """Reports a switch such as `fp16: {enabled: false}` beside a key that selects fp16; any other precision may be."""
     dtype = translation.settings.get("training.precision.dtype")
     for key, excluded in {"fp16.enabled": "fp16", "bf16.enabled": "bf16"}.items():
         switch = given.get(key)
@@ -154,7 +154,7 @@ def _contradicted_switches(given: Mapping[str, Given], translation: Translation)
 
 
 def _complete(translation: Translation) -> None:
-    """Settle what follows from other settings where NeoX's default would not do."""
+    """Settles what follows from other settings where NeoX's default would not do."""
     settings = translation.settings
     if "generation.sample_input_file" in settings:
         settings.setdefault("generation.text_gen_type", Setting("input-file"))

@@ -1,4 +1,4 @@
-"""When and where checkpoints are written and read."""
+"""Checkpoints: where they are written and read, when, and how they are checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Verification = Literal["full", "sizes"]
 
 
 class CheckpointConfig(Section):
-    """When and where checkpoints are written and read."""
+    """Checkpoints: where they are written and read, when, and how they are checked."""
 
     save: str | None = None
     """Folder for this run's checkpoints; None saves nothing."""

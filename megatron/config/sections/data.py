@@ -1,4 +1,4 @@
-"""What the model reads: datasets, their order, and the tokenizer."""
+"""Datasets, their order, and the tokenizer that made them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import NonNegativeInt
 
-from megatron.config.sections.section import Key, Section
+from megatron.config.sections.section import Key, OneOf, Section
+from megatron.registry import variant_names
 
+DatasetFormat = Annotated[str, OneOf(lambda: [*variant_names("megatron.data.formats"), "infer"])]
 TokenizerType = Literal["HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer", "CharLevelTokenizer"]
 
 
 class TokenizerConfig(Section):
-    """How text becomes token ids."""
+    """The tokenizer: text to token ids."""
 
     type: Annotated[TokenizerType, Key("tokenizer_type")] = "GPT2BPETokenizer"
     """Kind of tokenizer."""
@@ -52,7 +54,7 @@ class DataConfig(Section):
     test_data_weights: list[float] | None = None
     """Weights of the test datasets; equal when unset."""
 
-    impl: Annotated[Literal["mmap", "infer"], Key("data_impl", difference="infer means mmap")] = "mmap"
+    impl: Annotated[DatasetFormat, Key("data_impl", difference="infer means mmap")] = "mmap"
     """Dataset format; both names mean NeoX's memory-mapped .bin/.idx files."""
 
     eod_mask_loss: Annotated[

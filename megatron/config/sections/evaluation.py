@@ -1,4 +1,4 @@
-"""What eval.py measures with the Language Model Evaluation Harness, and where the results go."""
+"""Evaluation by eval.py with the Language Model Evaluation Harness, and its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How text is sampled from a trained model."""
+"""Sampling of text from a trained model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.config.sections.section import Key, Section
 
 
 class GenerationConfig(Section):
-    """Sampling."""
+    """Sampling of text: prompts, distribution, lengths, records."""
 
     text_gen_type: Literal["unconditional", "input-file", "interactive"] = "unconditional"
     """Where prompts come from: nowhere, sample_input_file, or the terminal (without one, standard input)."""

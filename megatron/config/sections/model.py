@@ -1,4 +1,4 @@
-"""What the model is: architecture, sizes, initialization. Everything that a checkpoint's weights depend on."""
+"""The model: architecture, sizes, initialization. Everything that a checkpoint's weights depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown and recorded while a run goes on."""
+"""Progress and metrics: what a run shows and records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class WandbConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What is shown and recorded while a run goes on."""
+    """Progress and metrics: what a run shows and records."""
 
     log_interval: PositiveInt = 100
     """Steps between progress lines and metric records [steps]."""

@@ -6,10 +6,9 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
-from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.config.sections.parallel import ParallelConfig
+from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
 from megatron.config.sections.section import Section
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
@@ -31,5 +30,5 @@ class RunConfig(Section):
 
 
 def config_text(run: RunConfig) -> str:
-    """JSON of the resolved configuration; `RunConfig.model_validate_json` reads it back."""
+    """Returns the resolved configuration as JSON; `RunConfig.model_validate_json` reads it back."""
     return run.model_dump_json(indent=2)

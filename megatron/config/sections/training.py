@@ -1,4 +1,4 @@
-"""How the model is trained: batch, precision, optimizer, schedule, recomputation, evaluation."""
+"""Training: batch, precision, optimizer, schedule, recomputation, evaluation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CheckpointedActivations(Section):
 
 
 class NonFiniteConfig(Section):
-    """What happens when a loss or gradient is NaN or infinite on any rank (fp16's search for a scale apart)."""
+    """Reaction to a loss or gradient that is NaN or infinite on any rank (fp16's search for a scale apart)."""
 
     key_prefix = "non_finite_"
 

@@ -11,24 +11,22 @@ from pathlib import Path
 
 from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.yaml.problems import Given, Origin, Problem, problem_with
-from megatron.config.yaml.yaml_reader import Entry, read_value, read_yaml
+from megatron.config.yaml.yaml_files import LocatedValue, read_value, read_yaml
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(names of YAML files, `key=value` overrides) of what a command takes in one list."""
-    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
-    return [word for word in words if word not in overrides], overrides
-
-
 """Form of an override on the command line."""
 
 COMMAND_LINE = Origin("command line")
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates what a command takes in one list: (names of YAML files, `key=value` overrides)."""
+    overrides = [word for word in words if OVERRIDE.fullmatch(word)]
+    return [word for word in words if word not in overrides], overrides
+
+
 def gather(files: Sequence[Path], overrides: Sequence[str]) -> tuple[dict[str, Given], list[Problem]]:
-    """All keys that are set, by flat name, and what is wrong with how they are written."""
+    """Returns all keys that are set, by flat name, and what is wrong with how they are written."""
     given: dict[str, Given] = {}
     problems = list(_repeated_names(files))
     top_level: dict[str, Origin] = {}
@@ -60,14 +58,14 @@ def _add(found: Iterator[Given | Problem], given: dict[str, Given], problems: li
 
 
 def _repeated_names(files: Sequence[Path]) -> Iterator[Problem]:
-    """A run keeps its YAMLs in one folder beside its checkpoints, so their names must differ."""
+    """Reports files of one name: a run keeps its YAMLs in one folder beside its checkpoints."""
     for index, file in enumerate(files):
         for earlier in files[:index]:
             if earlier.name == file.name:
                 yield Problem(str(file), f"another file of this name is given: {earlier}", Origin("file", file=file))
 
 
-def _flatten(entries: Mapping[str, Entry], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+def _flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)

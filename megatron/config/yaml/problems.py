@@ -1,4 +1,4 @@
-"""Where a configuration value came from, and the report of everything that is wrong with a configuration."""
+"""Origins of configuration values, and the report of everything that is wrong with a configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ YamlValue: TypeAlias = "bool | int | float | str | list[YamlValue] | dict[str, Y
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from; prints as `file:line`, `command line`, `default` or `derived`."""
+    """The place that a value came from; prints as `file:line`, `command line`, `default` or `derived`."""
 
     kind: Literal["file", "command line", "default", "derived"]
     key: str = ""
@@ -58,7 +58,7 @@ class Problem:
 
 
 def problem_with(given: Given, message: str) -> Problem:
-    """A problem with the value that a key was given."""
+    """Returns a problem with the value that a key was given."""
     return Problem(str(given), message, given.origin)
 
 
@@ -66,14 +66,14 @@ _NEEDS_QUOTES = re.compile(r"[-+.\d][\w.+-]*|[Tt]rue|[Ff]alse|[Nn]ull|None|~|")
 
 
 def show(value: YamlValue) -> str:
-    """A value as it would stand in a YAML file, shortened when long."""
+    """Writes a value as it would stand in a YAML file, shortened when long."""
     plain = isinstance(value, str) and value.isprintable() and not _NEEDS_QUOTES.fullmatch(value)
     text = value if isinstance(value, str) and plain else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def report(problems: Sequence[Problem], files: Sequence[Path]) -> str:
-    """All problems, in the order of the files and their lines; what no file says comes last."""
+    """Lists all problems, in the order of the files and their lines; what no file says comes last."""
 
     def position(problem: Problem) -> tuple[int, int]:
         file = problem.origin.file

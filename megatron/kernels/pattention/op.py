@@ -1,7 +1,7 @@
 """Pattention with its closed-form gradient: several projections of one input at once, saving scores and no weights.
 
 Shape letters: R rows (tokens of the batch), J projections, p parameter tokens on this rank, D input, N output.
-Reference: megatron/kernels/pattention/reference.py. Tested in tests/kernels/test_pattention.py.
+Reference: megatron/kernels/pattention/reference.py. Tested in tests/unit/kernels/test_pattention.py.
 """
 
 from __future__ import annotations

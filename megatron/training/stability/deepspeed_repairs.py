@@ -1,6 +1,6 @@
 """What DeepSpeed 0.19.8 gets wrong between ranks, put right on the engine that it made.
 
-Tested in tests/parallel/test_agreement.py, where each case fails or waits for ever without its repair.
+Tested in tests/ranks/training/test_agreement.py, where each case fails or waits for ever without its repair.
 """
 
 from __future__ import annotations

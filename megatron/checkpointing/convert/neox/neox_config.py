@@ -10,8 +10,7 @@ import yaml
 from megatron.checkpointing.convert.neox.neox_files import open_neox
 from megatron.checkpointing.convert.neox.neox_model import model_of
 from megatron.config.yaml.problems import report
-from megatron.config.yaml.write_yaml import write_new_yaml
-from megatron.config.yaml.yaml_reader import read_yaml
+from megatron.config.yaml.yaml_files import read_yaml, write_new_yaml
 from megatron.errors import ConfigError
 
 HEADER = """# The configuration that {folder} was trained with, and the vocabulary rows that it has.

@@ -24,7 +24,7 @@ _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 
 
 def architecture_of(value: YamlValue, flat: Flat) -> Converted:
-    """The architecture that an `attention_config` such as [[["tokenformer"], 12]] describes."""
+    """Returns the architecture that an `attention_config` such as [[["tokenformer"], 12]] describes."""
     layers = _attention_layers(value, flat.get("num_layers"))
     known = attention_types()
     for kind in layers:
@@ -40,7 +40,7 @@ def architecture_of(value: YamlValue, flat: Flat) -> Converted:
 
 
 def _attention_layers(value: YamlValue, num_layers: YamlValue) -> list[str]:
-    """One attention type per layer: the list itself when flat, else groups of types times a count or "all"."""
+    """Lists one attention type per layer: the value itself when flat, else groups of types times a count or "all"."""
     malformed = RefusedError('expected [[["tokenformer"], N]] or [[["flash"], N]] for N layers')
     if not isinstance(value, list) or not value:
         raise malformed
@@ -71,7 +71,7 @@ def _norm(value: YamlValue, flat: Flat) -> Converted:
 
 
 def _activation(value: YamlValue, flat: Flat) -> Converted:
-    """NeoX's bias_gelu_fusion replaces exact GeLU by its tanh approximation, whatever `activation` says of gelu."""
+    """Replaces exact GeLU by its tanh approximation under bias_gelu_fusion, as NeoX does whatever `activation` says."""
     activation = flat.get("activation") or "gelu"
     if activation == "gelu" and flat.get("bias_gelu_fusion") is True:
         return "gelu_tanh"

@@ -17,7 +17,7 @@ from megatron.config.neox.keys.output import CHECKPOINT_KEYS, GENERATION_KEYS, M
 from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS
 from megatron.config.neox.keys.training import TRAINING_KEYS
 from megatron.config.optimizer import OptimizerFacts, registered_optimizers
-from megatron.config.section_fields import Field, fields
+from megatron.config.sections.section_fields import Field, fields
 
 OTHER_KEYS: Mapping[str, Mapping[str, TableEntry]] = {
     "model": MODEL_KEYS,

@@ -33,7 +33,7 @@ def _dtype(value: YamlValue, flat: Flat) -> Converted:
 
 
 def _fp16_switch(value: YamlValue, flat: Flat) -> Converted:
-    """True selects fp16, or bf16 with NeoX's older `fp16: {enabled: true, type: bfloat16}`."""
+    """Selects fp16, or bf16 with NeoX's older `fp16: {enabled: true, type: bfloat16}`."""
     if value is not True:
         return UNSET
     return "bf16" if flat.get("fp16.type") == "bfloat16" else "fp16"

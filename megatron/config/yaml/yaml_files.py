@@ -1,0 +1,213 @@
+"""Reads a YAML file into values that remember their lines, and writes new ones.
+
+NeoX's YAMLs are YAML 1.1 read by PyYAML, whose surprises are not kept: `6e-4` is a number here, `12:30` and `010` are
+text, only `true` and `false` are booleans (`yes`, `no`, `on` and `off` are text: some keys take `on` or `off`),
+`None` is null like `null` and `~`, and a duplicate key is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.composer import Composer
+from yaml.parser import Parser
+from yaml.reader import Reader, ReaderError
+from yaml.resolver import BaseResolver
+from yaml.scanner import Scanner
+
+from megatron.config.yaml.problems import Origin, Problem, YamlValue
+from megatron.errors import ConfigError
+
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Resolver(BaseResolver):
+    """Types of plain scalars; everything that matches nothing here is text."""
+
+
+for _kind, _pattern in (
+    ("null", r"~|null|Null|NULL|None|"),
+    ("bool", r"true|True|TRUE|false|False|FALSE"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)"),
+    ("float", r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+):
+    _Resolver.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"(?:{_pattern})\\Z"), None)
+
+
+class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
+    """Composes nodes without constructing objects."""
+
+    def __init__(self, stream: bytes | str) -> None:
+        Reader.__init__(self, stream)
+        Scanner.__init__(self)
+        Parser.__init__(self)
+        Composer.__init__(self)
+        _Resolver.__init__(self)
+
+
+@dataclass(frozen=True)
+class LocatedValue:
+    """A value in a YAML file; mappings hold further ones under keys with underscores."""
+
+    value: bool | int | float | str | list[YamlValue] | dict[str, LocatedValue] | None
+    line: int
+
+    def plain(self) -> YamlValue:
+        """Returns the value without line numbers."""
+        if isinstance(self.value, dict):
+            return {key: entry.plain() for key, entry in self.value.items()}
+        return self.value
+
+
+def read_yaml(file: Path) -> tuple[dict[str, LocatedValue], list[Problem]]:
+    """Reads the top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        return {}, [Problem(str(file), f"cannot be read: {error.strerror}", Origin("file", file=file))]
+    return _Document(file).entries(content)
+
+
+def read_value(text: str) -> tuple[LocatedValue, list[Problem]]:
+    """Reads a value given on the command line, written as in a YAML file."""
+    return _Document(None).value(text)
+
+
+def write_new_yaml(path: Path, header: str, keys: Mapping[str, Any]) -> None:
+    """Writes `header` and `keys` to `path`, which --write-config names.
+
+    Raises ConfigError when the file exists, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(header + yaml.safe_dump(dict(keys), sort_keys=False))
+    except FileExistsError as error:
+        raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
+    except OSError as error:
+        raise ConfigError(f"--write-config {path}: cannot be written ({error.strerror}).") from error
+
+
+class _Document:
+    """Turns composed nodes into entries, and collects what is wrong on the way."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.problems: list[Problem] = []
+        self._open_nodes: set[int] = set()
+
+    def entries(self, content: bytes) -> tuple[dict[str, LocatedValue], list[Problem]]:
+        node = self._compose(content)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node), self.problems
+        if node is not None and node.tag != f"{_TAG}null":
+            self._wrong(node, "expected keys and values")
+        return {}, self.problems
+
+    def value(self, text: str) -> tuple[LocatedValue, list[Problem]]:
+        node = self._compose(text)
+        return (LocatedValue(None, 0) if node is None else self._entry(node)), self.problems
+
+    def _compose(self, content: bytes | str) -> yaml.Node | None:
+        try:
+            node = _Loader(content).get_single_node()
+        except yaml.MarkedYAMLError as error:
+            self._syntax_error(error, content)
+            return None
+        except ReaderError as error:
+            self._add(0, f"is not UTF-8 text: {error.reason} at position {error.position}")
+            return None
+        return node if isinstance(node, yaml.Node) else None
+
+    def _syntax_error(self, error: yaml.MarkedYAMLError, content: bytes | str) -> None:
+        mark, problem = error.problem_mark, str(error.problem)
+        line = mark.line + 1 if mark else 0
+        if mark and isinstance(content, bytes) and problem.startswith("expected ',' or"):
+            expected = problem.partition(", but")[0]
+            self._add(_end_of_item(content, mark), f"not valid YAML: {expected} at the end of this line")
+            return
+        context = f"{error.context}, " if error.context else ""
+        self._add(line, f"not valid YAML: {context}{problem}")
+
+    def _add(self, line: int, message: str) -> None:
+        where = "command line" if self.file is None else f"{self.file}:{line}" if line else str(self.file)
+        self.problems.append(Problem(where, message, Origin("file", file=self.file, line=line)))
+
+    def _wrong(self, node: yaml.Node, message: str) -> None:
+        self._add(_line(node), message)
+
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, LocatedValue]:
+        self._require_tag(node, "map")
+        entries: dict[str, LocatedValue] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+                self._wrong(key_node, "expected a plain key; merge several files instead of `<<` or composite keys")
+                continue
+            key = key_node.value.replace("-", "_")
+            if key in entries:
+                self._wrong(key_node, f"duplicate key {key_node.value}; also on line {entries[key].line}")
+                continue
+            entries[key] = LocatedValue(self._entry(value_node).value, _line(key_node))
+        return entries
+
+    def _entry(self, node: yaml.Node) -> LocatedValue:
+        line = _line(node)
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if id(node) in self._open_nodes:
+            self._wrong(node, "an alias that contains itself")
+            return LocatedValue(None, line)
+        self._open_nodes.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return LocatedValue(self._mapping(node), line)
+            self._require_tag(node, "seq")
+            return LocatedValue([self._entry(item).plain() for item in _items(node)], line)
+        finally:
+            self._open_nodes.remove(id(node))
+
+    def _require_tag(self, node: yaml.Node, tag: str) -> None:
+        if node.tag != _TAG + tag:
+            self._wrong(node, f"the tag {node.tag} is not allowed")
+
+    def _scalar(self, node: yaml.ScalarNode) -> LocatedValue:
+        text: str = node.value
+        line = _line(node)
+        match node.tag.removeprefix(_TAG):
+            case "null":
+                return LocatedValue(None, line)
+            case "bool":
+                return LocatedValue(text.lower() == "true", line)
+            case "int":
+                return LocatedValue(int(text.replace("_", ""), 16 if "x" in text else 10), line)
+            case "float":
+                return LocatedValue(float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))), line)
+            case "str":
+                return LocatedValue(text, line)
+        self._wrong(node, f"the tag {node.tag} is not allowed")
+        return LocatedValue(None, line)
+
+
+def _end_of_item(content: bytes, mark: yaml.Mark) -> int:
+    """Returns the line, from 1, on which the item before `mark` ends: where a comma is missing."""
+    lines = content.decode(errors="replace").splitlines()
+    index = min(mark.line, len(lines) - 1)
+    if not lines[index][: mark.column].strip():
+        index -= 1
+    while index > 0 and lines[index].partition("#")[0].strip() == "":
+        index -= 1
+    return index + 1
+
+
+def _items(node: yaml.Node) -> Iterator[yaml.Node]:
+    yield from node.value
+
+
+def _line(node: yaml.Node) -> int:
+    line: int = node.start_mark.line
+    return line + 1

@@ -1,0 +1,131 @@
+"""Tiers of tests by folder, and the datasets, configurations and checkpoints that all tiers read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.helpers.configs import TOKENFORMER, write_dataset
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.store.checkpoint import Checkpoint
+    from tests.helpers.layout_runs import Layout, Runs
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test with its tier: the name of the folder in tests/ that it stands in."""
+    for item in items:
+        item.add_marker(item.path.relative_to(TESTS).parts[0])
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a dataset whose bytes are predictable enough to learn from."""
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "text_document")
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, dataset: Path) -> Callable[..., Path]:
+    """Writes a YAML from a base and changes; data, checkpoints and index caches go to the test's folder."""
+
+    def write(base: dict[str, Any], name: str = "tiny", **changes: Any) -> Path:
+        folders = {"data_path": str(dataset), "save": str(tmp_path / name), "index_cache_dir": str(tmp_path / "index")}
+        path = tmp_path / f"{name}.yml"
+        path.write_text(yaml.safe_dump(base | folders | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tokenformer(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A TokenFormer's checkpoint of one rank, float32; tests only read it."""
+    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
+
+    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("tokenformer"), MODELS["l2_norm_gelu"]))
+
+
+@pytest.fixture(scope="session")
+def pythia(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A Pythia's checkpoint of one rank, float32; tests only read it."""
+    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
+
+    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("pythia"), MODELS["pythia"]))
+
+
+@pytest.fixture(scope="session")
+def exported(tokenformer: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder exported from the TokenFormer's checkpoint."""
+    from tests.helpers.tiny_checkpoints import export
+
+    return export(tokenformer, tmp_path_factory.mktemp("exported") / "hf")
+
+
+@pytest.fixture(scope="session")
+def eval_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a tiny TokenFormer that reads 64 tokens, and whose tokens all have a text."""
+    from tests.helpers.eval_models import write_eval_config
+
+    return write_eval_config(tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture(scope="session")
+def eval_checkpoint(eval_config: Path) -> Checkpoint:
+    """The checkpoint of one rank that belongs to `eval_config`."""
+    from tests.helpers.tiny_checkpoints import make_checkpoint
+
+    return make_checkpoint(eval_config)
+
+
+@pytest.fixture(scope="session")
+def eval_export(eval_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder exported from `eval_checkpoint`."""
+    from tests.helpers.tiny_checkpoints import export
+
+    return export(eval_checkpoint, tmp_path_factory.mktemp("eval_export") / "hf")
+
+
+@pytest.fixture(scope="session")
+def eval_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An include path with the tasks of tests/helpers/eval_tasks.py."""
+    from tests.helpers.eval_tasks import write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="session")
+def synchronous(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A run that nobody touches, whose saves are waited for."""
+    from tests.helpers.async_saves import write
+    from tests.helpers.runs import train
+
+    config = write(tmp_path_factory.mktemp("synchronous"), dataset, async_save=False)
+    train(config, ranks=2)
+    return config.with_suffix("")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs in several layouts, each trained when it is first asked for."""
+    from tests.helpers.layout_runs import Runs
+
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def copy(runs: Runs, tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint of the first half that the test may change, without a conversion."""
+
+    def make(layout: Layout, keys: dict[str, Any] = TOKENFORMER, name: str = "tokenformer") -> Path:
+        source = runs.half(layout, keys, name)
+        shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("universal*"))
+        return tmp_path / source.name
+
+    return make

@@ -1,0 +1,50 @@
+"""Checkpoints of every layout are read on one rank and on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.checkpointing.store.checkpoint import Checkpoint, read_checkpoint
+from megatron.loaded_model.loaded_model import load_inference_model
+from megatron.mpu.context import ParallelContext
+from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny_checkpoints import make_checkpoint, tokens, whole_model, write_yaml
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensor", "pipe"),
+    [
+        (TOKENFORMER, 2, 2),
+        (PYTHIA, 2, 1),
+        pytest.param(PYTHIA | {"no_weight_tying": False}, 1, 2, marks=pytest.mark.full),
+        pytest.param(TOKENFORMER | {"no_weight_tying": True}, 2, 1, marks=pytest.mark.full),
+    ],
+)
+def test_any_layout_is_read_on_one_rank_and_on_two(
+    settings: dict[str, object], tensor: int, pipe: int, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(write_yaml(tmp_path, settings), tensor=tensor, pipe=pipe)
+    with torch.no_grad():
+        want = whole_model(checkpoint.config)(tokens())
+    one = load_inference_model(checkpoint.config, checkpoint, ParallelContext.single(), CPU).logits(tokens())
+    torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
+    for logits in run_distributed(_logits_on_two_ranks, 2, checkpoint.path):
+        torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-4)
+
+
+def _logits_on_two_ranks(path: Path) -> Tensor:
+    checkpoint = read_checkpoint(path)
+    return load_inference_model(checkpoint.config, checkpoint, ParallelContext.create(2, 1), CPU).logits(tokens())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A TokenFormer's, of one rank."""
+    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("checkpoint"), TOKENFORMER))

@@ -1,0 +1,32 @@
+"""The smallest shipped recipe of each architecture takes two steps on a CPU, at a batch and sequence that fit one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.records import records
+from tests.helpers.runs import ROOT, train
+
+SMALL = [
+    "train_batch_size=2",
+    "train_micro_batch_size_per_gpu=1",
+    "seq_length=32",
+    "train_iters=2",
+    "log_interval=1",
+    "eval_iters=0",
+    "num_workers=0",
+    "fp16.enabled=false",
+    "tokenizer_type=CharLevelTokenizer",
+]
+
+
+@pytest.mark.parametrize("recipe", ["tokenformer/150M", "pythia/14M"])
+def test_two_steps(recipe: str, dataset: Path, tmp_path: Path) -> None:
+    folders = [f"data_path={dataset}", f"log_dir={tmp_path}", f"index_cache_dir={tmp_path}"]
+    train(ROOT / "configs" / f"{recipe}.yml", *SMALL, *folders, output=tmp_path)
+    losses = records(tmp_path, "train/lm_loss")
+    # Untrained models over 50,304 tokens: near ln 50304 = 10.83.
+    assert list(losses) == [1, 2]
+    assert all(10.0 < loss < 12.0 for loss in losses.values())

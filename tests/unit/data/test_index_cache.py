@@ -1,0 +1,98 @@
+"""Cached indices equal built ones, are built once, and never serve other data."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from megatron.data.order import index_cache
+from megatron.data.order.sample_index import build_sample_index
+from megatron.errors import DataError
+from tests.helpers.index_requests import REQUEST, SIZES, assert_right, read
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "cache"
+    assert_right(read(path))
+    return path
+
+
+def test_second_reader_maps_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_cache, "build_sample_index", None)
+    index = read(folder)
+    assert_right(index)
+    assert all(isinstance(array.base, np.memmap) for array in vars(index).values())
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_more_samples_of_the_same_epochs_share_an_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_cache, "build_sample_index", None)
+    assert_right(read(folder, request=(range(5, 50), 401, 8, 11)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "request_"),
+    [
+        (SIZES[::-1].copy(), REQUEST),
+        (SIZES, (range(4, 50), 400, 8, 11)),
+        (SIZES, (range(5, 50), 400, 9, 11)),
+        (SIZES, (range(5, 50), 400, 8, 12)),
+        (SIZES, (range(5, 50), 4000, 8, 11)),
+    ],
+    ids=["sizes", "documents", "sequence length", "seed", "epochs"],
+)
+def test_other_requests_get_their_own_index(
+    folder: Path, sizes: npt.NDArray[np.integer], request_: tuple[range, int, int, int]
+) -> None:
+    index = read(folder, sizes, request_)
+    want = build_sample_index(sizes, *request_)
+    np.testing.assert_array_equal(index.shuffle_idx, want.shuffle_idx)
+    np.testing.assert_array_equal(index.sample_idx, want.sample_idx)
+    assert len(list(folder.glob("*.npy"))) == 6
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("a cache file was unpickled",))
+
+
+def _pickled(path: Path) -> None:
+    np.save(path, np.array([Bomb()], dtype=object), allow_pickle=True)
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _of_another_index(path: Path) -> None:
+    np.save(path, np.zeros((3, 2), dtype=np.int32))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncated,
+        _pickled,
+        _of_another_index,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(pickle.dumps(1)),
+    ],
+    ids=["truncated", "pickled objects", "another index", "empty", "no .npy"],
+)
+def test_damaged_file_is_built_again(folder: Path, damage: object, caplog: pytest.LogCaptureFixture) -> None:
+    (path,) = folder.glob("*_sample_idx.npy")
+    damage(path)
+    assert_right(read(folder))
+    assert "is damaged" in caplog.text
+    caplog.clear()
+    assert_right(read(folder))
+    assert caplog.text == ""
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/cache: .*Set index_cache_dir"):
+        read(tmp_path / "file" / "cache")
