@@ -13,11 +13,10 @@ from megatron.config.sections.monitor import WandbConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.monitor.redaction import redact
 from megatron.monitor.writers.metrics_writer import lost_on
-from megatron.registry import require
+from megatron.registry import install_extra, require
 
 _logger = logging.getLogger(__name__)
 
-_HOW_TO_GET = "Install it with: pip install -r requirements/monitor.txt"
 _RUN_ID_FILE = "wandb_run_id.txt"
 
 
@@ -29,8 +28,8 @@ class TensorBoardWriter:
 
         Raises EnvironmentSetupError where the package is missing, BackendLostError where the folder cannot be written.
         """
-        require("tensorboard", "tensorboard_dir", _HOW_TO_GET)
-        summary = require("torch.utils.tensorboard", "tensorboard_dir", _HOW_TO_GET)
+        require("tensorboard", "tensorboard_dir", install_extra("monitor"))
+        summary = require("torch.utils.tensorboard", "tensorboard_dir", install_extra("monitor"))
         with self._guarded():
             self._writer = summary.SummaryWriter(log_dir=str(folder), purge_step=resume_iteration + 1)
 
@@ -69,8 +68,8 @@ class WandbWriter:
         Raises EnvironmentSetupError where the package or the credentials are missing, BackendLostError where the server
         cannot be reached.
         """
-        wandb = require("wandb", "use_wandb", _HOW_TO_GET)
-        mailbox = require("wandb.sdk.mailbox", "use_wandb", _HOW_TO_GET)
+        wandb = require("wandb", "use_wandb", install_extra("monitor"))
+        mailbox = require("wandb.sdk.mailbox", "use_wandb", install_extra("monitor"))
         # wandb talks to a process of its own: its errors, and those of a lost connection to that process.
         self._errors = (wandb.Error, mailbox.MailboxClosedError, mailbox.HandleAbandonedError, OSError)
         # Silent also means that wandb fails for want of a key instead of asking, while other ranks wait.

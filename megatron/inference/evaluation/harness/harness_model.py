@@ -1,6 +1,6 @@
 """A model of ours as lm-eval sees it: text in, likelihoods and generated text out.
 
-Needs lm-eval (requirements/eval.txt).
+Needs lm-eval (the extra `eval`).
 """
 
 from __future__ import annotations

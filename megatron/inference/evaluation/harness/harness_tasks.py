@@ -1,6 +1,6 @@
 """Tasks of lm-eval by name, with everything that can be wrong with them found out before a model is loaded.
 
-Needs lm-eval (requirements/eval.txt).
+Needs lm-eval (the extra `eval`).
 """
 
 from __future__ import annotations
