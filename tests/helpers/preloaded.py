@@ -9,11 +9,16 @@ from pathlib import Path
 
 import yaml
 
+from megatron.config.load_config import load_config
+from megatron.data.tokenizer import build_tokenizer
+from megatron.model.causal_lm import VocabSize, build_local
+from tests.helpers.configs import PYTHIA, TOKENFORMER
+
 for module in (
     "deepspeed",
     "train",
     "megatron.launch.environment",
-    "megatron.training.setup",
+    "megatron.training.pretrain",
     # Imported when the first engine is made.
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -21,11 +26,6 @@ for module in (
     "torch.utils.serialization",
 ):
     importlib.import_module(module)
-
-from megatron.config.load_config import load_config
-from megatron.data.tokenizer import build_tokenizer
-from megatron.model.causal_lm import VocabSize, build_local
-from tests.helpers.configs import PYTHIA, TOKENFORMER
 
 with tempfile.TemporaryDirectory() as folder:
     for name, base in {"tokenformer": TOKENFORMER, "pythia": PYTHIA}.items():

@@ -13,7 +13,7 @@ import yaml
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.config.load_config import load_config
-from megatron.training import setup
+from megatron.training.pretrain import pretrain_in_group
 from tests.helpers.distributed import run_on_new_ranks
 
 Curve = list[tuple[float, float]]
@@ -86,5 +86,5 @@ def train_on_this_rank(config: Path, probe: type[Probe]) -> Any:
         return loss
 
     with mock.patch.object(PipelineEngine, "train_batch", train_batch):
-        setup.pretrain_in_group(loaded.run, loaded.batch(torch.distributed.get_world_size()), loaded.run_folder)
+        pretrain_in_group(loaded.run, loaded.batch(torch.distributed.get_world_size()), loaded.run_folder)
     return probes[0].result()

@@ -1,4 +1,4 @@
-"""Draw the packages by floor, and the way of one batch through them: docs/architecture.svg.
+"""Draws the packages by floor, and the way of one batch through them: docs/architecture.svg.
 
     python tools/plots/draw_architecture.py [--output docs/architecture.svg]
 
@@ -130,8 +130,8 @@ def draw_package(
     axes.text(x + 0.8, top - 0.32, "\n".join(lines), fontsize=8.8, color="#333333", va="top", linespacing=1.25)
     if number is not None:
         circle = {"boxstyle": "circle,pad=0.25", "fc": BATCH, "ec": "none"}
-        style = {"fontsize": 9, "color": "white", "va": "center", "ha": "center"}
-        axes.text(x + width - 1.3, top - 0.17, str(number), bbox=circle, **style)
+        place_of_number = (x + width - 1.3, top - 0.17)
+        axes.text(*place_of_number, str(number), bbox=circle, fontsize=9, color="white", va="center", ha="center")
     inner = rooms(name)
     step = (width - 1.2) / max(len(inner), 1)
     if step < NARROW:
@@ -143,8 +143,8 @@ def draw_package(
         _box(axes, (left, y + 0.06, step - 0.4, 0.5), ROOM, "#b5b5b5")
         axes.text(left + 0.4, y + 0.44, room, fontsize=8.6, fontweight="bold", color="#333333", va="center")
         lines = textwrap.wrap(what, width=int(step * LETTERS_PER_UNIT * 1.12), break_on_hyphens=False)[:2]
-        style = {"fontsize": 7.6, "color": "#555555", "va": "top", "linespacing": 1.2}
-        axes.text(left + 0.4, y + 0.34, "\n".join(lines), **style)
+        text = "\n".join(lines)
+        axes.text(left + 0.4, y + 0.34, text, fontsize=7.6, color="#555555", va="top", linespacing=1.2)
 
 
 def _box(axes: Axes, place: tuple[float, float, float, float], face: str, edge: str) -> None:

@@ -1,16 +1,15 @@
-"""What changes from step to step outside the engine, and what a callback gets to see."""
+"""The place of a run among its steps, and the step that it has just taken."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
 
 @dataclass
 class Progress:
-    """Where the run stands."""
+    """Counts of what a run has done; the loop and its callbacks keep them up to date."""
 
     iteration: int = 0
     """Optimizer steps done [steps]."""
@@ -49,13 +48,3 @@ class Step:
 
     metrics: dict[str, float] = field(default_factory=dict)
     """What callbacks measured at this step; those that come later in the list see it."""
-
-
-class Callback(Protocol):
-    """Something that happens around the training steps, on every rank."""
-
-    def before_training(self) -> None:
-        """Called once, before the first step."""
-
-    def after_step(self, step: Step) -> None:
-        """Called after every step."""
