@@ -6,12 +6,13 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron.config.load_config import load_words
-from megatron.config.sections.run_config import RunConfig
+if TYPE_CHECKING:
+    from megatron.config.sections.run_config import RunConfig
 
 
 def tool_parser(description: str | None) -> argparse.ArgumentParser:
@@ -41,6 +42,8 @@ def add_config_source(parser: argparse.ArgumentParser, source: str) -> None:
 
 def read_config_source(args: argparse.Namespace, source: str, write_config: Callable[[Path], None]) -> RunConfig:
     """Reads the configuration that the arguments name; with --write-config, `write_config` writes it first."""
+    from megatron.config.load_config import load_words
+
     if args.write_config is not None:
         path = Path(args.write_config[0])
         write_config(path)

@@ -5,7 +5,6 @@ Every step is a command that a user could type, and is printed before it runs. E
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from megatron_tokenformer import run_tool
 
 from megatron.errors import UserError
+from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("demo")
@@ -34,7 +34,7 @@ class DemoError(UserError):
 
 def main(argv: Sequence[str]) -> int:
     """Runs all steps, then prints a report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = tool_parser(__doc__)
     parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
     text: Path | None = parser.parse_args(argv).text
     started = time.monotonic()

@@ -6,7 +6,6 @@ python tools/generate_config_docs.py --check    say whether they are current, by
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_k
 from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import Schema, describe, schema_of
 from megatron.config.yaml.problems import YamlValue, show
+from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ trains `demo.yml`.
 
 def main(argv: Sequence[str]) -> int:
     """Writes or checks the generated files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is out of date")
     options = parser.parse_args(argv)
     stale = [file for file, text in generated().items() if not file.exists() or file.read_text("utf-8") != text]

@@ -11,7 +11,6 @@ samples of a step", "Return the samples" or "Which samples". No rule of spelling
 
 from __future__ import annotations
 
-import argparse
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from functools import cache
 from pathlib import Path
 
 from megatron_tokenformer import run_tool
+
+from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKED = ("megatron/**/*.py", "tools/**/*.py", "*.py")
@@ -45,7 +46,7 @@ class WrongOpening:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the docstrings that begin wrongly; returns 1 when there are any, and with --list always 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="end with 0 whatever there is")
     options = parser.parse_args(argv)
     found = sorted(wrong_openings(ROOT, checked_files()), key=lambda each: (each.file, each.line))

@@ -10,7 +10,6 @@ has a reason as well. The reasons stand in lone_importers.toml.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,8 @@ from megatron_tokenformer import run_tool
 
 import grimp
 
+from tools.command_line import tool_parser
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron"
 REASONS = Path(__file__).with_name("lone_importers.toml")
@@ -27,7 +28,7 @@ REASONS = Path(__file__).with_name("lone_importers.toml")
 
 def main(argv: Sequence[str]) -> int:
     """Prints the modules without a reason and the stale reasons; returns 1 when there are any, with --list always 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="show every module with at most one importer")
     options = parser.parse_args(argv)
     lone = {module: importers for module, importers in importers_of(ROOT, PACKAGE).items() if len(importers) < 2}

@@ -14,7 +14,6 @@ the held-out tokens under the frequencies of the training tokens.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import json
@@ -43,6 +42,7 @@ from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix
 from megatron.data.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError
 from megatron.io.durable import atomic_write
+from tools.command_line import tool_parser
 
 HELD_OUT = 0.05  # share of the characters
 SMALLEST_TEXT = 20_000  # characters
@@ -59,7 +59,7 @@ Group = list[str]
 
 def main(argv: Sequence[str]) -> int:
     """Prepares the data in the given folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for all files")
     parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (2048)")

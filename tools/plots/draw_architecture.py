@@ -8,7 +8,6 @@ docstrings; so the picture says what is so. A test compares it with the file.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import textwrap
@@ -22,6 +21,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "docs" / "architecture.svg"
@@ -46,7 +47,7 @@ ONE_BATCH = (
 
 def main(argv: Sequence[str]) -> int:
     """Draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (docs/architecture.svg)")
     options = parser.parse_args(argv)
     options.output.parent.mkdir(parents=True, exist_ok=True)

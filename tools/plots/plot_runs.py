@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter
 
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
+from tools.command_line import tool_parser
 from tools.plots.run_records import RunRecord, load_runs, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -241,7 +242,7 @@ def _name_lines(axes: Sequence[Axes], runs: Sequence[RunRecord], panels: Sequenc
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the runs, panels and output of the command line."""
-    parser = argparse.ArgumentParser(description="Draw the curves of one or many runs.")
+    parser = tool_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help=".png, .pdf or .svg to write")

@@ -8,7 +8,6 @@ the default ones are those of the TokenFormer paper. Files about the same model 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 from megatron.errors import ConfigError, DataError
 from megatron.inference.evaluation.results_file import metrics_of
 from megatron.monitor.format_quantities import format_count
+from tools.command_line import tool_parser
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (
@@ -200,7 +200,7 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
 
 def main(argv: Sequence[str]) -> int:
     """Writes the three files. Raises DataError for files that are no results, ConfigError for a malformed column."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC")
