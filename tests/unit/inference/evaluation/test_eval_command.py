@@ -203,7 +203,7 @@ def test_all_checkpoints_can_be_read_before_the_first_is_scored(
 
 def test_without_lm_eval(eval_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.registry.is_installed", lambda package: package != "lm_eval")
-    with pytest.raises(EnvironmentSetupError, match=r"'lm_eval'.*pip install -r requirements/eval\.txt"):
+    with pytest.raises(EnvironmentSetupError, match=r"'lm_eval'.*pip install -e '\.\[eval\]'"):
         run_eval(eval_config, "--eval_tasks", "piqa")
 
 
