@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     prepare_environment()
     if os.environ["RANK"] == "0":
         print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
-    from megatron.training.setup import pretrain
+    from megatron.training.pretrain import pretrain
 
     return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)
 

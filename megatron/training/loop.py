@@ -2,68 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any
 
-from megatron.config.sections.training import BatchConfig, TrainingConfig
-from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
+from megatron.training.callback import Callback, told_of_the_end
+from megatron.training.progress import Step
 from megatron.training.stability.non_finite import must_roll_back
-from megatron.training.stability.step_guard import StepGuard
-from megatron.training.step import Callback, Progress, Step
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
+from megatron.training.training_context import TrainingContext
 
 
 class Ending(Enum):
-    """Why the loop has ended."""
+    """The reason for which the loop has ended."""
 
     FINISHED = "all steps are taken"
     STOPPED = "a signal or a limit has ended the run, and what it did is saved"
     ROLL_BACK = "the run is to go on from its last checkpoint"
 
 
-def train(
-    engine: PipelineEngine,
-    batches: Iterator[Any],
-    progress: Progress,
-    training: TrainingConfig,
-    batch: BatchConfig,
-    guard: StepGuard,
-    context: ParallelContext,
-    callbacks: Sequence[Callback],
-) -> Ending:
-    """Take optimizer steps until train_iters, calling every callback after each; `progress` is kept up to date.
+def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Ending:
+    """Takes optimizer steps until train_iters, calling every callback after each, and keeps `context.progress`.
 
     A request to stop takes effect after a step, so that every start makes progress. Raises NonFiniteError for a step
     that is not finite, as far as the policy says so.
     """
-    stop = guard.stop
+    run, progress, training = context.run, context.progress, context.run.config.training
+    batches = run.data.read("train", progress.consumed_train_samples)
     for callback in callbacks:
-        callback.before_training()
-    while progress.iteration < training.train_iters:
-        seed_dropout(training.seed, progress.iteration, context)
-        learning_rate = engine.lr_scheduler.get_last_lr()[0]
-        loss = engine.train_batch(batches)
-        progress.iteration += 1
-        progress.consumed_train_samples += batch.global_batch_size
-        if must_roll_back(guard, progress, training.non_finite, batch):
-            return Ending.ROLL_BACK
-        is_last = progress.iteration == training.train_iters
-        step = Step(
-            progress.iteration,
-            loss.detach().float(),
-            learning_rate,
-            is_last=is_last,
-            ends_run=is_last or _exits_at(progress.iteration, training.exit_interval),
-            left_out=guard.step_was_left_out,
-        )
+        batches = callback.wrap_batches(batches)
+    with told_of_the_end(callbacks):
         for callback in callbacks:
-            callback.after_step(step)
-        if (step.ends_run or stop.agreed) and not is_last:
-            return Ending.STOPPED
+            callback.start()
+        while progress.iteration < training.train_iters:
+            seed_dropout(training.seed, progress.iteration, run.parallel)
+            learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
+            loss = run.engine.train_batch(batches)
+            progress.iteration += 1
+            progress.consumed_train_samples += run.batch.global_batch_size
+            if must_roll_back(run.guard, progress, training.non_finite, run.batch):
+                return Ending.ROLL_BACK
+            is_last = progress.iteration == training.train_iters
+            step = Step(
+                progress.iteration,
+                loss.detach().float(),
+                learning_rate,
+                is_last=is_last,
+                ends_run=is_last or _exits_at(progress.iteration, training.exit_interval),
+                left_out=run.guard.step_was_left_out,
+            )
+            for callback in callbacks:
+                callback.after_step(step)
+            if (step.ends_run or context.stop.agreed) and not is_last:
+                return Ending.STOPPED
     return Ending.FINISHED
 
 

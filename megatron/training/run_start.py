@@ -1,4 +1,4 @@
-"""Where a run starts: fresh, from its own last checkpoint, or from another run's weights."""
+"""Finds the start of a run: fresh, from its own last checkpoint, or from another run's weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron.checkpointing.engine.loading import load_checkpoint, load_weights
 from megatron.checkpointing.states.same_model import model_differences
 from megatron.checkpointing.store.checkpoint import Checkpoint, checkpoint_paths
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
@@ -16,13 +18,18 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.data.data_fingerprint import fingerprint_differences
 from megatron.errors import CheckpointError, ConfigError, NonFiniteError, os_errors_as
+from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import on_first_rank
-from megatron.training.step import Progress
+from megatron.mpu.context import ParallelContext
+from megatron.training.progress import Progress
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run begins with."""
+class RunStart:
+    """The state that a run begins with."""
 
     run_id: str
     """The run that the checkpoints to come belong to."""
@@ -40,7 +47,7 @@ class Start:
     """Whether the optimizer's state comes from the checkpoint."""
 
     def __str__(self) -> str:
-        """Where the run starts, in a sentence for its log."""
+        """Names the start in a sentence for the run's log."""
         if self.checkpoint is None:
             return "starting from initial weights"
         if not self.continues:
@@ -48,8 +55,8 @@ class Start:
         return f"going on from {self.checkpoint.path}, {self.progress.iteration} steps done"
 
 
-def find_start(config: RunConfig) -> Start:
-    """Decide where to start. Collective; the same on every rank.
+def find_start(config: RunConfig) -> RunStart:
+    """Decides where a run starts. Collective; the same on every rank.
 
     `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
     checkpoint; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
@@ -67,11 +74,28 @@ def find_start(config: RunConfig) -> Start:
     return start
 
 
-def roll_back(config: CheckpointConfig, start: Start, progress: Progress) -> Start:
-    """Where a run goes on after a step that was not finite: at its newest whole checkpoint, with samples that it has
-    not seen. Collective.
+def load_start(
+    start: RunStart, engine: PipelineEngine, config: RunConfig, context: ParallelContext, vocab: VocabSize
+) -> None:
+    """Loads what the run begins with into its engine; nothing for a fresh run. Collective.
 
-    `start` is where it began, which serves when it has not saved yet. Raises NonFiniteError without any checkpoint.
+    Raises CheckpointError when a file of the checkpoint is damaged or unsafe.
+    """
+    if start.checkpoint is None:
+        return
+    if start.loads_optimizer:
+        load_checkpoint(engine, start.checkpoint, config, context, vocab)
+        return
+    load_weights(engine, start.checkpoint, context)
+    if start.continues:
+        engine.lr_scheduler.load_state_dict({"num_steps": start.checkpoint.state.schedule_steps})
+
+
+def roll_back(config: CheckpointConfig, start: RunStart, progress: Progress) -> RunStart:
+    """Returns the start after a step that was not finite: the newest whole checkpoint, with samples not seen yet.
+
+    Collective. `start` is where the run began, which serves when it has not saved yet. Raises NonFiniteError without
+    any checkpoint.
     """
     own = None if config.save is None else find_checkpoint(Path(config.save), None, config.verify_checkpoint)
     checkpoint = own or (start.checkpoint if start.continues else None)
@@ -81,7 +105,7 @@ def roll_back(config: CheckpointConfig, start: Start, progress: Progress) -> Sta
             "(`checkpoint_factor`), or the initial weights as well (`extra_save_iters: [0]`)."
         )
     state = checkpoint.state
-    return Start(
+    return RunStart(
         run_id=start.run_id,
         progress=Progress(
             iteration=state.iteration,
@@ -96,7 +120,7 @@ def roll_back(config: CheckpointConfig, start: Start, progress: Progress) -> Sta
 
 
 @os_errors_as(CheckpointError, "the checkpoint folder")
-def _locate(config: CheckpointConfig) -> Start:
+def _locate(config: CheckpointConfig) -> RunStart:
     save = None if config.save is None else Path(config.save).resolve()
     if save is not None:
         on_first_rank(partial(put_back_replaced, save))
@@ -112,7 +136,7 @@ def _locate(config: CheckpointConfig) -> Start:
             "run, or name another folder."
         )
     if config.load is None:
-        return Start(run_id)
+        return RunStart(run_id)
     found = find_checkpoint(Path(config.load), config.iteration, config.verify_checkpoint)
     if found is None:
         raise CheckpointError(
@@ -120,16 +144,16 @@ def _locate(config: CheckpointConfig) -> Start:
             "`auto_resume: true` with `save` alone starts fresh the first time and continues afterwards."
         )
     if config.finetune:
-        return Start(run_id, checkpoint=found)
+        return RunStart(run_id, checkpoint=found)
     return _continue(found, config, found.manifest.run_id if goes_on_in_save else run_id)
 
 
-def _continue(checkpoint: Checkpoint, config: CheckpointConfig, run_id: str) -> Start:
+def _continue(checkpoint: Checkpoint, config: CheckpointConfig, run_id: str) -> RunStart:
     state = checkpoint.state
     progress = Progress(
         state.iteration, state.consumed_train_samples, state.consumed_valid_samples, state.non_finite_steps
     )
-    return Start(run_id, progress, checkpoint, continues=True, loads_optimizer=not config.no_load_optim)
+    return RunStart(run_id, progress, checkpoint, continues=True, loads_optimizer=not config.no_load_optim)
 
 
 def _loads_from_save(config: CheckpointConfig) -> bool:
@@ -148,7 +172,7 @@ def _require_same_model(config: RunConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_optimizer_state(start: Start, checkpoint: Checkpoint) -> None:
+def _require_optimizer_state(start: RunStart, checkpoint: Checkpoint) -> None:
     if start.loads_optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(
             f"{checkpoint.path} holds weights alone, and a run cannot go on from those. Set `finetune: true` to start "
@@ -156,8 +180,8 @@ def _require_optimizer_state(start: Start, checkpoint: Checkpoint) -> None:
         )
 
 
-def require_same_data(start: Start, fingerprint: dict[str, str], config: CheckpointConfig) -> None:
-    """Raise CheckpointError when a run that continues would read other tokens than the one that it continues."""
+def require_same_data(start: RunStart, fingerprint: dict[str, str], config: CheckpointConfig) -> None:
+    """Raises CheckpointError when a run that continues would read other tokens than the one that it continues."""
     if start.checkpoint is None or not start.continues or config.allow_changed_data:
         return
     changed = list(fingerprint_differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
@@ -168,8 +192,8 @@ def require_same_data(start: Start, fingerprint: dict[str, str], config: Checkpo
         )
 
 
-def adopt_schedule(config: RunConfig, start: Start) -> RunConfig:
-    """The configuration with the learning-rate schedule that the run is to follow.
+def adopt_schedule(config: RunConfig, start: RunStart) -> RunConfig:
+    """Returns the configuration with the learning-rate schedule that the run is to follow.
 
     A run that continues must describe the schedule it started with. Where it does not, `override_lr_scheduler` takes
     the new one and `use_checkpoint_lr_scheduler` the old one; without either, CheckpointError names the differences.

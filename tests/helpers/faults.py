@@ -155,18 +155,17 @@ def not_finite(kind: str, steps: list[int], rank: int) -> None:
     """In these steps of `rank`, counted from 1 in this process: "loss", its second micro batch's loss is NaN and its
     gradients are not; "infinite loss", the same with infinity; "gradient", an element of a gradient is NaN and the
     losses are not."""
-    from megatron.training import run
+    from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    original = run.train
     if this_rank() != rank:
         return
+    original = PipelineEngine.train_batch
     step, micro_batch = 0, 0
 
-    def count(batches: Iterator[Any], accumulation: int) -> Iterator[Any]:
-        nonlocal step, micro_batch
+    def counted(batches: Iterator[Any]) -> Iterator[Any]:
+        nonlocal micro_batch
         for number, batch in enumerate(batches):
-            micro_batch = number % accumulation
-            step += micro_batch == 0
+            micro_batch = number
             yield batch
 
     def poison(gradient: Any) -> Any:
@@ -182,11 +181,13 @@ def not_finite(kind: str, steps: list[int], rank: int) -> None:
 
         return loss
 
-    def train(engine: Any, batches: Iterator[Any], *rest: Any) -> Any:
+    def train_batch(self: Any, batches: Iterator[Any]) -> Any:
+        nonlocal step
         if step == 0 and kind == "gradient":
-            next(weight for weight in engine.module.parameters() if weight.requires_grad).register_hook(poison)
+            next(weight for weight in self.module.parameters() if weight.requires_grad).register_hook(poison)
         elif step == 0:
-            engine.module.loss_fn = spoil(engine.module.loss_fn)
-        return original(engine, count(batches, engine.gradient_accumulation_steps()), *rest)
+            self.module.loss_fn = spoil(self.module.loss_fn)
+        step += 1
+        return original(self, counted(batches))
 
-    run.train = train
+    PipelineEngine.train_batch = train_batch

@@ -19,7 +19,7 @@ for module in (
     "deepspeed",
     "train",
     "megatron.launch.environment",
-    "megatron.training.setup",
+    "megatron.training.pretrain",
     # Imported when the first engine is made.
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",

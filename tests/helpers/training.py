@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megatron.config.load_config import load_config
 from megatron.model.layer import HiddenDropout
 from megatron.mpu.parameters import parameter_spec
-from megatron.training import setup
+from megatron.training.pretrain import pretrain_in_group
 from tests.helpers.distributed import run_on_new_ranks
 from tests.helpers.layout_runs import RankRecord
 
@@ -40,7 +40,7 @@ def _train_on_this_rank(config: Path) -> RankRecord:
         return loss
 
     with mock.patch.object(PipelineEngine, "train_batch", train_batch):
-        setup.pretrain_in_group(loaded.run, loaded.batch(torch.distributed.get_world_size()), loaded.run_folder)
+        pretrain_in_group(loaded.run, loaded.batch(torch.distributed.get_world_size()), loaded.run_folder)
     record, engine = notes[0], engines[0]
     record.last_weights = _weights(engine)
     record.optimizer_elements = _optimizer_elements(engine)

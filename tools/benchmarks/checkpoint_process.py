@@ -1,4 +1,4 @@
-"""What the benchmark of checkpoints times, in the process of the one rank; imported when it has been prepared."""
+"""Times saves, loads and conversions of checkpoints, in the process of the one rank, which must be prepared first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,21 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group, share_with_deepspeed
-from megatron.training.setup import build_engine, initial_state
+from megatron.training.build_engine import build_engine
+from megatron.training.stop_request import StopRequest
+from megatron.training.training_context import initial_run_state
 from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe
 from tools.benchmarks.contenders import Task, random_batches
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Seconds of each thing in every round, and sizes. What is written to `folder` stays there."""
+    """Measures the seconds of everything in each round, and sizes. Leaves in `folder` what it writes there."""
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
         share_with_deepspeed()
-        engine = build_engine(task.config, task.batch, task.vocab, context)
+        engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
         batches = random_batches(task)
         # The first step makes the moments.
         engine.train_batch(batches)
@@ -54,8 +57,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
-    """Write global_step1 while training waits, and global_step2 while it goes on."""
-    state = initial_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
+    """Writes global_step1 while training waits, and global_step2 while it goes on."""
+    state = initial_run_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
     seconds = {"step": timed(lambda: engine.train_batch(batches))}
     saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
     seconds["synchronous save"] = timed(lambda: saver.save(replace(state, iteration=1), wait=True))
@@ -71,7 +74,7 @@ def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Pa
 
 
 def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
-    """Verify and load global_step1."""
+    """Verifies and loads global_step1."""
     checkpoint, config = read_checkpoint(folder / "global_step1"), saving_to(task.config, folder)
     context = ParallelContext.single()
     return {
@@ -81,12 +84,13 @@ def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
 
 
 def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
-    """Convert global_step1, load what comes of it, and rewrite the checkpoint for four ranks."""
+    """Converts global_step1, loads the result, and rewrites the checkpoint for four ranks."""
     checkpoint = read_checkpoint(folder / "global_step1")
-    common = {"context": ParallelContext.single(), "vocab_size": task.vocab.actual}
+    section = task.config.training.optimizer
+    load = partial(load_universal, context=ParallelContext.single(), section=section, vocab_size=task.vocab.actual)
     seconds = {"convert": timed(lambda: universal_form(checkpoint, "sizes"))}
     universal = universal_form(checkpoint, "sizes")
-    seconds["load, converted"] = timed(lambda: load_universal(engine, universal, **common, same_precision=True))
+    seconds["load, converted"] = timed(lambda: load(engine, universal, same_precision=True))
     four = task.config.model_copy(
         update={"parallel": ParallelConfig(model_parallel_size=2, pipe_parallel_size=2, zero=task.config.parallel.zero)}
     )
@@ -95,18 +99,18 @@ def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, f
 
 
 def saving_to(config: RunConfig, folder: Path) -> RunConfig:
-    """`config` with asynchronous saves to `folder`."""
+    """Returns `config` with asynchronous saves to `folder`."""
     checkpoint = config.checkpoint.model_copy(update={"save": str(folder), "async_save": True})
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Sums the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that `work` takes."""
+    """Returns the seconds that `work` takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin

@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig, CheckpointedActivations
 from megatron.data.micro_batch import to_inputs_and_labels
+from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
+from megatron.training.build_engine import build_engine
 from megatron.training.lr_schedules import LRScheduler
 from megatron.training.optimizer import parameter_groups
-from megatron.training.setup import build_engine
+from megatron.training.stop_request import StopRequest
 
 # The plain loop scales fp16 losses by a constant: random tokens need no search for the right one.
 FP16_LOSS_SCALE = 1024.0
@@ -28,7 +31,7 @@ FP16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class Task:
-    """What both train."""
+    """Training that both contenders do."""
 
     config: RunConfig
     batch: BatchConfig
@@ -41,12 +44,12 @@ class Contender(Protocol):
     def __init__(self, task: Task) -> None: ...
 
     def step(self) -> Tensor:
-        """One optimizer step; its loss, mean over the micro batches, still on the device."""
+        """Takes one optimizer step; returns its loss, mean over the micro batches, still on the device."""
         ...
 
 
 def random_batches(task: Task) -> Iterator[Any]:
-    """Endless micro batches (inputs, (labels, loss mask)) of uniformly random tokens, the same on every call."""
+    """Yields endless micro batches (inputs, (labels, loss mask)) of uniformly random tokens, the same on every call."""
     generator = torch.Generator().manual_seed(task.config.training.seed)
     shape = (task.batch.micro_batch_size, task.config.model.seq_length + 1)
     while True:
@@ -60,18 +63,19 @@ class Engine:
     def __init__(self, task: Task) -> None:
         self._seed = task.config.training.seed
         self._context = ParallelContext.create(1, 1)
-        self._engine = build_engine(task.config, task.batch, task.vocab, self._context)
+        self._engine, _ = build_engine(task.config, task.batch, task.vocab, self._context, StopRequest())
         self._batches = random_batches(task)
         self._steps = 0
 
     def step(self) -> Tensor:
         seed_dropout(self._seed, self._steps, self._context)
         self._steps += 1
-        return self._engine.train_batch(self._batches).detach()
+        loss: Tensor = self._engine.train_batch(self._batches)
+        return loss.detach()
 
 
 class PlainTorch:
-    """Forward, backward, clip, AdamW: what one would write for a single device, without DeepSpeed.
+    """Forward, backward, clip, AdamW, as one would write them for a single device, without DeepSpeed.
 
     In bf16 and fp16, as in the engine, the model computes in that format and AdamW updates fp32 copies of its weights.
     """
@@ -101,7 +105,7 @@ class PlainTorch:
         for _ in range(num_micro_batches):
             inputs, (labels, _) = next(self._batches)
             loss = self._loss(inputs.to(self._device), labels.to(self._device))
-            (loss * (self._loss_scale / num_micro_batches)).backward()
+            torch.autograd.backward(loss * (self._loss_scale / num_micro_batches))
             losses.append(loss.detach())
         self._update()
         return torch.stack(losses).mean()
@@ -129,13 +133,15 @@ class PlainTorch:
                 weight.copy_(master)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
-        settings = self._task.config.training.optimizer
+        section = self._task.config.training.optimizer
+        if not isinstance(section, AdamWConfig):
+            raise ConfigError(f"optimizer.type: {section.type}: the plain loop is written for AdamW. Choose AdamW.")
         master_of = {weight: master for master, weight in self.weight_pairs}
-        groups: list[dict[str, Any]] = parameter_groups(self._model, settings.weight_decay)
+        groups: list[dict[str, Any]] = parameter_groups(self._model, section.weight_decay)
         for group in groups:
             group["params"] = [master_of[weight] for weight in group["params"]]
-        beta1, beta2 = settings.betas
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps)
+        beta1, beta2 = section.betas
+        return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps)
 
 
 class Recomputed(nn.Module):
@@ -146,11 +152,12 @@ class Recomputed(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return checkpoint(self.layers, x_BSD, use_reentrant=False)
+        y_BSD: Tensor = checkpoint(self.layers, x_BSD, use_reentrant=False)
+        return y_BSD
 
 
 def recompute_layers(model: LocalCausalLM, settings: CheckpointedActivations) -> None:
-    """Wrap the transformer layers of `model` as the configuration asks."""
+    """Wraps the transformer layers of `model` as the configuration asks."""
     if settings.enabled:
         layers, step = list(model.layers), settings.num_layers
         model.layers = nn.ModuleList(Recomputed(layers[i : i + step]) for i in range(0, len(layers), step))

@@ -13,7 +13,14 @@ from torch import Tensor
 from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.checkpointing.store.tensor_files import write_tensors
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import CheckpointError
+
+
+def build_engine_files(config: CheckpointConfig) -> EngineFiles:
+    """Returns the `checkpoint_engine` of a run: one that copies what it saves where saves are asynchronous."""
+    files = SnapshotFiles if config.async_save else EngineFiles
+    return files(allow_unsafe=config.allow_unsafe_load)
 
 
 class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untyped
@@ -71,8 +78,8 @@ class SnapshotFiles(EngineFiles):
     Buffers are reused between saves: allocating them costs several times more than copying.
     """
 
-    def __init__(self) -> None:
-        super().__init__(allow_unsafe=False)
+    def __init__(self, *, allow_unsafe: bool) -> None:
+        super().__init__(allow_unsafe=allow_unsafe)
         self._copies: dict[str, Any] = {}
         self._unwritten: list[str] = []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from megatron.checkpointing.engine.engine_files import EngineFiles
 from megatron.checkpointing.engine.hyperparameters import configured_hyperparameters
 from megatron.checkpointing.engine.load_universal import load_universal
 from megatron.checkpointing.engine.same_layout import layout_differences
@@ -34,7 +33,6 @@ def load_checkpoint(
     unless that was done before. Raises CheckpointError when a file is damaged or unsafe, or DeepSpeed does not find
     what it needs.
     """
-    engine.checkpoint_engine = EngineFiles(allow_unsafe=config.checkpoint.allow_unsafe_load)
     if not config.checkpoint.allow_unsafe_load:
         _require_safe(checkpoint, prefix="", allow_unsafe=False)
     with configured_hyperparameters(engine.optimizer):

@@ -38,7 +38,7 @@ def save_checkpoint(
     Collective. A kill or a failure at any moment leaves every earlier checkpoint and `latest` whole. `versions` are of
     the packages and the code, for the manifest. Raises CheckpointError, on all ranks, when a rank cannot write.
     """
-    return _Save(engine, state, config, EngineFiles(allow_unsafe=False)).publish(run_id, versions)
+    return _Save(engine, state, config).publish(run_id, versions)
 
 
 class Saver:
@@ -57,7 +57,6 @@ class Saver:
         self.run_id = run_id
         self.versions = versions
         self._pending: _Save | None = None
-        self._files = SnapshotFiles() if config.checkpoint.async_save else EngineFiles(allow_unsafe=False)
 
     @property
     def is_saving(self) -> bool:
@@ -73,7 +72,7 @@ class Saver:
             if not self._pending.is_written_everywhere():
                 logger.info("the save of step %d waits for the one before, which is being written", state.iteration)
             self.finish()
-        self._pending = _Save(self.engine, state, self.config, self._files)
+        self._pending = _Save(self.engine, state, self.config)
         if wait or not self.config.checkpoint.async_save:
             self.finish()
 
@@ -95,7 +94,7 @@ class Saver:
 class _Save:
     """A checkpoint on its way."""
 
-    def __init__(self, engine: PipelineEngine, state: RunState, config: RunConfig, files: EngineFiles) -> None:
+    def __init__(self, engine: PipelineEngine, state: RunState, config: RunConfig) -> None:
         """Writes it, or begins to. Collective."""
         if config.checkpoint.save is None:
             raise CheckpointError("save: no folder is configured to save checkpoints in.")
@@ -103,20 +102,17 @@ class _Save:
         self.state = state
         self.device = engine.device
         self.folder = Path(config.checkpoint.save).resolve()
-        self.files = files
+        self.files: EngineFiles = engine.checkpoint_engine
         self.seconds_waited = 0.0
         self.started = time.perf_counter()
         with self._training_waits():
             with os_errors_as(CheckpointError, "the checkpoint folder"):
                 self.temporary = on_first_rank(partial(begin, self.folder, state.iteration))
-            engine.checkpoint_engine = files
-            # DeepSpeed would drop scripts into the folder which unpickle whatever they find there.
-            engine._copy_recovery_script = lambda save_path: None
             engine.save_checkpoint(str(self.folder), tag=self.temporary.name, save_latest=False)
         self.thread: threading.Thread | None = None
-        if isinstance(files, SnapshotFiles):
+        if isinstance(self.files, SnapshotFiles):
             # A daemon, so that a run which fails does not stay alive to write what it cannot publish.
-            self.thread = threading.Thread(target=files.write, name="checkpoint writer", daemon=True)
+            self.thread = threading.Thread(target=self.files.write, name="checkpoint writer", daemon=True)
             self.thread.start()
 
     @property

@@ -1,4 +1,4 @@
-"""What a run does about a step whose losses or gradients are NaN or infinite: stop, leave it out, or roll back."""
+"""Judges a step whose losses or gradients are NaN or infinite: the run stops, leaves it out, or rolls back."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import distributed
 
 from megatron.config.sections.training import BatchConfig, NonFiniteConfig
 from megatron.errors import NonFiniteError
+from megatron.training.progress import Progress
 from megatron.training.stability.step_guard import Evidence, StepGuard
-from megatron.training.step import Progress
 
 logger = logging.getLogger(__name__)
 
 
 def must_roll_back(guard: StepGuard, progress: Progress, config: NonFiniteConfig, batch: BatchConfig) -> bool:
-    """Judge the step that `progress` has just counted; the same on every rank.
+    """Tells whether the run must go back to its last checkpoint after the step that `progress` has just counted.
 
-    True asks for the last checkpoint; false goes on, also past a step that was left out. Counts bad steps in
+    The same on every rank. Without a rollback the run goes on, also past a step that was left out. Counts bad steps in
     `progress`. Raises NonFiniteError where the policy is to stop, the budget is used up, or fp16 finds no scale.
     """
     if guard.scale_is_stuck:
@@ -48,7 +48,7 @@ def must_roll_back(guard: StepGuard, progress: Progress, config: NonFiniteConfig
 
 
 def describe(evidence: Sequence[Evidence], iteration: int, first_sample: int, batch: BatchConfig) -> str:
-    """Step, ranks and training samples, counted from 0 in the order of consumption, in sentences."""
+    """Names step, ranks and training samples, counted from 0 in the order of consumption, in sentences."""
     if not evidence:
         return f"step {iteration}: every rank's gradients are finite, but their sum or its norm is not."
     return f"step {iteration}: " + " ".join(_sentences(evidence, first_sample, batch))

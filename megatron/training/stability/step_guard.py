@@ -1,4 +1,4 @@
-"""Looks at the losses and gradients of every step before the optimizer does, and makes all ranks decide alike."""
+"""Inspects the losses and gradients of every step before the optimizer sees them; all ranks decide alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.pipe import schedule
 from torch import Tensor, distributed
 
 from megatron.config.sections.training import PrecisionConfig
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one rank saw of a step that is not finite."""
+    """One rank's observations of a step that is not finite."""
 
     rank: int
     data_rank: int
@@ -34,14 +33,15 @@ class Evidence:
 
 
 class StepGuard:
-    """Stands in the pipeline engine between the backward passes and the sum of gradients over ranks.
+    """Leaves out, on all ranks, a step that is not finite on any of them, and knows the samples to blame.
 
-    There each rank still has its own losses and gradients, so that the rank and the samples can be named. What one
-    rank finds, all learn from one small sum, which carries requests to stop as well. A step that is not finite is left
-    out on all ranks: DeepSpeed skips a step whose gradients are not finite, with the schedule and the weights as they
-    were, and where only a loss is bad the gradients are made so.
+    The engine calls `inspect` between the last backward pass and the first sum of gradients over ranks
+    (deepspeed_patches.py), while each rank still has its own losses and gradients, so that the rank and the samples
+    can be named. What one rank finds, all learn from one small sum, which carries requests to stop as well. DeepSpeed
+    skips a step whose gradients are not finite and leaves the schedule and the weights as they were; where only a loss
+    is bad, the guard makes the gradients so.
 
-    fp16 with a dynamic scale is DeepSpeed's to judge, for it overflows while it looks for its scale.
+    fp16 with a dynamic scale is left to DeepSpeed to judge, since it overflows while it searches for its scale.
     """
 
     def __init__(
@@ -53,31 +53,34 @@ class StepGuard:
         self._has_dynamic_scale = precision.dtype == "fp16" and precision.loss_scale == 0
         self.evidence: list[Evidence] = []
         self._scale_before = math.inf
-        self._sum_tied_gradients = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
-        engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: self._inspect_then_reduce}
 
     @property
     def scaler(self) -> DynamicLossScaler | None:
-        """fp16's search for a scale; None without one."""
+        """Returns fp16's search for a scale; None without one."""
         return self.engine.optimizer.loss_scaler if self._has_dynamic_scale else None
 
     @property
     def step_was_left_out(self) -> bool:
-        """Whether the last step changed no weight because it was not finite, fp16's search for a scale included."""
+        """Tells whether the last step changed no weight because it was not finite, in fp16's search for a scale too."""
         return bool(self.engine.optimizer.overflow)
 
     @property
     def step_was_bad(self) -> bool:
-        """Whether the last step was left out and no search for a scale explains it; the same on every rank."""
+        """Tells whether the last step was left out and no search for a scale explains it; the same on every rank."""
         return self.step_was_left_out and not self._has_dynamic_scale
 
     @property
     def scale_is_stuck(self) -> bool:
-        """Whether the last step overflowed at the smallest dynamic scale of fp16."""
+        """Tells whether the last step overflowed at the smallest dynamic scale of fp16."""
         scaler = self.scaler
         return scaler is not None and self.step_was_left_out and self._scale_before <= scaler.min_scale
 
-    def _inspect_then_reduce(self, engine: PipelineEngine) -> None:
+    def inspect(self) -> None:
+        """Looks for NaN and infinity in this rank's losses and gradients of the step. Collective over all ranks.
+
+        Where any rank has found some, all gradients become NaN, and `evidence` says who has found what.
+        """
+        engine = self.engine
         self.evidence = []
         scaler = self.scaler
         if scaler is not None:
@@ -94,7 +97,6 @@ class StepGuard:
             self.evidence = self._gather_evidence(bool(bad_gradients))
             for gradient in gradients:
                 gradient.fill_(math.nan)
-        self._sum_tied_gradients(engine)
 
     def _gather_evidence(self, bad_gradients: bool) -> list[Evidence]:
         losses = [number for number, loss in enumerate(self.engine.fwd_outputs) if not torch.isfinite(loss)]
@@ -103,7 +105,7 @@ class StepGuard:
 
 
 def own_gradients(engine: PipelineEngine) -> list[Tensor]:
-    """The gradients that this rank has accumulated over the step's micro batches, before any sum over ranks."""
+    """Returns the gradients that this rank has accumulated over the step's micro batches."""
     optimizer: Any = engine.optimizer
     if isinstance(optimizer, BF16_Optimizer):
         return list(optimizer.fp32_groups_gradients_flat)
@@ -112,7 +114,7 @@ def own_gradients(engine: PipelineEngine) -> list[Tensor]:
 
 
 def _any_bad(tensors: list[Tensor], engine: PipelineEngine) -> Tensor:
-    """Whether any element of any tensor is NaN or infinite, as a boolean on the engine's device."""
+    """Tells whether any element of any tensor is NaN or infinite, as a boolean on the engine's device."""
     if not tensors:
         return torch.zeros((), dtype=torch.bool, device=engine.device)
     return ~torch.isfinite(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megatron.checkpointing.engine import universal
-from megatron.checkpointing.engine.engine_files import EngineFiles
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
-from megatron.training import setup
+from megatron.training.build_engine import build_engine
+from megatron.training.stop_request import StopRequest
 from tests.helpers import layout_runs as trained
 from tests.helpers.configs import layout_keys
 from tests.helpers.covers import covered, pairwise_cover
@@ -184,9 +184,9 @@ def loaded_by_both(config: Path) -> None:
     loaded = load_config([config])
     sizes = loaded.run.parallel
     context = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size)
-    engine = setup.build_engine(loaded.run, loaded.batch(context.tensor_size), VocabSize(512, 512), context)
+    batch, vocab = loaded.batch(context.tensor_size), VocabSize(512, 512)
+    engine, _ = build_engine(loaded.run, batch, vocab, context, StopRequest())
     folder = Path(loaded.run.checkpoint.load or "") / "universal"
-    engine.checkpoint_engine = EngineFiles(allow_unsafe=False)
     section = loaded.run.training.optimizer
     load_universal.load_universal(engine, folder, context, section, vocab_size=512, same_precision=True)
     adam = engine.optimizer.optimizer

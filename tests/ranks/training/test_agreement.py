@@ -21,7 +21,9 @@ from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from megatron.config.load_config import load_config
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
-from megatron.training.setup import build_engine
+from megatron.training.build_engine import build_engine
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.stop_request import StopRequest
 from tests.helpers.configs import PYTHIA, SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, layout_keys
 from tests.helpers.distributed import run_on_new_ranks
 
@@ -49,16 +51,20 @@ def micro_batches(rows: int, data_rank: int) -> Iterator[Any]:
 
 
 def take_steps(config: Path, poisoned_rank: int | None, poisoned_parameter: str, as_fp16: bool = False) -> Steps:
-    """Train a few steps; in one of them a gradient on one rank is NaN. `as_fp16` gives bf16 the optimizer of fp16."""
+    """Takes a few steps without the guard; in one of them a gradient on one rank is NaN.
+
+    The guard would make every gradient NaN before their norm is taken. `as_fp16` gives bf16 the optimizer of fp16.
+    """
     deepspeed.init_distributed("gloo", verbose=False)
     loaded = load_config([config])
     batch, parallel = loaded.batch(dist.get_world_size()), loaded.run.parallel
     context = ParallelContext.create(
         parallel.model_parallel_size, parallel.pipe_parallel_size, parallel.sequence_parallel
     )
+    unguarded = mock.patch.object(StepGuard, "inspect", lambda guard: None)
     optimizer = mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION)
     with optimizer if as_fp16 else nullcontext():
-        engine = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context)
+        engine, _ = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context, StopRequest())
     parameters = dict(engine.module.global_parameters())
     seen = Steps(norms=[], rates=[], skipped=0, weights=[copied(parameters)])
     if dist.get_rank() == poisoned_rank:
@@ -67,7 +73,8 @@ def take_steps(config: Path, poisoned_rank: int | None, poisoned_parameter: str,
         )
     batches = micro_batches(batch.micro_batch_size, context.data_rank)
     for _ in range(STEPS):
-        engine.train_batch(batches)
+        with unguarded:
+            engine.train_batch(batches)
         seen.norms.append(float(engine.get_global_grad_norm()))
         seen.rates.append(engine.lr_scheduler.get_last_lr()[0])
         seen.weights.append(copied(parameters))

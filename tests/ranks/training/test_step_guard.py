@@ -10,14 +10,13 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from deepspeed.runtime.pipe import schedule
 
 from megatron.config.sections.training import BatchConfig, NonFiniteConfig, PrecisionConfig
 from megatron.errors import NonFiniteError
 from megatron.mpu.context import ParallelContext
+from megatron.training.progress import Progress
 from megatron.training.stability.non_finite import must_roll_back
 from megatron.training.stability.step_guard import StepGuard
-from megatron.training.step import Progress
 from megatron.training.stop_request import StopRequest
 from tests.helpers.distributed import run_distributed
 
@@ -39,7 +38,6 @@ class Run:
             device=torch.device("cpu"),
             fwd_outputs=[torch.zeros(())],
             module=SimpleNamespace(parameters=lambda: iter([self.gradient])),
-            _INSTRUCTION_MAP={schedule.ReduceTiedGrads: lambda engine: None},
         )
         precision = PrecisionConfig(dtype="fp16", loss_scale=loss_scale)
         self.guard = StepGuard(self.engine, ParallelContext.single(), precision, StopRequest())
@@ -48,7 +46,7 @@ class Run:
     def step(self, *, overflows: bool, policy: str = "stop") -> bool:
         """As the pipeline engine takes it, and then the loop; whether to roll back."""
         self.gradient = torch.full((2,), torch.inf if overflows else 1.0)
-        self.engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads](self.engine)
+        self.guard.inspect()
         self.optimizer.overflow = not bool(torch.isfinite(self.gradient).all())
         self.optimizer.loss_scaler.update_scale(self.optimizer.overflow)
         self.progress.iteration += 1

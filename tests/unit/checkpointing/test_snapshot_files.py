@@ -34,7 +34,7 @@ def content() -> dict[str, Any]:
 
 def test_what_changes_after_the_copy_is_not_written(tmp_path: Path) -> None:
     written = content()
-    files = SnapshotFiles()
+    files = SnapshotFiles(allow_unsafe=False)
     files.create(INFO)
     files.save(written, str(tmp_path / "snapshot.pt"))
     for tensor in (written["module"]["weight"], written["groups"][0], written["groups"][1]["step"]):
@@ -56,7 +56,7 @@ def test_what_changes_after_the_copy_is_not_written(tmp_path: Path) -> None:
 
 def test_a_copy_is_of_a_view_alone(tmp_path: Path) -> None:
     """DeepSpeed hands over views of tensors that hold all of a rank's weights, and need not copy them itself."""
-    files = SnapshotFiles()
+    files = SnapshotFiles(allow_unsafe=False)
     files.create(INFO)
     files.save({"weight": torch.zeros(1_000_000)[:10]}, str(tmp_path / "view.pt"))
     files.write()
@@ -70,7 +70,7 @@ def addresses(files: SnapshotFiles) -> list[int]:
 
 
 def test_the_next_copy_goes_into_the_same_memory(tmp_path: Path) -> None:
-    files = SnapshotFiles()
+    files = SnapshotFiles(allow_unsafe=False)
     seen = []
     for step, size in ((1, 10), (2, 10), (3, 20)):
         files.create(INFO)
@@ -90,7 +90,7 @@ def test_the_next_copy_goes_into_the_same_memory(tmp_path: Path) -> None:
 
 
 def test_a_thread_that_ends_unexpectedly_is_a_failure(tmp_path: Path) -> None:
-    files = SnapshotFiles()
+    files = SnapshotFiles(allow_unsafe=False)
     files.create(INFO)
     files.save({"weight": torch.zeros(10)}, str(tmp_path / "good.pt"))
     files.save({"function": lambda: None}, str(tmp_path / "bad.pt"))
@@ -104,7 +104,7 @@ def test_too_little_memory_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monk
     def no_memory(content: Any, before: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    files = SnapshotFiles()
+    files = SnapshotFiles(allow_unsafe=False)
     files.create(INFO)
     monkeypatch.setattr(engine_files, "_copied", no_memory)
     files.save({"weight": torch.zeros(10)}, str(tmp_path / "a.pt"))

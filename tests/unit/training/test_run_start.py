@@ -12,7 +12,7 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.load_config import load_config
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
-from megatron.training.run_start import Start, adopt_schedule
+from megatron.training.run_start import RunStart, adopt_schedule
 from tests.helpers.forkserver import ROOT
 
 PYTHIA = ROOT / "configs" / "pythia" / "14M.yml"
@@ -24,10 +24,10 @@ def run(*overrides: str) -> RunConfig:
     return load_config([PYTHIA], [f"{key}={value}" for key, value in changes.items()]).run
 
 
-def resumed(*overrides: str) -> Start:
+def resumed(*overrides: str) -> RunStart:
     """The start from a checkpoint that was trained with these overrides."""
     checkpoint = SimpleNamespace(path=Path("runs/old"), config=run(*overrides))
-    return Start("id", checkpoint=cast(Checkpoint, checkpoint), continues=True)
+    return RunStart("id", checkpoint=cast(Checkpoint, checkpoint), continues=True)
 
 
 @pytest.mark.parametrize(

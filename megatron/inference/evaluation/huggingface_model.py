@@ -1,0 +1,69 @@
+"""Loads any causal model of Hugging Face for the same tasks, through lm-eval's own adapter. Needs lm-eval.
+
+Importing this module makes transformers know our TokenFormer, so that exports load without running their files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+import megatron.hf  # noqa: F401 - registers TokenFormer
+from megatron.config.sections.evaluation import EvaluationConfig
+from megatron.errors import ConfigError
+from megatron.io.hashing import file_sha256
+
+CPU_BATCH = 8
+"""lm-eval's search for the largest batch would take minutes and all memory on a CPU."""
+
+
+def load_hf_model(config: EvaluationConfig) -> HFLM:
+    """Loads lm-eval's model for `hf_model`, in the format of its weights, on this rank's device.
+
+    Raises ConfigError when it cannot be loaded.
+    """
+    cuda = torch.cuda.is_available()
+    batch: int | str = config.batch_size
+    if batch == "auto" and not cuda:
+        batch = CPU_BATCH
+    try:
+        return HFLM(
+            pretrained=str(config.hf_model),
+            dtype="auto",
+            device="cuda" if cuda else "cpu",
+            batch_size=batch,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        remedy = (
+            " If it comes with code of its own that you trust, add `eval_trust_remote_code=true`."
+            if "trust_remote_code" in str(error)
+            else " Name a model of the hub or a folder with config.json, weights and tokenizer."
+        )
+        raise ConfigError(f"eval_hf_model: {config.hf_model} cannot be loaded: {error}.{remedy}") from error
+
+
+def describe_hf_model(config: EvaluationConfig, model: HFLM) -> dict[str, Any]:
+    """Describes the model for the results file, with a hash of its folder's files or the hub's commit."""
+    name = str(config.hf_model)
+    folder = Path(name)
+    commit = getattr(model.config, "_commit_hash", None)
+    return {
+        "name": folder.resolve().name if folder.is_dir() else name,
+        "kind": "huggingface",
+        "path": name,
+        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "sha256": folder_sha256(folder) if folder.is_dir() else None,
+        "hub_commit": commit,
+    }
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hashes the names and SHA-256 digests of a folder's files."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

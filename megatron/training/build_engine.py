@@ -1,0 +1,80 @@
+"""Builds DeepSpeed's pipeline engine, the one engine in which models are trained."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
+from megatron.errors import EnvironmentSetupError
+from megatron.model.causal_lm import VocabSize
+from megatron.model.pipeline import build_pipeline
+from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
+from megatron.mpu.context import ParallelContext
+from megatron.training.lr_schedules import LRScheduler
+from megatron.training.optimizer import build_optimizer
+from megatron.training.stability.deepspeed_patches import install
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+logger = logging.getLogger(__name__)
+
+
+def require_hardware(config: RunConfig) -> Speedups:
+    """Returns the speed-ups to use on this machine.
+
+    Raises EnvironmentSetupError when it cannot compute in the configured number format, or lacks a speed-up that is on.
+    """
+    on_gpu = torch.cuda.is_available()
+    if config.training.precision.dtype == "fp16" and not on_gpu:
+        raise EnvironmentSetupError(
+            "fp16 needs a GPU, and torch sees none. On a CPU use `precision: bfloat16` or `precision: fp32` in place "
+            "of the `fp16` block."
+        )
+    return choose_speedups(config.speedups, config.training.precision, on_gpu=on_gpu)
+
+
+def build_engine(
+    config: RunConfig, batch: BatchConfig, vocab: VocabSize, context: ParallelContext, stop: StopRequest
+) -> tuple[PipelineEngine, StepGuard]:
+    """Builds model, optimizer and schedule in DeepSpeed's pipeline engine, and the guard of its steps. Collective.
+
+    Raises what `require_hardware` and `build_pipeline` raise.
+    """
+    import deepspeed
+
+    speedups = require_hardware(config)
+    logger.info("speed-ups: %s", speedups)
+    # PipelineModule and its engine print to standard output what only their authors need.
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = build_pipeline(
+            config.model,
+            vocab,
+            config.parallel,
+            context,
+            seed=config.training.seed,
+            checkpointed=config.training.checkpoint_activations,
+        )
+        apply_speedups(module, speedups)
+        optimizer = build_optimizer(module, config.training.optimizer, speedups.optimizer)
+        scheduler = LRScheduler(
+            optimizer,
+            peak=config.training.optimizer.lr,
+            schedule=config.training.lr_schedule,
+            train_iters=config.training.train_iters,
+        )
+        engine, _, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, batch)
+        )
+    guard = StepGuard(engine, context, config.training.precision, stop)
+    install(engine, context, config.checkpoint, guard)
+    return engine, guard

@@ -1,0 +1,52 @@
+"""Saves checkpoints while the model trains."""
+
+from __future__ import annotations
+
+from megatron.checkpointing.engine.save_schedule import save_iterations
+from megatron.checkpointing.engine.saving import Saver
+from megatron.errors import NonFiniteError, UserError
+from megatron.training.callback import Callback
+from megatron.training.progress import Step
+from megatron.training.run_description import described_versions
+from megatron.training.training_context import TrainingContext
+
+
+class Checkpoints(Callback):
+    """Saves after the steps of the schedule, when the run is to stop, and at its end; the initial weights as well when
+    the schedule has step 0."""
+
+    def __init__(self, context: TrainingContext) -> None:
+        super().__init__(context)
+        run = context.run
+        self.iterations = save_iterations(run.config.checkpoint, run.config.training.train_iters)
+        self.saver = Saver(run.engine, run.config, run_id=run.run_id, versions=described_versions(run.description))
+
+    def start(self) -> None:
+        """Saves the initial weights of a run that starts from step 0."""
+        if self.context.progress.iteration == 0 and 0 in self.iterations:
+            self._save(wait=False)
+
+    def after_step(self, step: Step) -> None:
+        """Saves when it is time, and publishes an earlier save that is written by now."""
+        ends = step.ends_run or self.context.stop.agreed
+        if step.iteration in self.iterations or ends:
+            self._save(wait=ends)
+        elif self.saver.is_saving:
+            with self.context.throughput.saving():
+                self.saver.publish_if_written()
+
+    def finish(self) -> None:
+        """Publishes a save that is still being written."""
+        self.saver.finish()
+
+    def on_error(self, error: UserError) -> None:
+        """Publishes a save that is still being written when all ranks give up on a step that is not finite.
+
+        Publishing is collective: after an error that may be one rank's alone, the others would be waited for in vain.
+        """
+        if isinstance(error, NonFiniteError):
+            self.saver.finish()
+
+    def _save(self, *, wait: bool) -> None:
+        with self.context.throughput.saving():
+            self.saver.save(self.context.run_state(), wait=wait)

@@ -1,0 +1,53 @@
+"""Writes the metrics of training to the monitor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron.data.micro_batch import MicroBatch
+from megatron.monitor.throughput import TimedIterator, peak_memory_gib
+from megatron.training.callback import Callback
+from megatron.training.progress import Step
+from megatron.training.training_context import TrainingContext
+
+
+class Metrics(Callback):
+    """Writes a record every `log_interval` steps, after every evaluation, and at the end of the run."""
+
+    def __init__(self, context: TrainingContext) -> None:
+        super().__init__(context)
+        self.losses: list[Tensor] = []
+
+    def wrap_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Times how long the engine waits for its training data."""
+        self.batches = TimedIterator(batches)
+        return self.batches
+
+    def after_step(self, step: Step) -> None:
+        """Collects the loss, and reports its mean since the last record when it is time.
+
+        Steps that were left out do not count in the mean.
+        """
+        if not step.left_out:
+            self.losses.append(step.loss)
+        context, run = self.context, self.context.run
+        ends = step.ends_run or context.stop.agreed
+        if not (step.iteration % run.config.monitor.log_interval == 0 or step.metrics or ends):
+            return
+        loss = float(torch.stack(self.losses).double().mean()) if self.losses else math.nan
+        self.losses.clear()
+        record = {
+            "consumed_tokens": context.progress.consumed_train_samples * run.config.model.seq_length,
+            "train/lm_loss": loss,
+            "train/learning_rate": step.learning_rate,
+            "train/grad_norm": float(run.engine.get_global_grad_norm()),
+            "train/skipped_steps": run.engine.skipped_steps,
+            "train/memory_gib": peak_memory_gib(),
+            **context.throughput.measure(step.iteration, self.batches.wait_seconds),
+            **step.metrics,
+        }
+        context.monitor.write(step.iteration, record)

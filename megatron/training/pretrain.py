@@ -1,0 +1,116 @@
+"""Trains a model: assembles the run in the order in which its parts need each other, and takes its steps."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.checkpointing.states.same_model import require_same_vocabulary
+from megatron.checkpointing.store.checkpoint import require_writable
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
+from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron.errors import STOPPED_ON_REQUEST
+from megatron.model.causal_lm import VocabSize
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.process_group import process_group, share_with_deepspeed
+from megatron.training.build_engine import build_engine, require_hardware
+from megatron.training.callback import Callback
+from megatron.training.callbacks.batch_hashes import BatchHashes
+from megatron.training.callbacks.checkpoints import Checkpoints
+from megatron.training.callbacks.evaluation import FinalTest, Validation
+from megatron.training.callbacks.metrics import Metrics
+from megatron.training.loop import Ending, train_steps
+from megatron.training.run_description import describe_run
+from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, roll_back
+from megatron.training.stop_request import StopRequest, signals_request
+from megatron.training.training_context import TrainingContext, TrainingRun, training_context
+from megatron.training.training_data import build_training_data
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
+    """Trains as configured on the ranks that the environment announces; returns the exit code.
+
+    That is 0 after the last step, STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1
+    when the run was stopped and has nowhere to save.
+    Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
+    wherever that is possible, and NonFiniteError for NaN and infinity.
+    """
+    stop = StopRequest(config.training.exit_duration_in_mins)
+    with signals_request(stop):
+        require_hardware(config)
+        if config.checkpoint.save is not None:
+            require_writable(Path(config.checkpoint.save))
+        with process_group():
+            share_with_deepspeed()
+            ending = pretrain_in_group(config, batch, run_folder, stop)
+    if ending is not Ending.STOPPED:
+        return 0
+    if config.checkpoint.save is None:
+        logger.info("stopped on request; nothing is saved, for `save` is not set")
+        return 1
+    logger.info("stopped on request, and saved: start again to go on (exit code %d)", STOPPED_ON_REQUEST)
+    return STOPPED_ON_REQUEST
+
+
+def pretrain_in_group(
+    config: RunConfig, batch: BatchConfig, run_folder: Path, stop: StopRequest | None = None
+) -> Ending:
+    """Trains on the ranks of the process group that exists already; without `stop`, no signal ends the run.
+
+    Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says so.
+    """
+    sizes = config.parallel
+    parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
+    start = find_start(config)
+    logger.info("%s", start)
+    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop or StopRequest())
+    while True:
+        load_start(start, run.engine, run.config, run.parallel, run.vocab)
+        progress = replace(start.progress)
+        with training_context(run, progress) as context:
+            ending = train_steps(context, build_callbacks(context))
+        if ending is not Ending.ROLL_BACK:
+            return ending
+        start = roll_back(run.config.checkpoint, start, progress)
+
+
+def assemble(
+    config: RunConfig,
+    batch: BatchConfig,
+    parallel: ParallelContext,
+    run_folder: Path,
+    start: RunStart,
+    stop: StopRequest,
+) -> TrainingRun:
+    """Builds the parts of a run that stay the same from its start to its end. Collective."""
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
+    if start.checkpoint is not None:
+        require_same_vocabulary(start.checkpoint, vocab, padding_is_masked=config.model.mask_padded_vocab)
+    data = build_training_data(config, batch, start, tokenizer, vocab, parallel)
+    engine, guard = build_engine(config, batch, vocab, parallel, stop)
+    description = describe_run(config, batch, vocab, run_folder.name)
+    return TrainingRun(
+        config, batch, parallel, vocab, data, engine, guard, start.run_id, description, folder=run_folder
+    )
+
+
+def build_callbacks(context: TrainingContext) -> list[Callback]:
+    """Builds the callbacks that the configuration asks for, in the order in which they see a step.
+
+    Metrics come after the evaluations that they record. Checkpoints come last: what the others count is saved too.
+    """
+    config, datasets = context.run.config, context.run.data.datasets
+    evaluates = config.training.eval_iters > 0
+    callbacks: list[tuple[type[Callback], bool]] = [
+        (BatchHashes, config.monitor.log_batch_hashes),
+        (Validation, evaluates and datasets.valid is not None),
+        (FinalTest, evaluates and datasets.test is not None),
+        (Metrics, True),
+        (Checkpoints, config.checkpoint.save is not None),
+    ]
+    return [callback(context) for callback, is_wanted in callbacks if is_wanted]

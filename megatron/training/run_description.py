@@ -1,0 +1,39 @@
+"""The description that a run writes of itself, to run.json: sizes, work per token, machine, code and configuration."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from torch import distributed
+
+from megatron.config.model_size import count_parameters, training_flops
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
+from megatron.model.causal_lm import VocabSize
+from megatron.monitor.provenance import device_name, git_commit
+
+RUN_FILE = "run.json"
+RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers")
+
+
+def describe_run(config: RunConfig, batch: BatchConfig, vocab: VocabSize, name: str) -> dict[str, Any]:
+    """Returns the content of run.json for a run called `name`."""
+    return {
+        "name": name,
+        "parameters": count_parameters(config.model, vocab.padded),
+        "flops_per_token": training_flops(config.model, vocab.padded, config.model.seq_length),
+        "tokens_per_step": batch.global_batch_size * config.model.seq_length,
+        "ranks": distributed.get_world_size(),
+        "device": device_name(),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in RECORDED_PACKAGES},
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def described_versions(description: dict[str, Any]) -> dict[str, str | None]:
+    """Returns the versions of packages and code in `description`, as a checkpoint's manifest holds them."""
+    return {"python": description["python"], "code": description["git_commit"], **description["packages"]}

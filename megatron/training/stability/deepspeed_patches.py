@@ -1,0 +1,137 @@
+"""Everything that this project changes in an engine of DeepSpeed 0.19.8, in one place and in order.
+
+`install` changes the engine that `deepspeed.initialize` has made; nothing else sets an attribute of it afterwards. Two
+changes come earlier, because the engine is made from them, and two last for a single call:
+
+before the process group    `mpu/process_group.py` skips the shared-memory collective, which needs a compiler
+before the engine           `model/pipeline.py` subclasses PipelineModule: partition, recomputation, tied weights
+while a checkpoint loads    `checkpointing/engine/load_universal.py` replaces the loader of the universal form, which
+                            unpickles freely, and `hyperparameters.py` keeps the configured hyperparameters
+
+Tested in tests/parallel/test_agreement.py (norms, tied gradients: each case fails or waits for ever without its patch),
+tests/integration/test_non_finite.py (guard), test_deepspeed_patches.py (no compiler, no scripts) and
+tests/checkpointing/test_safe_files.py (files of checkpoints).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.constants import PIPE_REPLICATED
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, distributed, nn
+
+from megatron.checkpointing.engine.engine_files import build_engine_files
+from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import parameter_spec
+from megatron.training.stability.step_guard import StepGuard
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+WIDENED_AT_ONCE = 2**24
+"""Gradient elements of which a float64 copy is made at a time."""
+
+
+def install(engine: PipelineEngine, context: ParallelContext, checkpoint: CheckpointConfig, guard: StepGuard) -> None:
+    """Patches the engine: the gradients of a step in the order in which it meets them, then its files."""
+    _guard_and_sum_tied_gradients(engine, guard)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        _patch_bf16_norm(engine.optimizer, context, engine.device)
+    else:
+        _patch_zero_norm(engine.optimizer, context, engine.device)
+    # Files are flushed and hashed while written, copied first where saves are asynchronous, and never unpickled freely.
+    engine.checkpoint_engine = build_engine_files(checkpoint)
+    # DeepSpeed would put scripts into every checkpoint which unpickle whatever they find there.
+    engine._copy_recovery_script = lambda save_path: None
+
+
+def _guard_and_sum_tied_gradients(engine: PipelineEngine, guard: StepGuard) -> None:
+    """Lets the guard see each rank's own gradients, before the first sum over ranks, which is that of tied weights.
+
+    DeepSpeed's own sum looks in `weight.grad`, where fp16 gradients do not accumulate, and skips what is not there.
+    """
+    own_sum = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
+    sum_tied = own_sum if isinstance(engine.optimizer, BF16_Optimizer) else _sum_tied_gradients
+
+    def inspect_and_sum(engine: PipelineEngine) -> None:
+        guard.inspect()
+        sum_tied(engine)
+
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: inspect_and_sum}
+
+
+def _sum_tied_gradients(engine: PipelineEngine) -> None:
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        distributed.all_reduce(engine.optimizer.get_gradient_for_reduction(weight), group=group)
+
+
+def _patch_zero_norm(optimizer: DeepSpeedZeroOptimizer, context: ParallelContext, device: torch.device) -> None:
+    """Sums the squares of all parameter groups over the ranks at once.
+
+    DeepSpeed sums once for each group, so that stages with different numbers of groups, such as those with norms and
+    those without, wait for each other for ever.
+    """
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        square = _local_norm(_zero_gradients(optimizer), context, device).square()
+        distributed.all_reduce(square)
+        return square.sqrt().float()
+
+    optimizer.scaled_global_norm = scaled_global_norm
+
+
+def _patch_bf16_norm(optimizer: BF16_Optimizer, context: ParallelContext, device: torch.device) -> None:
+    """Hands this rank's norm to DeepSpeed as a list of one, in place of the list of its gradients.
+
+    The norm of both lists is the same, and DeepSpeed fails on a rank that counts no gradient of its own.
+    """
+    own = optimizer.get_grads_for_norm
+
+    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return own(for_clipping=True)
+        return [_local_norm(_bf16_gradients(optimizer), context, device)], {}
+
+    optimizer.get_grads_for_norm = get_grads_for_norm
+
+
+def _local_norm(
+    gradients: Iterator[tuple[nn.Parameter, Tensor]], context: ParallelContext, device: torch.device
+) -> Tensor:
+    """Returns this rank's part of the global norm, float64: its squares over all ranks sum to the square of the norm.
+
+    A gradient that several ranks hold alike counts on one of them: replicated weights on tensor rank 0, the embedding
+    of a tied head on the embedding's stage. The others add 0, or NaN where it is not finite, so that no rank takes the
+    step.
+    """
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter, gradient in gradients:
+        first = parameter_spec(parameter).shard_dim is not None or context.tensor_rank == 0
+        counts = first and not getattr(parameter, PIPE_REPLICATED)
+        for part in torch.split(gradient.flatten(), WIDENED_AT_ONCE):
+            square += float(counts) * torch.linalg.vector_norm(part, dtype=torch.float64).square()
+    return square.sqrt()
+
+
+def _zero_gradients(optimizer: DeepSpeedZeroOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yields each parameter of this data-parallel rank's partition with the part of its gradient that lies in there."""
+    for group, parameters in enumerate(optimizer.params_in_partition):
+        gradients = [g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
+        # What the last partitions have beyond their parameters is padding that is not marked as such.
+        yield from zip(parameters, gradients[: len(parameters)], strict=True)
+
+
+def _bf16_gradients(optimizer: BF16_Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    groups = zip(
+        optimizer.bf16_groups, optimizer.fp32_groups_has_gradients, optimizer.fp32_groups_gradients, strict=True
+    )
+    for parameters, present, gradients in groups:
+        for parameter, there, gradient in zip(parameters, present, gradients, strict=True):
+            if there:
+                yield parameter, gradient

@@ -1,0 +1,122 @@
+"""An assembled run, and the context that its callbacks share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed
+
+from megatron.checkpointing.store.run_state import RunState
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
+from megatron.data.datasets import SampleCounts
+from megatron.model.causal_lm import VocabSize
+from megatron.monitor.device_peaks import peak_flops
+from megatron.monitor.monitor import Monitor, build_monitor
+from megatron.monitor.throughput import Throughput
+from megatron.mpu.context import ParallelContext
+from megatron.training.progress import Progress
+from megatron.training.run_description import RUN_FILE
+from megatron.training.stability.step_guard import StepGuard
+from megatron.training.stop_request import StopRequest
+from megatron.training.training_data import TrainingData
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The parts of a run that stay the same from its first step to its last."""
+
+    config: RunConfig
+    batch: BatchConfig
+    parallel: ParallelContext
+    vocab: VocabSize
+    data: TrainingData
+    engine: PipelineEngine
+    guard: StepGuard
+    """Guards the engine's steps, and carries requests to stop."""
+    run_id: str
+    """The run that its checkpoints belong to."""
+    description: dict[str, Any]
+    """Content of run.json."""
+    folder: Path
+    """Folder of run.json and metrics."""
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """The run as callbacks see it, from a start to the end or to a rollback."""
+
+    run: TrainingRun
+    progress: Progress
+    """Place of the run; the loop counts steps and training samples, callbacks what they read themselves."""
+    monitor: Monitor
+    """Takes the metrics on rank 0; does nothing on other ranks."""
+    throughput: Throughput
+    """Runs since the start, and is paused for what is not training."""
+
+    @property
+    def stop(self) -> StopRequest:
+        """Returns the requests to end the run early."""
+        return self.run.guard.stop
+
+    def run_state(self) -> RunState:
+        """Returns the state of the run that a checkpoint holds."""
+        run = self.run
+        state = initial_run_state(run.data.counts, run.data.fingerprint, run.vocab, run.parallel)
+        return replace(state, **asdict(self.progress), schedule_steps=run.engine.lr_scheduler.num_steps)
+
+
+@contextmanager
+def training_context(run: TrainingRun, progress: Progress) -> Iterator[TrainingContext]:
+    """Opens the metric writers and writes run.json, on rank 0, starts the clock, and closes the writers at the end."""
+    description, training = run.description, run.config.training
+    rank = distributed.get_rank()
+    with build_monitor(
+        run.config.monitor,
+        run.folder,
+        rank=rank,
+        run_name=description["name"],
+        total_iterations=training.train_iters,
+        resume_iteration=progress.iteration,
+        config_dump=description["config"],
+    ) as monitor:
+        if rank == 0:
+            (run.folder / RUN_FILE).write_text(json.dumps(description, indent=1) + "\n")
+        peak = peak_flops(description["device"], training.precision.dtype)
+        throughput = Throughput(
+            tokens_per_step=description["tokens_per_step"],
+            iteration=progress.iteration,
+            total_iterations=training.train_iters,
+            flops_per_token=description["flops_per_token"],
+            peak_flops=None if peak is None else peak * description["ranks"],
+        )
+        yield TrainingContext(run, progress, monitor, throughput)
+
+
+def initial_run_state(
+    counts: SampleCounts, fingerprint: dict[str, str], vocab: VocabSize, context: ParallelContext
+) -> RunState:
+    """Returns the state of a run before its first step; progress is what changes in it."""
+    return RunState(
+        iteration=0,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        schedule_steps=0,
+        non_finite_steps=0,
+        train_index_samples=counts.train,
+        valid_index_samples=counts.valid,
+        data_fingerprint=fingerprint,
+        tensor_parallel_size=context.tensor_size,
+        pipe_parallel_size=context.pipe_size,
+        data_parallel_size=context.data_size,
+        vocab_size=vocab.actual,
+        padded_vocab_size=vocab.padded,
+    )

@@ -1,0 +1,24 @@
+"""Patches of DeepSpeed that show in a run's surroundings only; those of its numbers are in tests/parallel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers.configs import TOKENFORMER
+from tests.helpers.runs import train
+
+
+def without_a_compiler(extensions: Path) -> None:
+    os.environ |= {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(extensions)}
+
+
+def test_a_run_compiles_nothing_and_leaves_no_scripts(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = write_config(TOKENFORMER, train_iters=1)
+    extensions = tmp_path / "extensions"
+    train(config, before=without_a_compiler, arguments=(extensions,))
+    assert not extensions.exists()
+    run = config.with_suffix("")
+    assert (run / "global_step1").is_dir()
+    assert not list(run.rglob("*.py"))
