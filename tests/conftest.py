@@ -102,11 +102,11 @@ def eval_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def synchronous(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
-    """A run that nobody touches, whose saves are waited for."""
+    """A run on two ranks whose saves are waited for, and all kept, that of its initial weights too."""
     from tests.helpers.async_saves import write
     from tests.helpers.runs import train
 
-    config = write(tmp_path_factory.mktemp("synchronous"), dataset, async_save=False)
+    config = write(tmp_path_factory.mktemp("synchronous"), dataset, async_save=False, extra_save_iters=[0])
     train(config, ranks=2)
     return config.with_suffix("")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,14 @@ def assert_loads(config: Path, event: str) -> None:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.full)])
-def test_killed_at_random_moments(kills: int, dataset: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    kills: int, saved_each_step: Callable[[int], tuple[Path, float]], dataset: Path, tmp_path: Path
+) -> None:
     """Each start is killed while a save is being written, or about that time."""
     steps = 10 * kills
-    changes = {"train_iters": steps, "checkpoint_factor": 1, "keep_last_n_checkpoints": 2}
-    whole, config = (write(tmp_path / name, dataset, **changes) for name in ("whole", "killed"))
-    train(whole, "async_save=false", ranks=2)
-    ours, theirs = config.with_suffix(""), whole.with_suffix("")
+    theirs, _ = saved_each_step(steps)
+    config = write(tmp_path, dataset, train_iters=steps, checkpoint_factor=1, keep_last_n_checkpoints=2)
+    ours = config.with_suffix("")
     moments = random.Random(5)
     for _ in range(kills):
         before = newest(ours)

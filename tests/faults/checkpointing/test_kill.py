@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.helpers.bombs import Bomb
 from tests.helpers.faults import kill_in_the_middle_of_a_file, limit_file_size, watch_save
 from tests.helpers.interrupted import KILLED, SAVE, assert_ends_like, write
 from tests.helpers.records import records
-from tests.helpers.runs import run_ranks, start_ranks, train
+from tests.helpers.runs import run_ranks, start_ranks
 from tests.helpers.tensor_files import assert_same_checkpoint
 
 # What rank 0 is about to do to the run's folder when it is killed, and which time it does it.
@@ -39,27 +40,19 @@ PHASES: dict[str, tuple[str, int]] = {
 COVER = ("before the first file", "before the manifest", "after the rename", "while the old one goes")
 
 
-@pytest.fixture(scope="module")
-def untouched(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
-    """A run of BASE on two ranks, and beside it `events`: what rank 0 does to its folder during one save."""
-    folder = tmp_path_factory.mktemp("untouched")
-    config = write(folder, dataset)
-    train(config, ranks=2, before=watch_save, arguments=(SAVE, folder / "events", None))
-    return folder / "run"
-
-
 def events(untouched: Path) -> list[str]:
     return (untouched.parent / "events").read_text().splitlines()
 
 
 def event_number(untouched: Path, phase: str) -> int:
-    event, occurrence = PHASES[phase]
-    return [number for number, seen in enumerate(events(untouched)) if seen == event][occurrence]
-
-
-def test_the_phases_come_in_their_order(untouched: Path) -> None:
-    numbers = [event_number(untouched, phase) for phase in PHASES]
-    assert numbers == sorted(numbers)
+    """Returns the number of the event before which a phase ends; phases come in the order of PHASES."""
+    seen = events(untouched)
+    numbers = {
+        name: [number for number, found in enumerate(seen) if found == event][occurrence]
+        for name, (event, occurrence) in PHASES.items()
+    }
+    assert list(numbers.values()) == sorted(numbers.values())
+    return numbers[phase]
 
 
 @pytest.mark.parametrize("phase", COVER)
@@ -91,16 +84,16 @@ def test_killed_in_the_middle_of_a_file(rank: int, untouched: Path, dataset: Pat
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.full)])
-def test_killed_at_random_moments(kills: int, dataset: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    kills: int, saved_each_step: Callable[[int], tuple[Path, float]], dataset: Path, tmp_path: Path
+) -> None:
     """Each start is killed some steps on, at any moment of a step or the save that follows each."""
     steps = 10 * kills
+    theirs, seconds_per_step = saved_each_step(steps)
     changes = {"train_iters": steps, "checkpoint_factor": 1, "keep_last_n_checkpoints": 2, "num_workers": 1}
-    whole, config = (write(tmp_path / name, dataset, **changes) for name in ("whole", "killed"))
-    begin = time.monotonic()
-    train(whole, ranks=2, timeout=1200.0)
-    seconds_per_step = (time.monotonic() - begin) / steps
+    config = write(tmp_path, dataset, **changes)
+    ours = config.with_suffix("")
     moments = random.Random(5)
-    ours, theirs = config.with_suffix(""), whole.with_suffix("")
     for _ in range(kills):
         target = last_save(ours) + moments.randrange(6)
         ranks = start_ranks(config, ranks=2)
@@ -158,15 +151,16 @@ def test_a_read_only_folder(dataset: Path, tmp_path: Path) -> None:
     assert "save: /sys/kernel/run cannot be written" in finished.output and "Traceback" not in finished.output
 
 
-def test_damage_to_the_newest_checkpoint_costs_its_steps(untouched: Path, dataset: Path, tmp_path: Path) -> None:
-    config = write(tmp_path, dataset, keep_last_n_checkpoints=3)
-    train(config, ranks=2)
-    run = config.with_suffix("")
+def test_damage_to_the_newest_checkpoint_costs_its_steps(
+    untouched: Path, synchronous: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = write(tmp_path, dataset)
+    run = Path(shutil.copytree(synchronous, config.with_suffix("")))
     file = run / "global_step6" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    finished = run_ranks(config, "keep_last_n_checkpoints=1", ranks=2)
+    finished = run_ranks(config, ranks=2)
     assert finished.codes == [0, 0]
     message = f"passed over global_step6: {file.name} is damaged: its SHA-256 differs. Going back to global_step4."
     assert message in finished.output
@@ -174,10 +168,10 @@ def test_damage_to_the_newest_checkpoint_costs_its_steps(untouched: Path, datase
     assert records(run, "train/lm_loss") == records(untouched, "train/lm_loss")
 
 
-def test_without_any_whole_checkpoint_nothing_starts_from_zero(dataset: Path, tmp_path: Path) -> None:
+def test_without_any_whole_checkpoint_nothing_starts_from_zero(untouched: Path, dataset: Path, tmp_path: Path) -> None:
     config = write(tmp_path, dataset)
-    train(config, ranks=2)
-    (tmp_path / "run" / "global_step6" / "layer_00-model_00-model_states.pt").unlink()
+    run = Path(shutil.copytree(untouched, config.with_suffix("")))
+    (run / "global_step6" / "layer_00-model_00-model_states.pt").unlink()
     finished = run_ranks(config, ranks=2)
     assert finished.codes == [1, 1]
     assert "none of its checkpoints is whole" in finished.output

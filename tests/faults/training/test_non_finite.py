@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.configs import TOKENFORMER
+from tests.helpers.covers import covered
 from tests.helpers.faults import not_finite
 from tests.helpers.records import records
 from tests.helpers.runs import Finished, run_ranks
@@ -31,19 +32,10 @@ def run(config: Path, *overrides: str, kind: str = "loss", steps: tuple[int, ...
     return run_ranks(config, *overrides, ranks=2, before=not_finite, arguments=(kind, list(steps), BAD_RANK))
 
 
-def some_in_the_cover(*cases: tuple[Any, ...]) -> list[Any]:
-    """Every clipping and precision with each of `cases`; a few of them in `make test`."""
-    combinations = [(*case, clip, dtype) for case in cases for clip in (1.0, 0.0) for dtype in ("fp32", "bfloat16")]
-    return [
-        pytest.param(*values, marks=[] if number % 3 == 0 else [pytest.mark.full])
-        for number, values in enumerate(combinations)
-    ]
+CASES = covered(list(product(["loss", "infinite loss", "gradient"], [1.0, 0.0], ["fp32", "bfloat16"])))
 
 
-KINDS = (("loss",), ("infinite loss",), ("gradient",))
-
-
-@pytest.mark.parametrize(("kind", "clip", "dtype"), some_in_the_cover(*KINDS))
+@pytest.mark.parametrize(("kind", "clip", "dtype"), CASES)
 def test_stop(kind: str, clip: float, dtype: str, write_config: Callable[..., Path]) -> None:
     config = write_config(BASE, gradient_clipping=clip, precision=dtype)
     finished = run(config, kind=kind)
@@ -62,7 +54,7 @@ def test_stop(kind: str, clip: float, dtype: str, write_config: Callable[..., Pa
     assert list(records(folder, "train/lm_loss")) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("kind", "clip", "dtype"), some_in_the_cover(*KINDS))
+@pytest.mark.parametrize(("kind", "clip", "dtype"), CASES)
 def test_skipping_and_rolling_back_agree(kind: str, clip: float, dtype: str, write_config: Callable[..., Path]) -> None:
     """A rollback to step 4 that goes on with the samples after the bad ones takes the very steps that are taken after
     the bad one is left out; only their numbers differ by one."""
@@ -131,10 +123,3 @@ def test_a_stage_of_a_pipeline(write_config: Callable[..., Path]) -> None:
     finished = run_ranks(config, ranks=2, before=not_finite, arguments=("gradient", [BAD_STEP], 0))
     assert finished.codes == [1, 1], finished.output
     assert "step 5: NaN or infinity in the gradient on rank 0, from training samples 32-35, 36-39." in finished.output
-
-
-def test_losses_are_finite_otherwise(write_config: Callable[..., Path]) -> None:
-    """What the tests above inject is all that is not finite."""
-    config = write_config(BASE)
-    assert run(config, steps=()).codes == [0, 0]
-    assert all(math.isfinite(loss) for loss in records(config.with_suffix(""), "train/lm_loss").values())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ from megatron.training.build_engine import build_engine
 from megatron.training.stability.step_guard import StepGuard
 from megatron.training.stop_request import StopRequest
 from tests.helpers.configs import PYTHIA, SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, layout_keys
+from tests.helpers.covers import covered
 from tests.helpers.distributed import run_on_new_ranks
 
 STEPS, POISONED = 4, 2
@@ -92,37 +93,25 @@ def write(folder: Path, settings: dict[str, Any]) -> Path:
     return config
 
 
+PLACES: dict[str, tuple[dict[str, Any], dict[str, int], int, str]] = {
+    "data": (TOKENFORMER, {"data": 2}, 1, "layers.1.mlp.key_tokens"),
+    "tensor, split": (TOKENFORMER, {"tensor": 2}, 1, "layers.0.attention.query.value_tokens"),
+    "tensor, norm": (TOKENFORMER, {"tensor": 2}, 1, FINAL_NORM),
+    "tensor, bias": (PYTHIA, {"tensor": 2}, 1, "layers.0.mlp.dense_4h_to_h.bias"),
+    "pipe, first stage": (TOKENFORMER, {"pipe": 2}, 0, "layers.0.attention.proj.key_tokens"),
+    "pipe, tied head": (TOKENFORMER, {"pipe": 2}, 1, EMBEDDING),
+    "both, norm": (TOKENFORMER, {"pipe": 2, "tensor": 2}, 3, FINAL_NORM),
+}
+"""Model, layout, and the rank and parameter whose gradient is NaN."""
+
+
 @pytest.mark.parametrize(
-    ("precision", "clipping"),
-    [
-        ("fp32", 0.0),
-        ("bfloat16", 1.0),
-        pytest.param("fp32", 1.0, marks=pytest.mark.full),
-        pytest.param("bfloat16", 0.0, marks=pytest.mark.full),
-    ],
-)
-@pytest.mark.parametrize(
-    ("base", "layout", "rank", "parameter"),
-    [
-        (TOKENFORMER, {"data": 2}, 1, "layers.1.mlp.key_tokens"),
-        (TOKENFORMER, {"tensor": 2}, 1, "layers.0.attention.query.value_tokens"),
-        (TOKENFORMER, {"tensor": 2}, 1, FINAL_NORM),
-        (PYTHIA, {"tensor": 2}, 1, "layers.0.mlp.dense_4h_to_h.bias"),
-        (TOKENFORMER, {"pipe": 2}, 0, "layers.0.attention.proj.key_tokens"),
-        (TOKENFORMER, {"pipe": 2}, 1, EMBEDDING),
-        (TOKENFORMER, {"pipe": 2, "tensor": 2}, 3, FINAL_NORM),
-    ],
-    ids=["data", "tensor, split", "tensor, norm", "tensor, bias", "pipe, first stage", "pipe, tied head", "both, norm"],
+    ("place", "precision", "clipping"), covered(list(product(PLACES, ["fp32", "bfloat16"], [0.0, 1.0])))
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_step_on_all(
-    base: dict[str, Any],
-    layout: dict[str, int],
-    rank: int,
-    parameter: str,
-    clipping: float,
-    precision: str,
-    tmp_path: Path,
+    place: str, precision: str, clipping: float, tmp_path: Path
 ) -> None:
+    base, layout, rank, parameter = PLACES[place]
     settings = base | layout_keys(**layout) | {"precision": precision, "gradient_clipping": clipping}
     ranks = run_on_new_ranks(take_steps, math.prod(layout.values()), write(tmp_path, settings), rank, parameter)
     for seen in ranks:
