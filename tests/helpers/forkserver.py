@@ -18,4 +18,10 @@ ENVIRONMENT = {
 }
 """Must be set when a process is started, for the first start is also that of the process that is forked."""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
+PRELOADED = ["tests.helpers.preloaded"]
+CONTEXT.set_forkserver_preload(PRELOADED)
+
+
+def preload_evaluation() -> None:
+    """Makes the process that others are forked from import lm-eval too, which takes seconds."""
+    CONTEXT.set_forkserver_preload(["tests.helpers.preloaded_evaluation", *PRELOADED])

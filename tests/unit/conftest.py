@@ -1,11 +1,14 @@
-"""A guard: unit tests start no ranks."""
+"""Guards: unit tests start no ranks, and leave the environment as it was."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
 
@@ -27,6 +30,13 @@ class WithoutLaunchers(subprocess.Popen):  # type: ignore[type-arg]
         if LAUNCHERS & names and "--check" not in names:
             refuse()
         super().__init__(args, *more, **options)
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Takes back the variables that scripts set for their ranks."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)

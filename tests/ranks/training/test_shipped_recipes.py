@@ -1,4 +1,4 @@
-"""The smallest shipped recipe of each architecture takes two steps on a CPU, at a batch and sequence that fit one."""
+"""The smallest shipped recipe of each architecture takes two steps on a CPU, cut down to a size that fits one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ SMALL = [
     "train_micro_batch_size_per_gpu=1",
     "seq_length=32",
     "train_iters=2",
+    "num_layers=2",
+    'attention_config=[[["flash"], 2]]',
     "log_interval=1",
     "eval_iters=0",
     "num_workers=0",

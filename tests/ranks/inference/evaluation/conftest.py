@@ -1,12 +1,10 @@
-"""No evaluation asks the hub."""
+"""Ranks that evaluate are forked from a process that has imported lm-eval."""
 
 from __future__ import annotations
 
-import pytest
+from tests.helpers.forkserver import preload_evaluation
 
 
-@pytest.fixture(autouse=True)
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the hub away: what it would hold is not there."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+def pytest_collection_finish() -> None:
+    """Comes before the first fork, when tests of this folder are among those to run."""
+    preload_evaluation()

@@ -16,23 +16,21 @@ from typing import Any
 
 import pytest
 
+from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.tokenizers.char_level import CharLevelTokenizer
 from megatron.inference.generation.conversation_terminal import CONTROLS
 from tests.helpers.commands import run_command
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import ROOT, run_ranks
-from tests.helpers.tiny_checkpoints import make_checkpoint, write_yaml
 
 Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tokenformer: Checkpoint) -> Path:
     """The YAML of a run that has left a checkpoint, and whose vocabulary is the bytes."""
-    config = write_yaml(tmp_path_factory.mktemp("trained"), TOKENFORMER)
-    make_checkpoint(config)
-    return config
+    return tokenformer.path.parents[1] / "run.yml"
 
 
 def records_of(config: Path, *settings: str, ranks: int = 1) -> list[Record]:
@@ -114,27 +112,6 @@ def test_nothing_to_sample_from(write_config: Callable[..., Path]) -> None:
     assert "holds no checkpoint to read" in finished.output and "Traceback" not in finished.output
 
 
-@pytest.mark.parametrize(
-    ("settings", "code", "words"),
-    [
-        (["text_gen_type=input-file", "sample_input_file=missing.txt"], 1, "missing.txt cannot be read"),
-        (["sample_output_file=/dev/null/samples.jsonl"], 1, "cannot be written"),
-        (["hidden_size=64"], 2, "hidden_size: checkpoint 32, configuration 64"),
-        (["tokenizer_type=HFTokenizer", "vocab_file=TOKENIZER"], 2, "vocabulary of 512 ids"),
-        (["model_parallel_size=2"], 2, "1 ranks do not divide"),
-        (["sample_input_file=a/p.txt", "sample_output_file=a/b/../p.txt"], 2, "would overwrite the prompts"),
-        (["text_gen_type=interactive", "return_logits=true"], 2, "a terminal has no room for logits"),
-    ],
-)
-def test_mistakes_are_explained(trained: Path, tmp_path: Path, settings: list[str], code: int, words: str) -> None:
-    tokenizer = tmp_path / "tokenizer.json"
-    vocabulary = {"<|endoftext|>": 0, "a": 1}
-    tokenizer.write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
-    finished = run_ranks(trained, *[s.replace("TOKENIZER", str(tokenizer)) for s in settings], script="generate")
-    assert finished.code == code and words in finished.output, finished.output
-    assert "Traceback" not in finished.output
-
-
 class TerminalSession:
     """generate.py with its three streams in a terminal, of which it is the foreground job."""
 
@@ -184,7 +161,11 @@ class TerminalSession:
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
-@pytest.mark.parametrize("settings", [[], ["num_gpus=2", "model_parallel_size=2"]], ids=["one rank", "TP=2"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param([], marks=pytest.mark.full), ["num_gpus=2", "model_parallel_size=2"]],
+    ids=["one rank", "TP=2"],
+)
 def test_a_conversation(trained: Path, tmp_path: Path, settings: list[str]) -> None:
     prompts = ["Hello world", "three words, here", "x"]
     output = tmp_path / "conversation.jsonl"
