@@ -1,78 +1,84 @@
-"""Which optional speed-ups a run uses, and their place in the layers.
+"""Chooses a run's optional speed-ups, and puts them into the layers.
 
-Layers are built with torch's own functions. What is chosen here replaces some of them by the same function from an
-optional package, or compiles the layers; no weight and no name changes.
+Layers are built with kernels that run everywhere. A speed-up replaces one by another backend of the same operation, or
+compiles the layers; no weight and no name changes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from megatron.config.sections.speedups import SpeedupsConfig, Switch
+from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
-from megatron.kernels.attention.op import flash_attention
+from megatron.kernels.attention.causal_attention import CAUSAL_ATTENTION
+from megatron.kernels.backends import INSTALL, Backend, Candidate, Machine, Operation, choose
+from megatron.kernels.layer_norm.layer_norm import LAYER_NORM
+from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.model.attention import SelfAttention
 from megatron.model.layer import TransformerLayer
-from megatron.model.norms import LayerNorm, LayerNormFunction, NonParametricLayerNorm
-from megatron.registry import is_installed, require
+from megatron.model.norms import LayerNorm, NonParametricLayerNorm
+from megatron.model.pattention import Pattention
+from megatron.registry import is_installed
 
-INSTALL = "Install it with `pip install -r requirements/gpu.txt`, or set the key to auto or off."
+
+@dataclass(frozen=True)
+class KernelSlot:
+    """The place of an operation in the model: modules that call it, and the attribute that holds its backend."""
+
+    operation: Operation[Any]
+    modules: tuple[type[nn.Module], ...]
+    attribute: str
+
+
+SLOTS = (
+    KernelSlot(CAUSAL_ATTENTION, (SelfAttention,), "core_attention"),
+    KernelSlot(PATTENTION, (Pattention,), "kernel"),
+    KernelSlot(LAYER_NORM, (LayerNorm, NonParametricLayerNorm), "normalize"),
+)
+
+OptimizerName = Literal["torch AdamW", "torch fused AdamW", "apex FusedAdam"]
+ADAMW_IMPLEMENTATIONS = (
+    Candidate(label="torch AdamW", rank=0),
+    Candidate(label="torch fused AdamW", rank=1, key="torch_fused_adamw", gpu="preferred"),
+    Candidate(label="apex FusedAdam", rank=2, key="apex_fused_adam", package="apex", gpu="required"),
+)
+"""Each takes the same step."""
 
 
 @dataclass(frozen=True)
 class Speedups:
-    """What was chosen."""
+    """The speed-ups of a run."""
 
-    attention: Literal["torch SDPA", "flash-attn"]
-    layernorm: Literal["torch", "apex"]
-    optimizer: Literal["torch AdamW", "torch fused AdamW", "apex FusedAdam"]
+    kernels: Mapping[str, Backend[Any]]
+    """Backend of each operation, by the operation's name."""
+    optimizer: OptimizerName
     compile: bool
 
     def __str__(self) -> str:
+        chosen = [slot.operation.kind for slot in SLOTS if slot.operation.has_choice()]
+        kernels = [f"{operation} {self.kernels[operation].label}" for operation in chosen]
         compiled = "torch.compile" if self.compile else "not compiled"
-        return f"attention {self.attention} | layer norm {self.layernorm} | optimizer {self.optimizer} | {compiled}"
+        return " | ".join([*kernels, f"optimizer {self.optimizer}", compiled])
 
 
 def choose_speedups(config: SpeedupsConfig, precision: PrecisionConfig, *, on_gpu: bool) -> Speedups:
-    """Decide every `auto`. Raises EnvironmentSetupError for an `on` that this machine or number format cannot have."""
-    half = precision.dtype != "fp32"
-    if config.flash_attention == "on" and not half:
-        raise EnvironmentSetupError(
-            "flash_attention: on: flash-attn computes in bf16 and fp16 only, and this run is in fp32. Set `precision: "
-            "bfloat16`, or the key to auto or off."
-        )
-    flash = _use("flash_attention", config.flash_attention, "flash_attn", on_gpu=on_gpu) and half
-    apex_norm = _use("apex_fused_layernorm", config.apex_fused_layernorm, "apex", on_gpu=on_gpu)
-    apex_adam = config.torch_fused_adamw != "on" and _use(
-        "apex_fused_adam", config.apex_fused_adam, "apex", on_gpu=on_gpu
-    )
-    torch_adam = config.torch_fused_adamw == "on" or (config.torch_fused_adamw == "auto" and on_gpu)
+    """Decides every `auto`.
+
+    Raises EnvironmentSetupError for an `on` that this machine or number format cannot have.
+    """
+    machine = Machine(on_gpu, precision.dtype)
+    kernels = {slot.operation.kind: slot.operation.choose(config, machine) for slot in SLOTS}
+    optimizer = cast(OptimizerName, choose(ADAMW_IMPLEMENTATIONS, config, machine).label)
     if config.torch_compile == "on":
         _require_compiler(on_gpu)
-    return Speedups(
-        attention="flash-attn" if flash else "torch SDPA",
-        layernorm="apex" if apex_norm else "torch",
-        optimizer="apex FusedAdam" if apex_adam else "torch fused AdamW" if torch_adam else "torch AdamW",
-        compile=config.torch_compile == "on",
-    )
-
-
-def _use(key: str, switch: Switch, package: str, *, on_gpu: bool) -> bool:
-    if switch == "on":
-        if not is_installed(package):
-            raise EnvironmentSetupError(f"{key}: on: the package {package!r} is not installed. {INSTALL}")
-        if not on_gpu:
-            raise EnvironmentSetupError(
-                f"{key}: on: {package} needs a GPU, and torch sees none. Set it to auto or off."
-            )
-    return switch == "on" or (switch == "auto" and on_gpu and is_installed(package))
+    return Speedups(kernels, optimizer, compile=config.torch_compile == "on")
 
 
 def _require_compiler(on_gpu: bool) -> None:
@@ -86,28 +92,12 @@ def _require_compiler(on_gpu: bool) -> None:
         )
 
 
-def apply_speedups(module: nn.Module, speedups: Speedups) -> None:
-    """Put what was chosen into every layer of `module` that has a place for it."""
-    for layer in module.modules():
-        if speedups.attention == "flash-attn" and isinstance(layer, SelfAttention):
-            layer.core_attention = flash_attention()
-        if speedups.layernorm == "apex" and isinstance(layer, LayerNorm | NonParametricLayerNorm):
-            layer.normalize = apex_layer_norm()
-        if speedups.compile and isinstance(layer, TransformerLayer):
-            layer.compile()
-
-
-def apex_layer_norm() -> LayerNormFunction:
-    """apex's fused layer norm with the signature of torch.nn.functional.layer_norm."""
-    apex = require("apex.normalization.fused_layer_norm", "apex_fused_layernorm: on", INSTALL)
-
-    def normalize(
-        x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, epsilon: float
-    ) -> Tensor:
-        if weight is None:
-            plain: Tensor = apex.fused_layer_norm(x, shape, epsilon)
-            return plain
-        affine: Tensor = apex.fused_layer_norm_affine(x, weight, bias, shape, epsilon)
-        return affine
-
-    return normalize
+def apply_speedups(model: nn.Module, speedups: Speedups) -> None:
+    """Puts the chosen kernels into every module of `model` that has a place for them, and compiles its layers."""
+    functions = {operation: backend.load() for operation, backend in speedups.kernels.items()}
+    for module in model.modules():
+        for slot in SLOTS:
+            if isinstance(module, slot.modules):
+                setattr(module, slot.attribute, functions[slot.operation.kind])
+        if speedups.compile and isinstance(module, TransformerLayer):
+            module.compile()

@@ -123,6 +123,12 @@ def test_keys_of_another_optimizer_are_refused_where_they_stand() -> None:
     assert str(caught.value) == f"{line}: the optimizer Sign has no such key; it has lr, momentum, period"
 
 
+@pytest.mark.usefixtures("sign")
+def test_an_unknown_type_is_answered_with_all_that_are_registered() -> None:
+    with pytest.raises(ConfigError, match=r"the optimizer Lion is not implemented; use Adam, .* as in NeoX, or Sign$"):
+        loaded("optimizer.type=Lion")
+
+
 def test_keys_that_adamw_does_not_have() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([PYTHIA], ["optimizer.params.beta=1", "optimizer.params.momentum=0.9"])
