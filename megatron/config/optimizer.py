@@ -12,8 +12,8 @@ from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, get_args
 
 from pydantic import NonNegativeFloat, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
 
-from megatron.config.neox.keys.entries import Inert, Rejected
-from megatron.config.sections.section import Key, Section
+from megatron.config.neox_entries import Inert, Rejected
+from megatron.config.section import Key, Section
 from megatron.registry import Registry, is_installed, require
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from megatron.config.neox.keys.entries import Rejected, absent_flag
+from megatron.config.neox_entries import Rejected, absent_flag
 from megatron.config.optimizer import OPTIMIZERS, Implementation, OptimizerConfig, OptimizerFacts, ParameterGroup
 
 
