@@ -1,6 +1,6 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
 # make test     run the tests (make test-full: the whole of every big matrix)
-# make checks   lint, types, floors
+# make checks   lint, types, floors, circles
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -33,6 +33,7 @@ format: $(VENV)/dev.installed
 
 docs: $(VENV)/base.installed
 	$(PY) tools/generate_config_docs.py
+	$(PY) tools/plots/draw_architecture.py
 
 clean:
 	rm -rf demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
