@@ -143,7 +143,6 @@ def broken_task(folder: Path, **settings: Any) -> Path:
         (["--eval_tasks", "zen_choice", "--iteration", "99"], CheckpointError, "global_step99: no such checkpoint"),
         (["--eval_tasks", "zen_choice", "load=/nowhere"], CheckpointError, "/nowhere holds no checkpoint"),
         (["--eval_tasks", "zen_choice", "num_layers=3"], ConfigError, "another model than the configuration"),
-        (["--eval_tasks", "zen_choice", "--hf_model", "/nowhere/model"], ConfigError, "/nowhere/model cannot be load"),
         (["--eval_tasks", "zen_choice", "--output", "/proc/no"], ConfigError, "eval_output: /proc/no cannot be made"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
