@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.helpers.configs import TOKENFORMER, write_dataset
+from tests.helpers.configs import write_dataset
 
 if TYPE_CHECKING:
     from megatron.checkpointing.store.checkpoint import Checkpoint
-    from tests.helpers.layout_runs import Layout, Runs
+    from tests.helpers.layout_runs import LayoutRuns
 
 TESTS = Path(__file__).parent
 
@@ -112,20 +112,18 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Runs in several layouts, each trained when it is first asked for."""
-    from tests.helpers.layout_runs import Runs
+def layout_runs(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> LayoutRuns:
+    """Runs in all layouts, each trained when it is first asked for."""
+    from tests.helpers.layout_runs import LayoutRuns
 
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return LayoutRuns(tmp_path_factory.mktemp("layouts"), dataset)
 
 
 @pytest.fixture
-def copy(runs: Runs, tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint of the first half that the test may change, without a conversion."""
+def half_copy(layout_runs: LayoutRuns, tmp_path: Path) -> Path:
+    """A checkpoint after half of the steps of a run on two ranks, to be changed; without a conversion."""
+    from tests.helpers.layout_runs import HALF, SPLIT
 
-    def make(layout: Layout, keys: dict[str, Any] = TOKENFORMER, name: str = "tokenformer") -> Path:
-        source = runs.half(layout, keys, name)
-        shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("universal*"))
-        return tmp_path / source.name
-
-    return make
+    source = layout_runs.trained(SPLIT).checkpoint(HALF)
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("universal*"))
+    return tmp_path / source.name

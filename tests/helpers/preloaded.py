@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import tempfile
@@ -22,6 +23,7 @@ for module in (
     # Imported when the first engine is made.
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "tests.helpers.training",
     "torch._dynamo",
     "torch.utils.serialization",
 ):
@@ -42,3 +44,7 @@ def no_flush(descriptor: int) -> None:
 
 
 os.fsync = no_flush  # type: ignore[assignment]
+
+# A collection in a fork would look at all of these objects, and so copy the memory that they share.
+gc.collect()
+gc.freeze()

@@ -1,4 +1,4 @@
-"""Training runs of real configurations, data and loop, on gloo ranks."""
+"""Training runs of real configurations, data and loop, on gloo ranks that note what they see."""
 
 from __future__ import annotations
 
@@ -9,82 +9,74 @@ from unittest import mock
 
 import deepspeed
 import torch
-import yaml
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megatron.config.load_config import load_config
+from megatron.model.layer import HiddenDropout
+from megatron.mpu.parameters import parameter_spec
 from megatron.training.pretrain import pretrain_in_group
 from tests.helpers.distributed import run_on_new_ranks
-
-Curve = list[tuple[float, float]]
-"""(loss, gradient norm before clipping) per step."""
+from tests.helpers.layout_runs import RankRecord
 
 
-class Probe:
-    """Watches the steps of a training run on one rank, from outside the engine; `result` goes back to the test."""
-
-    def __init__(self, engine: Any) -> None:
-        """Called before the first step."""
-        self.engine = engine
-        grid = engine.grid
-        self.tensor_rank: int = grid.get_slice_parallel_rank()
-        self.pipe_rank: int = grid.get_stage_id()
-        self.data_rank: int = grid.get_data_parallel_id()
-        self.steps_done = 0
-
-    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The micro batches that the engine is to read in the next step."""
-        return batches
-
-    def after_step(self, loss: float) -> None:
-        """Called after every step."""
-
-    def result(self) -> Any:
-        """What the test wants to know, to be pickled."""
-        raise NotImplementedError
+def train_on_ranks(config: Path, world_size: int, timeout: float = 240.0) -> list[RankRecord]:
+    """Trains as configured on `world_size` new ranks; returns what each noted, by rank."""
+    return run_on_new_ranks(_train_on_this_rank, world_size, config, timeout=timeout)
 
 
-class CurveProbe(Probe):
-    """Its result is the rank's Curve."""
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        self.curve: Curve = []
-
-    def after_step(self, loss: float) -> None:
-        self.curve.append((loss, float(self.engine.get_global_grad_norm())))
-
-    def result(self) -> Any:
-        return self.curve
-
-
-def train_on_ranks(
-    settings: dict[str, Any], folder: Path, world_size: int, probe: type[Probe] = CurveProbe, timeout: float = 240.0
-) -> list[Any]:
-    """Train with the YAML keys `settings` on `world_size` ranks; the probes' results, by rank.
-
-    The run's files go to a new folder in `folder`.
-    """
-    name = f"run{len(list(folder.glob('*.yml')))}"
-    config = folder / f"{name}.yml"
-    config.write_text(yaml.safe_dump(settings | {"log_dir": str(folder / name)}))
-    return run_on_new_ranks(train_on_this_rank, world_size, config, probe, timeout=timeout)
-
-
-def train_on_this_rank(config: Path, probe: type[Probe]) -> Any:
+def _train_on_this_rank(config: Path) -> RankRecord:
     deepspeed.init_distributed("gloo", verbose=False)
     loaded = load_config([config])
-    probes: list[Probe] = []
+    notes: list[RankRecord] = []
+    engines: list[Any] = []
     original = PipelineEngine.train_batch
 
     def train_batch(engine: Any, batches: Iterator[Any]) -> torch.Tensor:
-        if not probes:
-            probes.append(probe(engine))
-        loss = original(engine, probes[0].watch(batches))
-        probes[0].steps_done += 1
-        probes[0].after_step(float(loss.float()))
+        if not notes:
+            engines.append(engine)
+            notes.append(_begin_record(engine))
+        loss = original(engine, _noted(batches, notes[0]))
+        notes[0].curve.append((float(loss.float()), float(engine.get_global_grad_norm())))
         return loss
 
     with mock.patch.object(PipelineEngine, "train_batch", train_batch):
         pretrain_in_group(loaded.run, loaded.batch(torch.distributed.get_world_size()), loaded.run_folder)
-    return probes[0].result()
+    record, engine = notes[0], engines[0]
+    record.last_weights = _weights(engine)
+    record.optimizer_elements = _optimizer_elements(engine)
+    return record
+
+
+def _begin_record(engine: Any) -> RankRecord:
+    grid = engine.grid
+    record = RankRecord(
+        tensor_rank=grid.get_slice_parallel_rank(),
+        pipe_rank=grid.get_stage_id(),
+        data_rank=grid.get_data_parallel_id(),
+        split_dims={name: parameter_spec(parameter).shard_dim for name, parameter in engine.module.global_parameters()},
+        first_weights=_weights(engine),
+    )
+    for module in engine.module.modules():
+        if isinstance(module, HiddenDropout) and module.probability > 0:
+            module.register_forward_hook(lambda module, inputs, output: record.dropped.append(output.detach().clone()))
+    return record
+
+
+def _noted(batches: Iterator[Any], record: RankRecord) -> Iterator[Any]:
+    for inputs, (labels, mask) in batches:
+        assert torch.equal(inputs[:, 1:], labels[:, :-1])
+        record.rows.append(torch.cat([inputs, labels[:, -1:]], dim=1).numpy())
+        yield inputs, (labels, mask)
+
+
+def _weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in engine.module.global_parameters()}
+
+
+def _optimizer_elements(engine: Any) -> dict[str, int]:
+    adam = engine.optimizer.optimizer
+    masters = [master for group in adam.param_groups for master in group["params"]]
+    elements = {"master": sum(master.numel() for master in masters)}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        elements[moment] = sum(adam.state[master][moment].numel() for master in masters)
+    return elements

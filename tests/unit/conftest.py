@@ -20,11 +20,11 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 class WithoutLaunchers(subprocess.Popen):  # type: ignore[type-arg]
-    """A process that is no launcher of ranks."""
+    """A process that launches no ranks; with `--check` a launcher only answers."""
 
     def __init__(self, args: Any, *more: Any, **options: Any) -> None:
-        words = [args] if isinstance(args, str) else args
-        if LAUNCHERS & {Path(word).name for word in words}:
+        names = {Path(word).name for word in ([args] if isinstance(args, str) else args)}
+        if LAUNCHERS & names and "--check" not in names:
             refuse()
         super().__init__(args, *more, **options)
 

@@ -7,16 +7,15 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.checkpointing.engine import universal
-from tests.helpers.configs import TOKENFORMER
+from megatron.checkpointing.store.checkpoint import read_checkpoint
 from tests.helpers.faults import kill_all_ranks
-from tests.helpers.layout_runs import Runs, assert_continues
+from tests.helpers.layout_runs import SPLIT, LayoutRuns
 
 
 def damage(half: Path, kind: str) -> None:
@@ -47,17 +46,13 @@ def damage(half: Path, kind: str) -> None:
         *(pytest.param(kind, marks=pytest.mark.full) for kind in ("a file less", "no list", "half a list")),
     ],
 )
-def test_a_damaged_conversion_is_made_again(kind: str, runs: Runs, tmp_path: Path) -> None:
-    whole = runs.half((2, 1, 1), TOKENFORMER, "tokenformer")
-    if not (whole / "universal").exists():
-        assert runs.run("makes-it", (1, 1, 1), TOKENFORMER | {"load": str(whole)}).code == 0
-    half = tmp_path / whole.name
-    shutil.copytree(whole, half)
-    damage(half, kind)
-    finished = runs.run(f"damaged-{kind}", (1, 1, 1), TOKENFORMER | {"load": str(half)})
+def test_a_damaged_conversion_is_made_again(kind: str, layout_runs: LayoutRuns, half_copy: Path) -> None:
+    universal.universal_form(read_checkpoint(half_copy), "full")
+    damage(half_copy, kind)
+    finished = layout_runs.start(f"damaged-{kind}", (1, 1, 1), SPLIT.model_keys() | {"load": str(half_copy)})
     assert finished.code == 0, finished.output
     assert "It is made again." in finished.output
-    assert_continues(runs.folder / f"damaged-{kind}", runs.whole(TOKENFORMER, "tokenformer"))
+    layout_runs.assert_continues(f"damaged-{kind}", layout_runs.trained(SPLIT.alone))
 
 
 def kill_at_layer(number: int) -> None:
@@ -71,21 +66,20 @@ def kill_at_layer(number: int) -> None:
     universal.Conversion.convert = convert  # type: ignore[method-assign]
 
 
-def test_a_killed_conversion_is_made_again(runs: Runs, copy: Callable[..., Path]) -> None:
-    half = copy((2, 1, 1))
-    keys = TOKENFORMER | {"load": str(half)}
-    killed = runs.run("killed", (1, 1, 2), keys, before=kill_at_layer, arguments=(2,))
+def test_a_killed_conversion_is_made_again(layout_runs: LayoutRuns, half_copy: Path) -> None:
+    keys = SPLIT.model_keys() | {"load": str(half_copy)}
+    killed = layout_runs.start("killed", (1, 1, 2), keys, before=kill_at_layer, arguments=(2,))
     assert killed.codes == [-signal.SIGKILL] * 2
-    (left,) = half.glob("universal*")
+    (left,) = half_copy.glob("universal*")
     assert left.name.startswith("universal.writing-")
-    assert runs.run("after-kill", (1, 1, 2), keys).code == 0
-    assert_continues(runs.folder / "after-kill", runs.whole(TOKENFORMER, "tokenformer"))
-    assert sorted(half.glob("universal*")) == [half / "universal", left]
+    assert layout_runs.start("after-kill", (1, 1, 2), keys).code == 0
+    layout_runs.assert_continues("after-kill", layout_runs.trained(SPLIT.alone))
+    assert sorted(half_copy.glob("universal*")) == [half_copy / "universal", left]
     for path in (left, *left.rglob("*")):
         os.utime(path, (0, 0))
-    shutil.rmtree(half / "universal")
-    assert runs.run("later", (1, 1, 2), keys).code == 0
-    assert list(half.glob("universal*")) == [half / "universal"], "what was abandoned is gone"
+    shutil.rmtree(half_copy / "universal")
+    assert layout_runs.start("later", (1, 1, 2), keys).code == 0
+    assert list(half_copy.glob("universal*")) == [half_copy / "universal"], "what was abandoned is gone"
 
 
 def no_room() -> None:
@@ -99,9 +93,8 @@ def no_room() -> None:
     universal.Conversion.begin = begin  # type: ignore[method-assign]
 
 
-def test_no_room_for_a_conversion_is_told_on_all_ranks(runs: Runs, copy: Callable[..., Path]) -> None:
-    half = copy((2, 1, 1))
-    finished = runs.run("no-room", (1, 1, 2), TOKENFORMER | {"load": str(half)}, before=no_room)
+def test_no_room_for_a_conversion_is_told_on_all_ranks(layout_runs: LayoutRuns, half_copy: Path) -> None:
+    finished = layout_runs.start("no-room", (1, 1, 2), SPLIT.model_keys() | {"load": str(half_copy)}, before=no_room)
     assert finished.codes == [1, 1], finished.output
     assert finished.output.count("make room there") == 2
-    assert not list(half.glob("universal*"))
+    assert not list(half_copy.glob("universal*"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,20 +16,20 @@ from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.training.build_engine import build_engine
 from megatron.training.stop_request import StopRequest
-from tests.helpers.configs import TOKENFORMER
-from tests.helpers.covers import pairwise_cover
+from tests.helpers import layout_runs as trained
+from tests.helpers.configs import layout_keys
+from tests.helpers.covers import covered, pairwise_cover
 from tests.helpers.distributed import run_on_new_ranks
-from tests.helpers.layout_runs import BASES, HALF, STEPS, Layout, Runs, assert_continues, curve
+from tests.helpers.layout_runs import BASES, BF16_COVER, HALF, LAYOUTS, SPLIT, STEPS, Case, Layout, LayoutRuns
+from tests.helpers.records import records
 from tests.helpers.tensor_files import assert_same_checkpoint
 from tools.ckpts import reshape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
-"""(tensor, pipe, data) parallel sizes."""
 
 
 @dataclass(frozen=True)
-class Case:
+class Move:
     """A run that changes its layout after the first half."""
 
     before: Layout
@@ -42,111 +41,124 @@ class Case:
         layouts = "-to-".join("tp{}-pp{}-dp{}".format(*layout) for layout in (self.before, self.after))
         return f"{self.model}-{'tied' if self.tied else 'untied'}-{layouts}"
 
+    @property
+    def source(self) -> Case:
+        """The run before, however it accumulates and recomputes."""
+        return trained.case_with(self.before, self.model, self.tied)
+
     def choices(self) -> list[Any]:
-        """Each size by itself: what is to meet in a cover."""
+        """Returns each size by itself: what is to meet in a cover."""
         return [*self.before, *self.after, self.model, self.tied]
 
 
-ALL_CASES = [Case(*choices) for choices in product(LAYOUTS, LAYOUTS, BASES, [True, False]) if choices[0] != choices[1]]
-COVER = pairwise_cover(ALL_CASES, Case.choices)
+ALL_MOVES = [Move(*choices) for choices in product(LAYOUTS, LAYOUTS, BASES, [True, False]) if choices[0] != choices[1]]
+# Only from runs that are trained anyway, which leaves out no pair of choices.
+COVER = pairwise_cover([move for move in ALL_MOVES if move.source in {*trained.COVER, move.source.alone}], Move.choices)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=[] if case in COVER else pytest.mark.full) for case in ALL_CASES]
-)
-def test_a_run_goes_on_in_another_layout(case: Case, runs: Runs) -> None:
-    keys = BASES[case.model] | {"no_weight_tying": not case.tied}
-    name = f"{case.model}-{case.tied}"
-    half = runs.half(case.before, keys, name)
-    finished = runs.run(f"{case}", case.after, keys | {"load": str(half)})
+@pytest.mark.parametrize("move", covered(ALL_MOVES, COVER))
+def test_a_run_goes_on_in_another_layout(move: Move, layout_runs: LayoutRuns) -> None:
+    source = layout_runs.trained(move.source)
+    keys = move.source.model_keys() | {"load": str(source.checkpoint(HALF))}
+    finished = layout_runs.start(str(move), move.after, keys)
     assert finished.code == 0, finished.output
     assert "written in another layout" in finished.output
-    assert_continues(runs.folder / str(case), runs.whole(keys, name))
+    layout_runs.assert_continues(str(move), layout_runs.trained(move.source.alone))
 
 
-def test_without_the_moments_the_curve_is_another(runs: Runs) -> None:
+def test_without_the_moments_the_curve_is_another(layout_runs: LayoutRuns) -> None:
     """The tolerance is tight enough to tell."""
-    half = runs.half((2, 1, 1), TOKENFORMER, "tokenformer")
-    finished = runs.run("without", (1, 1, 1), TOKENFORMER | {"load": str(half), "no_load_optim": True})
+    half = layout_runs.trained(SPLIT).checkpoint(HALF)
+    finished = layout_runs.start("without", (1, 1, 1), SPLIT.model_keys() | {"load": str(half), "no_load_optim": True})
     assert finished.code == 0, finished.output
     with pytest.raises(AssertionError):
-        assert_continues(runs.folder / "without", runs.whole(TOKENFORMER, "tokenformer"))
-
-
-@pytest.mark.parametrize(("before", "after"), [("bfloat16", "fp32"), ("fp32", "bfloat16")])
-def test_another_precision(before: str, after: str, runs: Runs, tmp_path: Path) -> None:
-    """A converted checkpoint, and one that is rewritten by hand and loaded as DeepSpeed's own: the same."""
-    layout = (1, 1, 2)
-    half = runs.half((2, 1, 1), TOKENFORMER | {"precision": before}, before)
-    keys = TOKENFORMER | {"precision": after}
-    finished = runs.run(f"{before}-{after}", layout, keys | {"load": str(half)})
-    assert finished.code == 0, finished.output
-    config = runs.folder / f"{before}-{after}.yml"
-    folders = ["--input_dir", str(half), "--config_file", str(config), "--output_dir", str(tmp_path)]
-    assert reshape.main([*folders, "--ranks", "2"]) == 0
-    by_hand = runs.run(f"{before}-{after}-by-hand", layout, keys | {"load": str(tmp_path)})
-    assert by_hand.code == 0, by_hand.output
-    assert "another layout" not in by_hand.output
-    converted, rewritten = runs.folder / f"{before}-{after}", runs.folder / f"{before}-{after}-by-hand"
-    losses = curve(converted, "train/lm_loss")
-    assert losses == curve(rewritten, "train/lm_loss")
-    assert list(losses) == list(range(HALF + 1, STEPS + 1))
-    assert_same_checkpoint(converted / f"global_step{STEPS}", rewritten / f"global_step{STEPS}")
+        layout_runs.assert_continues("without", layout_runs.trained(SPLIT.alone))
 
 
 @pytest.mark.parametrize(
-    ("model", "before", "after", "layout"),
-    [
-        pytest.param("tokenformer", 512, 640, (2, 1, 1), id="tokenformer-more"),
-        pytest.param("pythia", 640, 512, (1, 1, 1), id="pythia-fewer"),
-        pytest.param("tokenformer", 640, 512, (1, 1, 1), id="tokenformer-fewer", marks=pytest.mark.full),
-        pytest.param("pythia", 512, 640, (2, 1, 1), id="pythia-more", marks=pytest.mark.full),
-    ],
+    ("source", "before", "after"),
+    [(BF16_COVER[0], "bfloat16", "fp32"), (SPLIT, "fp32", "bfloat16")],
+    ids=["bfloat16-fp32", "fp32-bfloat16"],
+)
+def test_another_precision(source: Case, before: str, after: str, layout_runs: LayoutRuns, tmp_path: Path) -> None:
+    """A converted checkpoint, and one that is rewritten by hand and loaded as DeepSpeed's own: the same."""
+    layout, name = (1, 1, 2), f"{before}-{after}"
+    changes = {} if before == "fp32" else {"precision": before}
+    half = layout_runs.trained(source, **changes).checkpoint(HALF)
+    keys = source.model_keys() | {"precision": after}
+    finished = layout_runs.start(name, layout, keys | {"load": str(half)})
+    assert finished.code == 0, finished.output
+    assert "written in another layout" in finished.output
+    folders = ["--input_dir", str(half), "--config_file", str(layout_runs.folder / f"{name}.yml")]
+    assert reshape.main([*folders, "--output_dir", str(tmp_path), "--ranks", "2"]) == 0
+    by_hand = layout_runs.start(f"{name}-by-hand", layout, keys | {"load": str(tmp_path)})
+    assert by_hand.code == 0, by_hand.output
+    assert "another layout" not in by_hand.output
+    assert layout_runs.curve_after_half(name) == layout_runs.curve_after_half(f"{name}-by-hand")
+    converted, rewritten = (layout_runs.folder / run / f"global_step{STEPS}" for run in (name, f"{name}-by-hand"))
+    assert_same_checkpoint(converted, rewritten)
+
+
+def masked(padded: int) -> dict[str, Any]:
+    return {"mask_padded_vocab": True, "padded_vocab_size": padded}
+
+
+PADDINGS = [
+    (Case("tokenformer", (2, 1, 1), tied=True), 512, 640),
+    (Case("pythia", (1, 1, 1), tied=False), 640, 512),
+    (Case("tokenformer", (1, 1, 1), tied=True), 640, 512),
+    (Case("pythia", (2, 1, 1), tied=False), 512, 640),
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "before", "after"),
+    covered(PADDINGS, PADDINGS[:2]),
+    ids=["tokenformer-more", "pythia-fewer", "tokenformer-fewer", "pythia-more"],
 )
 def test_masked_padding_of_the_vocabulary_may_change(
-    model: str, before: int, after: int, layout: Layout, runs: Runs
+    source: Case, before: int, after: int, layout_runs: LayoutRuns
 ) -> None:
-    keys = BASES[model] | {"mask_padded_vocab": True, "padded_vocab_size": before}
-    name = f"{model}-padded-{before}"
-    half = runs.half(layout, keys, name)
-    finished = runs.run(f"{name}-{after}", (1, 1, 1), keys | {"padded_vocab_size": after, "load": str(half)})
+    half = layout_runs.trained(source, **masked(before)).checkpoint(HALF)
+    name = f"{source.model}-padded-{before}-{after}"
+    finished = layout_runs.start(name, (1, 1, 1), source.model_keys() | masked(after) | {"load": str(half)})
     assert finished.code == 0, finished.output
-    assert_continues(runs.folder / f"{name}-{after}", runs.whole(keys, name))
-    file = runs.folder / f"{name}-{after}" / f"global_step{STEPS}" / "layer_00-model_00-model_states.pt"
+    layout_runs.assert_continues(name, layout_runs.trained(source.alone, **masked(before)))
+    file = layout_runs.folder / name / f"global_step{STEPS}" / "layer_00-model_00-model_states.pt"
     assert torch.load(file, weights_only=True)["word_embeddings.weight"].shape[0] == after
 
 
-def test_weights_alone_go_into_other_masked_padding(runs: Runs) -> None:
-    keys = TOKENFORMER | {"mask_padded_vocab": True, "padded_vocab_size": 512}
-    half = runs.half((2, 1, 1), keys, "tokenformer-padded-512")
-    tuned = {"padded_vocab_size": 640, "load": str(half), "finetune": True}
-    finished = runs.run("tuned", (1, 1, 1), keys | tuned)
+def test_weights_alone_go_into_other_masked_padding(layout_runs: LayoutRuns) -> None:
+    source = Case("tokenformer", (2, 1, 1), tied=True)
+    before = layout_runs.trained(source, **masked(512))
+    tuned = masked(640) | {"load": str(before.checkpoint(HALF)), "finetune": True}
+    finished = layout_runs.start("tuned", (1, 1, 1), source.model_keys() | tuned)
     assert finished.code == 0, finished.output
-    loss = curve(runs.folder / "tuned", "train/lm_loss")[1]
-    assert loss < curve(runs.whole(keys, "tokenformer-padded-512"), "train/lm_loss")[HALF // 2]
+    assert records(layout_runs.folder / "tuned", "train/lm_loss")[1] < before.curve[HALF // 2 - 1][0]
 
 
-def test_padding_that_counts_may_not_change(runs: Runs) -> None:
-    half = runs.half((2, 1, 1), TOKENFORMER, "tokenformer")
-    finished = runs.run("refused", (1, 1, 1), TOKENFORMER | {"padded_vocab_size": 640, "load": str(half)})
+def test_padding_that_counts_may_not_change(layout_runs: LayoutRuns) -> None:
+    half = layout_runs.trained(SPLIT).checkpoint(HALF)
+    keys = SPLIT.model_keys() | {"padded_vocab_size": 640, "load": str(half)}
+    finished = layout_runs.start("refused", (1, 1, 1), keys)
     assert finished.code == 1
     assert "512 tokens padded to 512, this run one of 512 padded to 640" in finished.output
     assert "With `mask_padded_vocab: true` from a run's start" in finished.output
 
 
-def test_a_conversion_is_used_again(runs: Runs, copy: Callable[..., Path]) -> None:
-    half = copy((2, 1, 1))
-    first = runs.run("first", (1, 1, 1), TOKENFORMER | {"load": str(half)})
-    second = runs.run("second", (1, 2, 1), TOKENFORMER | {"load": str(half), "precision": "bfloat16"})
+def test_a_conversion_is_used_again(layout_runs: LayoutRuns, half_copy: Path) -> None:
+    keys = SPLIT.model_keys() | {"load": str(half_copy)}
+    first = layout_runs.start("first", (1, 1, 1), keys)
+    second = layout_runs.start("second", (1, 2, 1), keys | {"precision": "bfloat16"})
     assert (first.code, second.code) == (0, 0), first.output + second.output
     assert "converting weights and optimizer state" in first.output
     assert "converting" not in second.output
     assert "its conversion to any layout is there already" in second.output
-    assert sorted(path.name for path in half.glob("universal*")) == ["universal"]
+    assert sorted(path.name for path in half_copy.glob("universal*")) == ["universal"]
 
 
-def test_two_runs_that_convert_at_once_do_not_disturb_each_other(runs: Runs, copy: Callable[..., Path]) -> None:
-    checkpoint = read_checkpoint(copy((2, 1, 1)))
+def test_two_runs_that_convert_at_once_do_not_disturb_each_other(half_copy: Path) -> None:
+    checkpoint = read_checkpoint(half_copy)
     slow, fast = universal.Conversion(checkpoint), universal.Conversion(checkpoint)
     slow.begin()
     fast.begin()
@@ -195,11 +207,10 @@ def loaded_by_both(config: Path) -> None:
 
 
 @pytest.mark.parametrize("model", BASES)
-def test_the_form_is_deepspeeds_own(model: str, runs: Runs) -> None:
+def test_the_form_is_deepspeeds_own(model: str, layout_runs: LayoutRuns) -> None:
     """DeepSpeed's loader, told nothing of our modules, finds the same in it."""
-    keys = BASES[model] | {"no_weight_tying": True}
-    half = runs.half((1, 1, 1), keys, f"{model}-False")
-    if not (half / "universal").exists():
-        assert runs.run(f"{model}-makes-it", (2, 1, 1), keys | {"load": str(half)}).code == 0
-    config = runs.config(f"{model}-both", (2, 1, 1), keys | {"load": str(half)})
-    run_on_new_ranks(loaded_by_both, 2, config)
+    case = Case(model, (1, 1, 1), tied=False)
+    half = layout_runs.trained(case).checkpoint(HALF)
+    universal.universal_form(read_checkpoint(half), "full")
+    keys = case.model_keys() | layout_keys(tensor=2) | {"load": str(half)}
+    run_on_new_ranks(loaded_by_both, 2, layout_runs.config(f"{model}-both", keys))

@@ -1,76 +1,71 @@
-"""Dropout in training runs: replicated activations stay replicas, and recomputation draws the same numbers."""
+"""Dropout in training runs: replicas stay replicas, and recomputation draws the same numbers."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron.model.layer import HiddenDropout
-from tests.helpers.configs import PYTHIA, TOKENFORMER, layout_keys, write_dataset
-from tests.helpers.training import Curve, CurveProbe, train_on_ranks
+from tests.helpers.layout_runs import COVER, Case, LayoutRuns
 
-DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2, "train_iters": 4}
-
-
-@pytest.fixture(scope="module")
-def data_keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("dataset")
-    return {"data_path": str(write_dataset(folder / "text_document")), "index_cache_dir": str(folder / "index")}
-
-
-class Dropped(CurveProbe):
-    """The curve, and what every dropout of the residual stream returned on this rank, in order."""
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        self.outputs: list[torch.Tensor] = []
-        for module in engine.module.modules():
-            if isinstance(module, HiddenDropout):
-                module.register_forward_hook(lambda module, inputs, output: self.outputs.append(output.detach()))
-
-    def result(self) -> tuple[Curve, list[torch.Tensor]]:
-        return self.curve, self.outputs
+STEPS = 4
+DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2, "train_iters": STEPS}
+SPLIT_CASES = [
+    Case("tokenformer", (2, 1, 1), tied=True, accumulation=2),
+    Case("pythia", (2, 1, 1), tied=False, accumulation=2),
+]
+CASES = [
+    Case("tokenformer", (1, 1, 1), tied=True),
+    SPLIT_CASES[1],
+    Case("tokenformer", (2, 1, 1), tied=True, sequence_parallel=True),
+    Case("pythia", (1, 2, 1), tied=False),
+    Case("pythia", (2, 2, 1), tied=False, sequence_parallel=True),
+    Case("tokenformer", (1, 2, 2), tied=True),
+]
 
 
-@pytest.mark.parametrize("base", [TOKENFORMER, PYTHIA], ids=["tokenformer", "pythia"])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_replicated_activations_are_alike(
-    base: dict[str, Any], recomputed: bool, data_keys: dict[str, str], tmp_path: Path
-) -> None:
-    settings = base | data_keys | layout_keys(tensor=2, accumulation=2) | DROPOUT
-    settings |= {"checkpoint_activations": recomputed}
-    (curve, first), (other_curve, second) = train_on_ranks(settings, tmp_path, 2, Dropped)
-    assert curve == other_curve
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_replicated_activations_are_alike(case: Case, recomputed: bool, layout_runs: LayoutRuns) -> None:
+    first, second = (
+        rank.dropped for rank in layout_runs.trained(replace(case, recomputed=recomputed), **DROPOUT).ranks
+    )
     # One after the embedding and two in each of two layers, two micro batches, four steps. The layers' come again in
     # the backward pass when recomputed, but for the last of each, after which there is nothing to compute.
-    assert len(first) == len(second) == (2 * 4 * (5 + 2) if recomputed else 2 * 4 * 5)
+    assert len(first) == len(second) == 2 * STEPS * (5 + (2 if recomputed else 0))
     assert all((ours == 0).any() for ours in first)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("base", "layout", "sequence_parallel"),
-    [
-        (TOKENFORMER, {}, False),
-        (PYTHIA, {"tensor": 2}, False),
-        (TOKENFORMER, {"tensor": 2}, True),
-        (PYTHIA, {"pipe": 2}, False),
-        (PYTHIA, {"tensor": 2, "pipe": 2}, True),
-        (TOKENFORMER, {"data": 2, "pipe": 2}, False),
-    ],
-    ids=["alone", "tensor", "sequence", "pipe", "tensor, pipe, sequence", "data, pipe"],
-)
-def test_recomputation_changes_no_number(
-    base: dict[str, Any], layout: dict[str, int], sequence_parallel: bool, data_keys: dict[str, str], tmp_path: Path
-) -> None:
-    settings = base | data_keys | layout_keys(**layout) | DROPOUT | {"sequence_parallel": sequence_parallel}
-    ranks = math.prod(layout.values())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_recomputation_changes_no_number(case: Case, layout_runs: LayoutRuns) -> None:
     kept, recomputed = (
-        train_on_ranks(settings | {"checkpoint_activations": again}, tmp_path, ranks) for again in (False, True)
+        layout_runs.trained(replace(case, recomputed=again), **DROPOUT).curve for again in (False, True)
     )
-    assert len(kept[0]) == 4
+    assert len(kept) == STEPS
     assert kept == recomputed
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        *((case, {}) for case in COVER if case.layout[2] > 1),
+        (Case("pythia", (2, 2, 1), tied=False, sequence_parallel=True), DROPOUT),
+        (Case("tokenformer", (1, 2, 2), tied=True), DROPOUT),
+        (Case("tokenformer", (2, 2, 1), tied=True, sequence_parallel=True), DROPOUT | {"precision": "bfloat16"}),
+        (Case("pythia", (1, 2, 2), tied=True), DROPOUT | {"precision": "bfloat16"}),
+    ],
+    ids=lambda value: "-".join(value) or "no dropout" if isinstance(value, dict) else str(value),
+)
+def test_replicas_stay_replicas(case: Case, changes: dict[str, Any], layout_runs: LayoutRuns) -> None:
+    """Weights that several ranks hold are the same bits after the last step."""
+    holders: dict[tuple[str, int | None], list[torch.Tensor]] = {}
+    for rank in layout_runs.trained(case, **changes).ranks:
+        for name, weight in rank.last_weights.items():
+            is_split = rank.split_dims[name] is not None
+            holders.setdefault((name, rank.tensor_rank if is_split else None), []).append(weight)
+    assert sum(len(copies) > 1 for copies in holders.values()) >= 3
+    for name, copies in holders.items():
+        assert all(torch.equal(copy, copies[0]) for copy in copies), name
