@@ -1,4 +1,4 @@
-"""Which optional speed-ups a run uses, and their place in the layers.
+"""Chooses the optional speed-ups of a run, and puts them into the layers.
 
 Layers are built with torch's own functions. What is chosen here replaces some of them by the same function from an
 optional package, or compiles the layers; no weight and no name changes.
@@ -10,10 +10,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from megatron.config.optimizer import OptimizerConfig, OptimizerFacts, facts_of
 from megatron.config.sections.speedups import SpeedupsConfig, Switch
 from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
@@ -28,11 +29,12 @@ INSTALL = "Install it with `pip install -r requirements/gpu.txt`, or set the key
 
 @dataclass(frozen=True)
 class Speedups:
-    """What was chosen."""
+    """The choices, by the names that a run's log shows."""
 
     attention: Literal["torch SDPA", "flash-attn"]
     layernorm: Literal["torch", "apex"]
-    optimizer: Literal["torch AdamW", "torch fused AdamW", "apex FusedAdam"]
+    optimizer: str
+    """Name of one of the implementations that the optimizer's facts declare."""
     compile: bool
 
     def __str__(self) -> str:
@@ -40,8 +42,10 @@ class Speedups:
         return f"attention {self.attention} | layer norm {self.layernorm} | optimizer {self.optimizer} | {compiled}"
 
 
-def choose_speedups(config: SpeedupsConfig, precision: PrecisionConfig, *, on_gpu: bool) -> Speedups:
-    """Decide every `auto`. Raises EnvironmentSetupError for an `on` that this machine or number format cannot have."""
+def choose_speedups(
+    config: SpeedupsConfig, precision: PrecisionConfig, optimizer: OptimizerConfig, *, on_gpu: bool
+) -> Speedups:
+    """Decides every `auto`. Raises EnvironmentSetupError for an `on` that this machine or number format cannot have."""
     half = precision.dtype != "fp32"
     if config.flash_attention == "on" and not half:
         raise EnvironmentSetupError(
@@ -50,25 +54,37 @@ def choose_speedups(config: SpeedupsConfig, precision: PrecisionConfig, *, on_gp
         )
     flash = _use("flash_attention", config.flash_attention, "flash_attn", on_gpu=on_gpu) and half
     apex_norm = _use("apex_fused_layernorm", config.apex_fused_layernorm, "apex", on_gpu=on_gpu)
-    apex_adam = config.torch_fused_adamw != "on" and _use(
-        "apex_fused_adam", config.apex_fused_adam, "apex", on_gpu=on_gpu
-    )
-    torch_adam = config.torch_fused_adamw == "on" or (config.torch_fused_adamw == "auto" and on_gpu)
     if config.torch_compile == "on":
         _require_compiler(on_gpu)
     return Speedups(
         attention="flash-attn" if flash else "torch SDPA",
         layernorm="apex" if apex_norm else "torch",
-        optimizer="apex FusedAdam" if apex_adam else "torch fused AdamW" if torch_adam else "torch AdamW",
+        optimizer=_choose_implementation(config, facts_of(optimizer), on_gpu=on_gpu),
         compile=config.torch_compile == "on",
     )
 
 
-def _use(key: str, switch: Switch, package: str, *, on_gpu: bool) -> bool:
+def _choose_implementation(config: SpeedupsConfig, facts: OptimizerFacts[Any], *, on_gpu: bool) -> str:
+    """Returns the implementation that is switched on, else the first that this machine has, else the reference."""
+    reference, *faster = facts.implementations
+
+    def switch_of(name: str) -> Switch:
+        key = facts.implementations[name].switch
+        switch: Switch = "auto" if key is None else getattr(config, key)
+        return switch
+
+    for name in sorted(faster, key=lambda name: switch_of(name) != "on"):
+        one = facts.implementations[name]
+        if _use(one.switch or name, switch_of(name), one.package, on_gpu=on_gpu, runs_on_cpu=one.runs_on_cpu):
+            return name
+    return reference
+
+
+def _use(key: str, switch: Switch, package: str, *, on_gpu: bool, runs_on_cpu: bool = False) -> bool:
     if switch == "on":
         if not is_installed(package):
             raise EnvironmentSetupError(f"{key}: on: the package {package!r} is not installed. {INSTALL}")
-        if not on_gpu:
+        if not (on_gpu or runs_on_cpu):
             raise EnvironmentSetupError(
                 f"{key}: on: {package} needs a GPU, and torch sees none. Set it to auto or off."
             )
@@ -87,7 +103,7 @@ def _require_compiler(on_gpu: bool) -> None:
 
 
 def apply_speedups(module: nn.Module, speedups: Speedups) -> None:
-    """Put what was chosen into every layer of `module` that has a place for it."""
+    """Puts the chosen functions into every layer of `module` that has a place for them."""
     for layer in module.modules():
         if speedups.attention == "flash-attn" and isinstance(layer, SelfAttention):
             layer.core_attention = flash_attention()
@@ -98,7 +114,7 @@ def apply_speedups(module: nn.Module, speedups: Speedups) -> None:
 
 
 def apex_layer_norm() -> LayerNormFunction:
-    """apex's fused layer norm with the signature of torch.nn.functional.layer_norm."""
+    """Returns apex's fused layer norm with the signature of torch.nn.functional.layer_norm."""
     apex = require("apex.normalization.fused_layer_norm", "apex_fused_layernorm: on", INSTALL)
 
     def normalize(

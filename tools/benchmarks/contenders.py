@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig, CheckpointedActivations
 from megatron.data.micro_batch import to_inputs_and_labels
+from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.random import seed_dropout
 from megatron.training.build_engine import build_engine
-from megatron.training.lr_schedules import LRScheduler
+from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import parameter_groups
 from megatron.training.stop_request import StopRequest
 
@@ -130,13 +132,15 @@ class PlainTorch:
                 weight.copy_(master)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
-        settings = self._task.config.training.optimizer
+        section = self._task.config.training.optimizer
+        if not isinstance(section, AdamWConfig):
+            raise ConfigError(f"optimizer.type: {section.type}: the plain loop is written for AdamW. Choose AdamW.")
         master_of = {weight: master for master, weight in self.weight_pairs}
-        groups: list[dict[str, Any]] = parameter_groups(self._model, settings.weight_decay)
+        groups: list[dict[str, Any]] = parameter_groups(self._model, section)
         for group in groups:
             group["params"] = [master_of[weight] for weight in group["params"]]
-        beta1, beta2 = settings.betas
-        return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), eps=settings.eps)
+        beta1, beta2 = section.betas
+        return torch.optim.AdamW(groups, lr=section.lr, betas=(beta1, beta2), eps=section.eps)
 
 
 class Recomputed(nn.Module):

@@ -21,6 +21,7 @@ from megatron.training.optimizer import build_optimizer
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
 FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
+ADAMW = AdamWConfig(lr=1e-2, betas=[0.9, 0.95])
 PLAIN = Speedups("torch SDPA", "torch", "torch AdamW", compile=False)
 
 
@@ -67,19 +68,19 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
 
 
 def test_a_cpu_without_packages_uses_torch_alone() -> None:
-    assert choose_speedups(SpeedupsConfig(), BF16, on_gpu=False) == PLAIN
+    assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
 
 
 def test_a_gpu_uses_torchs_fused_adam_without_packages() -> None:
-    chosen = choose_speedups(SpeedupsConfig(), BF16, on_gpu=True)
+    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
     assert chosen == Speedups("torch SDPA", "torch", "torch fused AdamW", compile=False)
 
 
 def test_auto_takes_what_is_installed_and_fits(packages: dict[str, list[Any]]) -> None:
-    chosen = choose_speedups(SpeedupsConfig(), BF16, on_gpu=True)
+    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
     assert chosen == Speedups("flash-attn", "apex", "apex FusedAdam", compile=False)
-    assert choose_speedups(SpeedupsConfig(), FP32, on_gpu=True).attention == "torch SDPA"
-    assert choose_speedups(SpeedupsConfig(), BF16, on_gpu=False) == PLAIN
+    assert choose_speedups(SpeedupsConfig(), FP32, ADAMW, on_gpu=True).attention == "torch SDPA"
+    assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
     assert str(chosen) == "attention flash-attn | layer norm apex | optimizer apex FusedAdam | not compiled"
 
 
@@ -87,23 +88,23 @@ def test_off_leaves_it_out(packages: dict[str, list[Any]]) -> None:
     off = SpeedupsConfig(
         flash_attention="off", apex_fused_adam="off", apex_fused_layernorm="off", torch_fused_adamw="off"
     )
-    assert choose_speedups(off, BF16, on_gpu=True) == PLAIN
+    assert choose_speedups(off, BF16, ADAMW, on_gpu=True) == PLAIN
 
 
 @pytest.mark.parametrize("key", ["flash_attention", "apex_fused_adam", "apex_fused_layernorm"])
 def test_on_without_the_package_says_how_to_get_it(key: str) -> None:
     with pytest.raises(EnvironmentSetupError, match=rf"{key}: on: .* not installed\. Install it with"):
-        choose_speedups(SpeedupsConfig(**{key: "on"}), BF16, on_gpu=True)
+        choose_speedups(SpeedupsConfig(**{key: "on"}), BF16, ADAMW, on_gpu=True)
 
 
 def test_on_where_it_cannot_work(packages: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentSetupError, match="needs a GPU"):
-        choose_speedups(SpeedupsConfig(flash_attention="on"), BF16, on_gpu=False)
+        choose_speedups(SpeedupsConfig(flash_attention="on"), BF16, ADAMW, on_gpu=False)
     with pytest.raises(EnvironmentSetupError, match="this run is in fp32"):
-        choose_speedups(SpeedupsConfig(flash_attention="on"), FP32, on_gpu=True)
+        choose_speedups(SpeedupsConfig(flash_attention="on"), FP32, ADAMW, on_gpu=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(EnvironmentSetupError, match="there is no 'no-such-compiler'"):
-        choose_speedups(SpeedupsConfig(torch_compile="on"), FP32, on_gpu=False)
+        choose_speedups(SpeedupsConfig(torch_compile="on"), FP32, ADAMW, on_gpu=False)
 
 
 @pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
