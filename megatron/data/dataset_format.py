@@ -28,15 +28,15 @@ class TokenDataset(Protocol):
 
     @property
     def prefix(self) -> Path:
-        """Path that the dataset's files have in common, without their endings."""
+        """Returns the path that the dataset's files have in common, without their endings."""
 
     @property
     def token_file(self) -> Path:
-        """File that holds the tokens, for messages."""
+        """Returns the file that holds the tokens, for messages."""
 
     @property
     def sizes(self) -> npt.NDArray[np.integer]:
-        """Length of each document [tokens]."""
+        """Returns the length of each document [tokens]."""
 
     def __len__(self) -> int:
         """Returns the number of documents."""

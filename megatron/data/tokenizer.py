@@ -22,11 +22,11 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included, before padding."""
+        """Returns the number of token ids, special ones included, before padding."""
 
     @property
     def eod(self) -> int:
-        """Id of the end-of-document token."""
+        """Returns the id of the end-of-document token."""
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, without an end-of-document token."""

@@ -41,7 +41,7 @@ class HashingWriter:
 
     @property
     def sha256(self) -> str:
-        """Digest of what was written so far."""
+        """Returns the digest of what was written so far."""
         return self._digest.hexdigest()
 
     def write(self, data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Continues prompts, a batch at a time, whatever their lengths."""
+"""Continues prompts of any lengths, a batch at a time. B batch, S sequence, V vocabulary without padding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron.config.sections.generation import GenerationConfig
-from megatron.loaded_model.loaded_model import InferenceModel
-from megatron.loaded_model.sampling import choose, uniform_numbers
+from megatron.loaded_model.loaded_model import LoadedModel
+from megatron.loaded_model.sampling import SamplingSettings, choose_tokens, uniform_numbers
 from megatron.model.kv_cache import KeyValueCache
 from megatron.mpu.collectives import max_over_ranks
 
@@ -20,44 +19,46 @@ Ending = Literal["stop_token", "stopped", "maximum_tokens", "context_full"]
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was generated after one prompt."""
+    """The text generated after one prompt, as tokens."""
 
     tokens: list[int]
     """New tokens, without the stop token."""
     ending: Ending
-    """A stop token, `should_stop`, `maximum_tokens`, or a sequence as long as the model's context."""
+    """Reason of the end: a stop token, `should_stop`, `maximum_tokens`, or a sequence as long as the context."""
     prompt_tokens: int
     """Tokens of the prompt that the model has seen: the last ones of a prompt that was too long."""
     logits: Tensor | None = None
-    """float32 logits [tokens, vocab.actual] that each new token was chosen from, on the CPU, if asked for."""
+    """float32 logits [tokens, V] that each new token was chosen from, on the CPU, if asked for."""
 
 
 @dataclass
 class _Sample:
-    """A sequence on its way."""
+    """A sequence that is being generated."""
 
     index: int
     prompt: Sequence[int]
     budget: int
-    """Tokens to generate at most."""
+    """Most tokens to generate."""
     numbers: Tensor
-    """A random number for each of them."""
+    """A random number for each of them [budget]."""
     tokens: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     ended_by: Ending | None = None
 
     @property
     def runs(self) -> bool:
+        """Tells whether another token is to be generated."""
         return self.ended_by is None and len(self.tokens) < self.budget
 
     def ending(self, maximum_tokens: int) -> Ending:
+        """Returns the reason of the end."""
         return self.ended_by or ("maximum_tokens" if self.budget == maximum_tokens else "context_full")
 
 
 def generate_tokens(
-    model: InferenceModel,
+    model: LoadedModel,
     prompts: Sequence[Sequence[int]],
-    sampling: GenerationConfig,
+    sampling: SamplingSettings,
     *,
     start_token: int,
     stop_tokens: Collection[int],
@@ -66,13 +67,13 @@ def generate_tokens(
     use_cache: bool = True,
     return_logits: bool = False,
 ) -> list[Continuation]:
-    """Continue each prompt by at most `sampling.maximum_tokens` tokens; one batch, results in the prompts' order.
+    """Continues each prompt by at most `sampling.maximum_tokens` tokens, in one batch. Collective over tensor ranks.
 
     An empty prompt is continued from `start_token`, as the first token of a document is in training. Sequences end
-    where the model's context does; `fit_to_context` says what happens to prompts that leave no room. Padding rows of
-    the vocabulary are never chosen. A sample follows from its prompt and its seed, the prompt's index unless given,
-    and not from the rest of the batch. `should_stop(i, new tokens)` is asked after each token of prompt i; true on any
-    tensor-parallel rank ends it, that token included. Without the cache, every token costs a pass over the sequence.
+    where the model's context does; `fit_to_context` shortens prompts that leave no room. Padding rows of the vocabulary
+    are never chosen. A sample follows from its prompt and its seed, the prompt's index unless given, and not from the
+    rest of the batch. `should_stop(i, new tokens)` is asked after each token of prompt i; true on any tensor-parallel
+    rank ends it, that token included. Without the cache, every token costs a pass over the sequence.
     """
     samples = []
     for index, prompt in enumerate(prompts):
@@ -85,7 +86,7 @@ def generate_tokens(
         logits_BV = _next_logits(model, running, cache)
         numbers_B = torch.stack([sample.numbers[len(sample.tokens)] for sample in running])
         # All ranks have the same logits up to rounding, and must go on with the same tokens.
-        chosen_B = max_over_ranks(choose(logits_BV, sampling, numbers_B), model.context).tolist()
+        chosen_B = max_over_ranks(choose_tokens(logits_BV, sampling, numbers_B), model.context).tolist()
         for sample, token, logits_V in zip(running, chosen_B, logits_BV, strict=True):
             if token in stop_tokens:
                 sample.ended_by = "stop_token"
@@ -94,7 +95,7 @@ def generate_tokens(
             if return_logits:
                 sample.logits.append(logits_V.cpu())
         if should_stop is not None:
-            _ask_to_stop(running, should_stop, model)
+            _end_stopped(running, should_stop, model)
         going_on = [row for row, sample in enumerate(running) if sample.runs]
         if cache is not None and 0 < len(going_on) < len(running):
             cache.keep(going_on)
@@ -111,7 +112,7 @@ def generate_tokens(
 
 
 def fit_to_context(prompt: Sequence[int], maximum_tokens: int, context_length: int) -> tuple[Sequence[int], int]:
-    """The part of a prompt that is used, and how many tokens may follow it: together at most `context_length`.
+    """Returns the part of a prompt that is used and the number of tokens that may follow it, within the context.
 
     A prompt loses tokens on the left to make room for `maximum_tokens`, but no more than to free half of the context.
     """
@@ -120,15 +121,15 @@ def fit_to_context(prompt: Sequence[int], maximum_tokens: int, context_length: i
     return kept, min(maximum_tokens, context_length - len(kept))
 
 
-def _cache_for(model: InferenceModel, samples: list[_Sample]) -> KeyValueCache:
+def _cache_for(model: LoadedModel, samples: list[_Sample]) -> KeyValueCache:
     lengths = torch.tensor([len(sample.prompt) for sample in samples])
     longest = int(lengths.max())
     capacity = longest + max(sample.budget for sample in samples)
     return model.new_cache(len(samples), capacity, longest - lengths)
 
 
-def _next_logits(model: InferenceModel, samples: list[_Sample], cache: KeyValueCache | None) -> Tensor:
-    """float32 logits [B, vocab.actual] of the next token of each sample."""
+def _next_logits(model: LoadedModel, samples: list[_Sample], cache: KeyValueCache | None) -> Tensor:
+    """Computes float32 logits [B, V] of the next token of each sample."""
     if cache is None:
         sequences = [[*sample.prompt, *sample.tokens] for sample in samples]
         lengths = [len(sequence) for sequence in sequences]
@@ -140,8 +141,8 @@ def _next_logits(model: InferenceModel, samples: list[_Sample], cache: KeyValueC
     return model.next_logits(torch.tensor([[0] * (longest - len(s.prompt)) + [*s.prompt] for s in samples]), cache)
 
 
-def _ask_to_stop(samples: list[_Sample], should_stop: Callable[[int, list[int]], bool], model: InferenceModel) -> None:
-    """Stop the samples that any rank wants to stop."""
+def _end_stopped(samples: list[_Sample], should_stop: Callable[[int, list[int]], bool], model: LoadedModel) -> None:
+    """Ends the samples that any tensor-parallel rank wants to stop."""
     running = [sample for sample in samples if sample.runs]
     if not running:
         return

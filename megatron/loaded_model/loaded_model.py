@@ -1,14 +1,13 @@
-"""A trained model ready to be asked: next tokens, logits, and the log-probabilities of given tokens.
+"""A trained model in memory: logits, next-token logits, and the log-probabilities of given tokens.
 
-B batch, S sequence, V padded vocabulary. Batches are padded to a rectangle by whoever asks. On the right, what fills
-them up needs no mask: no token sees a later one. On the left, a cache knows the padding. All ranks of a
-tensor-parallel group must make the same calls, and get the same answers.
+B batch, S sequence, D hidden, V padded vocabulary, W tokens to score. The caller pads batches to a rectangle: padding
+on the right needs no mask, since no token sees a later one; padding on the left is known to a cache. All ranks of a
+tensor-parallel group must make the same calls, and get the same results.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor
 from megatron.checkpointing.states.load_parameters import load_parameters
 from megatron.checkpointing.states.same_model import model_differences
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import find_checkpoint
-from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import CheckpointError, ConfigError
@@ -31,34 +29,35 @@ from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
 LOGITS_AT_A_TIME = 2**26
+"""Logits that scoring holds at a time, over all tensor-parallel ranks."""
 
 
-class Scores(NamedTuple):
-    """What the model thinks of given tokens; on the CPU."""
+class TokenScores(NamedTuple):
+    """Scores of given tokens, on the CPU."""
 
     log_probs: Tensor
-    """log softmax(logits)[token] [N], natural, float32."""
+    """log softmax(logits)[token] [W], natural, float32."""
     greedy: Tensor
-    """Whether the token is the likeliest one, the first of equals [N]."""
+    """True where the token is the likeliest one, the first of equals [W]."""
 
 
-class InferenceModel:
-    """A model without its engine: evaluation mode, no gradients, tensor parallel, one pipeline stage."""
+class LoadedModel:
+    """A model without its engine: evaluation mode, frozen, tensor parallel, one pipeline stage."""
 
-    def __init__(self, model: LocalCausalLM, config: RunConfig, vocab: VocabSize) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.model_config = config.model
+    def __init__(self, module: LocalCausalLM, config: ModelConfig, vocab: VocabSize) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.config = config
         self.vocab = vocab
-        self.context = model.context
-        weight = model.embedding.word_embeddings.weight
+        self.context = module.context
+        weight = module.embedding.word_embeddings.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.context_length = config.model.seq_length
+        self.context_length = config.seq_length
         """Longest sequence to give it [tokens]."""
 
     def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
-        """An empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
+        """Makes an empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
         return KeyValueCache(
-            self.model_config,
+            self.config,
             self.context,
             batch=batch,
             capacity=capacity,
@@ -67,52 +66,52 @@ class InferenceModel:
             padding_B=padding_B,
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the loss of another model may depend on them, as in distillation
     def logits(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits [B, S, V] in the model's format; with a cache, the tokens follow those that it has seen."""
-        hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache)
-        return gather_output(self.model.local_logits(hidden_BSD), -1, self.context)
+        """Computes logits [B, S, V] in the model's format; with a cache, the tokens follow those that it has seen."""
+        hidden_BSD = self.module.hidden_states(tokens_BS.to(self.device), cache)
+        return gather_output(self.module.local_logits(hidden_BSD), -1, self.context)
 
     @torch.inference_mode()
     def next_logits(
         self, tokens_BS: Tensor, cache: KeyValueCache | None = None, *, lengths_B: Tensor | None = None
     ) -> Tensor:
-        """float32 logits [B, vocab.actual] of the token after the last one, or after the first `lengths_B` of a row."""
-        hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device), cache)
+        """Computes float32 logits [B, vocab.actual] of the token after the last one, or after the first `lengths_B`."""
+        hidden_BSD = self.module.hidden_states(tokens_BS.to(self.device), cache)
         if lengths_B is None:
             last_B1D = hidden_BSD[:, -1:]
         else:
             rows_B = torch.arange(len(hidden_BSD), device=self.device)
             last_B1D = hidden_BSD[rows_B, lengths_B.to(self.device) - 1].unsqueeze(1)
-        logits_B1V = gather_output(self.model.local_logits(last_B1D), -1, self.context)
+        logits_B1V = gather_output(self.module.local_logits(last_B1D), -1, self.context)
         return logits_B1V[:, 0, : self.vocab.actual].float()
 
     @torch.inference_mode()
-    def score_tokens(self, tokens_BS: Tensor, wanted_N3: Tensor) -> Scores:
-        """How likely each wanted (row, position, token) is: that token, after the row's tokens up to that position.
+    def score_tokens(self, tokens_BS: Tensor, wanted_W3: Tensor) -> TokenScores:
+        """Scores each wanted (row, position, token): that token, after the row's tokens up to that position.
 
         Rows are filled up with anything on the right. Softmax and maximum run over what training's softmax ran over:
         the padded vocabulary, or without its padding rows under `mask_padded_vocab`. The head sees the wanted positions
         alone, a few at a time, and the vocabulary is not gathered.
         """
-        hidden_BSD = self.model.hidden_states(tokens_BS.to(self.device))
-        rows_N, positions_N, targets_N = wanted_N3.to(self.device).unbind(1)
-        hidden_ND = hidden_BSD[rows_N, positions_N]
-        num_valid = self.vocab.actual if self.model_config.mask_padded_vocab else None
+        hidden_BSD = self.module.hidden_states(tokens_BS.to(self.device))
+        rows_W, positions_W, targets_W = wanted_W3.to(self.device).unbind(1)
+        hidden_WD = hidden_BSD[rows_W, positions_W]
+        num_valid = self.vocab.actual if self.config.mask_padded_vocab else None
         step = max(LOGITS_AT_A_TIME * self.context.tensor_size // self.vocab.padded, 1)
         log_probs, greedy = [], []
-        for hidden_nD, targets_n in zip(torch.split(hidden_ND, step), torch.split(targets_N, step), strict=True):
-            logits_1nV = self.model.local_logits(hidden_nD.unsqueeze(0))
-            losses_1n = vocab_parallel_cross_entropy(logits_1nV, targets_n.unsqueeze(0), num_valid, self.context)
-            log_probs.append(-losses_1n[0])
-            greedy.append(vocab_parallel_argmax(logits_1nV, num_valid, self.context)[0] == targets_n)
-        return Scores(torch.cat(log_probs).cpu(), torch.cat(greedy).cpu())
+        for part_WD, part_W in zip(torch.split(hidden_WD, step), torch.split(targets_W, step), strict=True):
+            logits_1WV = self.module.local_logits(part_WD.unsqueeze(0))
+            losses_1W = vocab_parallel_cross_entropy(logits_1WV, part_W.unsqueeze(0), num_valid, self.context)
+            log_probs.append(-losses_1W[0])
+            greedy.append(vocab_parallel_argmax(logits_1WV, num_valid, self.context)[0] == part_W)
+        return TokenScores(torch.cat(log_probs).cpu(), torch.cat(greedy).cpu())
 
 
 def vocab_parallel_argmax(logits: Tensor, num_valid: int | None, context: ParallelContext) -> Tensor:
-    """Index of the largest of logits [..., V/tp] over all ranks' shares, the first of equals; [...], replicated.
+    """Finds the index of the largest of logits [..., V/tp] over all ranks' shares: [...], replicated.
 
-    Rows from `num_valid` on are left out; None lets all in.
+    The first of equals wins. Rows from `num_valid` on are left out; None lets all in.
     """
     first = context.tensor_rank * logits.shape[-1]
     if num_valid is not None:
@@ -124,23 +123,8 @@ def vocab_parallel_argmax(logits: Tensor, num_valid: int | None, context: Parall
     return -max_over_ranks((-indices - first).masked_fill(elsewhere, torch.iinfo(indices.dtype).min), context)
 
 
-def checkpoint_to_read(config: CheckpointConfig, iteration: int | None = None) -> Checkpoint:
-    """The checkpoint that `load`, or else `save`, holds: of `iteration`, of the configured one, or the newest.
-
-    Collective over all ranks. Raises ConfigError when no folder is named, CheckpointError when it holds nothing whole.
-    """
-    folder = config.load or config.save
-    if folder is None:
-        raise ConfigError("load: no checkpoint is named. Add `load=FOLDER` to the command.")
-    iteration = config.iteration if iteration is None else iteration
-    checkpoint = find_checkpoint(Path(folder), iteration, config.verify_checkpoint)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
-    return checkpoint
-
-
 def require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError when a checkpoint was trained with another vocabulary than the tokenizer's."""
+    """Raises ConfigError when a checkpoint was trained with another vocabulary than the tokenizer's."""
     if checkpoint.state.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"{checkpoint.path} was trained with a vocabulary of {checkpoint.state.vocab_size:,} ids, and the "
@@ -148,10 +132,10 @@ def require_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         )
 
 
-def load_inference_model(
+def load_model(
     config: RunConfig, checkpoint: Checkpoint, context: ParallelContext, device: torch.device
-) -> InferenceModel:
-    """This rank's share of a trained model, whatever layout wrote it, in the configured precision.
+) -> LoadedModel:
+    """Loads this rank's share of a trained model, whatever layout wrote it, in the configured precision.
 
     Speed-ups are chosen as in training, but nothing is compiled: inputs have too many shapes. Raises ConfigError when
     the configuration describes another model than the checkpoint's, or one that does not split over the ranks of
@@ -169,13 +153,13 @@ def load_inference_model(
         )
     vocab = checkpoint.vocab
     with device:
-        model = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
-    load_parameters(model.named_parameters(), checkpoint, context)
-    for name, parameter in model.named_parameters():
+        module = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
+    load_parameters(module.named_parameters(), checkpoint, context)
+    for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(
                 f"{checkpoint.path}: {name} holds NaN, infinity, or numbers too large for {parameter.dtype}. Choose "
                 "another checkpoint."
             )
-    apply_speedups(model, replace(speedups, compile=False))
-    return InferenceModel(model, config, vocab)
+    apply_speedups(module, replace(speedups, compile=False))
+    return LoadedModel(module, config.model, vocab)

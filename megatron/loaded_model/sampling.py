@@ -1,27 +1,47 @@
-"""Which token comes next: greedy, or drawn after temperature, top-k and top-p."""
+"""Chooses the next token: greedily, or drawn after temperature, top-k and top-p."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron.config.sections.generation import GenerationConfig
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Settings of generated text. Raises ValueError for values outside their ranges."""
+
+    temperature: float = 0.0
+    """Divides the logits before sampling; 0 decodes greedily."""
+
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 means all."""
+
+    top_p: float = 0.0
+    """Sample among the likeliest tokens that together reach this probability; 0 means all."""
+
+    maximum_tokens: int = 64
+    """Most tokens to generate after each prompt [tokens]."""
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0.0 and self.top_k >= 0 and 0.0 <= self.top_p <= 1.0 and self.maximum_tokens > 0):
+            raise ValueError(f"{self}: temperature and top_k are at least 0, top_p is 0 to 1, maximum_tokens above 0")
 
 
 def uniform_numbers(seeds: tuple[int, ...], count: int) -> Tensor:
-    """`count` float64 numbers in [0, 1) that follow from `seeds` alone: one for each token of a sample."""
+    """Draws `count` float64 numbers in [0, 1) that follow from `seeds` alone: one for each token of a sample."""
     digest = hashlib.sha256(repr(seeds).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-def choose(logits_BV: Tensor, sampling: GenerationConfig, uniform_B: Tensor) -> Tensor:
-    """One token id per row of float32 logits; greedy at temperature 0, where `uniform_B` is not looked at.
+def choose_tokens(logits_BV: Tensor, sampling: SamplingSettings, uniform_B: Tensor) -> Tensor:
+    """Chooses one token id per row of float32 logits [B, V]; returns [B]. Temperature 0 ignores `uniform_B`.
 
-    Otherwise it is the first whose cumulative probability exceeds the row's number, so that what else is in the batch
-    makes no difference.
+    Otherwise a row's token is the first whose cumulative probability exceeds the row's number, so that the rest of the
+    batch makes no difference.
     """
     if sampling.temperature == 0.0:
         return logits_BV.argmax(dim=-1)
@@ -37,15 +57,15 @@ def choose(logits_BV: Tensor, sampling: GenerationConfig, uniform_B: Tensor) -> 
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest of each row to -inf."""
-    kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth, float("-inf"))
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """Sets all but the k largest logits of each row to -inf."""
+    kth_B1 = logits_BV.topk(min(k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Set all but the smallest set of tokens that reaches probability p to -inf (Holtzman et al. 2020, nucleus)."""
-    ordered, indices = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    return logits.scatter(-1, indices, ordered.masked_fill(before >= p, float("-inf")))
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Sets all but the smallest set of tokens that reaches probability p to -inf (Holtzman et al. 2020, nucleus)."""
+    ordered_BV, indices_BV = logits_BV.sort(dim=-1, descending=True)
+    probabilities_BV = ordered_BV.softmax(dim=-1)
+    before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+    return logits_BV.scatter(-1, indices_BV, ordered_BV.masked_fill(before_BV >= p, float("-inf")))

@@ -1,4 +1,4 @@
-"""Peak arithmetic rates of accelerators: the denominator of the model FLOPs utilization."""
+"""Peak arithmetic rates of accelerators: the denominator of model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class _Peak:
     """Dense matrix-product rate of one device, without structured sparsity, accumulating in fp32."""
 
     name: str
-    """Regular expression for the whole of what torch.cuda.get_device_name reports, less the vendor and brand."""
+    """Regular expression for the whole name that torch.cuda.get_device_name reports, without vendor and brand."""
 
     tflops: float
     """Rate of each of `dtypes` [10^12 FLOP/s]."""
@@ -53,7 +53,7 @@ _PEAKS = (
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Peak dense rate of one device [FLOP/s] for matrix products in `dtype` (fp32, bf16 or fp16).
+    """Returns the peak dense rate of one device [FLOP/s] for matrix products in `dtype` (fp32, bf16 or fp16).
 
     None where it is not known. That includes slices of a device (MIG, virtual GPUs), and fp32, whose rate depends on
     whether torch may use TF32.

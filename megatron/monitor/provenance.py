@@ -1,4 +1,4 @@
-"""What code and what machine made a result."""
+"""Provenance of a result: the code and the machine that made it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def device_name() -> str:
-    """The accelerator's name as torch reports it, or "cpu"."""
+    """Returns the accelerator's name as torch reports it, or "cpu"."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this file belongs to; None outside one, or without git."""
+    """Returns the commit of the checkout that this file belongs to; None outside one, or without git."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True

@@ -16,10 +16,10 @@ _HARMLESS = re.compile(
 
 
 def redact(value: object, name: str = "") -> object:
-    """A copy of `value`, which stands under `name`, with every secret in it replaced.
+    """Copies `value`, which stands under `name`, with every secret in it replaced.
 
-    Whatever stands under a name with secret, password, passphrase or credential in it is one, at any depth; under a
-    name with key or token in it only text is: `wandb_api_key` and `HF_TOKEN` are secrets, `maximum_tokens`, a number,
+    Any value under a name with secret, password, passphrase or credential in it is a secret, at any depth; under a name
+    with key or token in it only text is: `wandb_api_key` and `HF_TOKEN` are secrets, `maximum_tokens`, a number,
     and `param_tokens`, a section, are not.
     """
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""How fast a run goes, what it waits for, how much memory it takes and when it will be done."""
+"""Throughput of a run: its rates, the waiting for data and saves, its memory and the time left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DECAY = 0.9
 
 
 class TimedIterator(Generic[T]):
-    """Passes on what `items` yields and adds up how long its consumer waited for it."""
+    """Passes on what `items` yields and adds up the time that its consumer waited."""
 
     def __init__(self, items: Iterable[T], clock: Clock = time.perf_counter) -> None:
         self._items = iter(items)
@@ -56,10 +56,10 @@ class Throughput:
         peak_flops: float | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Start the clock at step `iteration` of `total_iterations`.
+        """Starts the clock at step `iteration` of `total_iterations`.
 
-        `tokens_per_step` counts the global batch [tokens], `flops_per_token` is what the model needs, forward and
-        backward, without recomputation [FLOP], `peak_flops` is the sum over all devices [FLOP/s], None where unknown.
+        `tokens_per_step` counts the global batch [tokens]. `flops_per_token` is the model's work, forward and backward,
+        without recomputation [FLOP], and `peak_flops` the sum over all devices [FLOP/s]; None where unknown.
         """
         self.tokens_per_step = tokens_per_step
         self._total_iterations = total_iterations
@@ -76,7 +76,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (evaluating, saving) counts for the time left but not for the rates."""
+        """Leaves the time spent inside (evaluating, saving) out of the rates, but not out of the time left."""
         start = self._clock()
         try:
             yield
@@ -85,7 +85,7 @@ class Throughput:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """`paused`, and the time shows as `train/save_wait_seconds` in the next metrics."""
+        """Does what `paused` does, and reports the time as `train/save_wait_seconds` in the next metrics."""
         start = self._clock()
         try:
             with self.paused():
@@ -94,7 +94,7 @@ class Throughput:
             self._saving_seconds += self._clock() - start
 
     def measure(self, iteration: int, data_wait_seconds: float) -> dict[str, float]:
-        """Metrics of the steps since the last call, at step `iteration`; empty if there were none.
+        """Returns the metrics of the steps since the last call, at step `iteration`; empty if there were none.
 
         `data_wait_seconds` is the training data's `TimedIterator.wait_seconds` [s]. `train/mfu` is there only if
         both the model's FLOPs and the devices' peak are known, `train/save_wait_seconds` only if training waited for a
@@ -128,12 +128,12 @@ class Throughput:
 
 
 def peak_memory_gib() -> float:
-    """Most memory this process has held [GiB]: torch's allocations on its GPU, or resident memory on a CPU."""
+    """Returns the peak memory of this process [GiB]: torch's allocations on its GPU, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
     if status.exists():
-        # Not getrusage, whose peak on Linux starts from that of the process which started this one.
+        # Not getrusage, whose peak on Linux starts from that of the parent process.
         (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak) * 1024 / 2**30
     # macOS counts in bytes, other systems in KiB.

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 
 import megatron.hf  # noqa: F401 - registers the architectures
-from megatron.config.optimizers.adamw import AdamWConfig
-from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.model import ModelConfig
-from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import TrainingConfig
 from megatron.loaded_model.generate_tokens import Continuation, generate_tokens
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
+from megatron.loaded_model.sampling import SamplingSettings
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
@@ -33,9 +30,9 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def inference_model(
+def loaded_model(
     model: ModelConfig, context: ParallelContext | None = None, dtype: torch.dtype = torch.float32
-) -> InferenceModel:
+) -> LoadedModel:
     """This rank's share of a model whose vocabulary has three rows of padding."""
     context = context or ParallelContext.single()
     module = build_local(model, VOCAB, None, context)
@@ -46,8 +43,7 @@ def inference_model(
             full = 0.3 * torch.randn(spec.full_shape, generator=torch.Generator().manual_seed(seed))
             full += 1.0 if name.endswith("norm.weight") else 0.0
             parameter.copy_(local_shard(full, spec.shard_dim, context))
-    run = RunConfig(model=model, training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3)))
-    return InferenceModel(module.to(dtype), run, VOCAB)
+    return LoadedModel(module.to(dtype), model, VOCAB)
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
@@ -60,9 +56,9 @@ PROMPTS = [*random_prompts(3, 11, 1, 20, 7), []]
 SAMPLING = ("temperature", "top_k", "top_p", "maximum_tokens")
 
 
-def generate(model: InferenceModel, prompts: list[list[int]], **more: Any) -> list[Continuation]:
+def generate(model: LoadedModel, prompts: list[list[int]], **more: Any) -> list[Continuation]:
     options = {name: more.pop(name) for name in SAMPLING if name in more}
-    sampling = GenerationConfig(**{"maximum_tokens": 12} | options)
+    sampling = SamplingSettings(**{"maximum_tokens": 12} | options)
     return generate_tokens(model, prompts, sampling, **{"start_token": EOD, "stop_tokens": {EOD}} | more)
 
 
@@ -72,6 +68,6 @@ def tokens_of(continuations: list[Continuation]) -> list[list[int]]:
 
 def scored_tokens() -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.tensor(random_prompts(9, 9))
-    likeliest = inference_model(MODELS["pythia"]).logits(tokens)[..., : VOCAB.actual].argmax(-1)
+    likeliest = loaded_model(MODELS["pythia"]).logits(tokens)[..., : VOCAB.actual].argmax(-1)
     wanted = [(r, p, t) for r in range(2) for p in range(9) for t in (int(likeliest[r, p]), 3)]
     return tokens, torch.tensor(wanted)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.errors import exit_on_user_error
-from megatron.monitor.writers.console import format_count
+from megatron.monitor.format_quantities import format_count
 from tools.benchmarks.benchmark_training import Settings, require_one_rank
 
 MEANINGS = {

@@ -34,11 +34,11 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import exit_on_user_error
 from megatron.hf.tokenizer_files import write_tokenizer
-from megatron.inference.evaluation.harness.answer_cache import AnswerCache
-from megatron.inference.evaluation.harness.batch_limit import BatchLimit, in_batches
+from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches
+from megatron.inference.evaluation.harness.continuation_scores import score_batch
 from megatron.inference.evaluation.harness.harness_model import HarnessModel
-from megatron.inference.evaluation.harness.scoring import score_batch
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.inference.evaluation.harness.response_cache import ResponseCache
+from megatron.loaded_model.loaded_model import LoadedModel
 from tools.benchmarks.transformers_model import transformers_model
 from tools.benchmarks.turns import (
     benchmark_parser,
@@ -84,7 +84,7 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     model = untrained_model(config, args.vocab_size)
     adapters = {
         "ours": our_adapter(model, args.batch_size),
-        "lm-eval hf": their_adapter(transformers_model(model.model, config, model.vocab), config, args.batch_size),
+        "lm-eval hf": their_adapter(transformers_model(model.module, config, model.vocab), config, args.batch_size),
     }
     kinds = {}
     requests_by_kind = make_requests(args.questions, model.vocab.actual, config.model.seq_length, config.training.seed)
@@ -102,14 +102,14 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return machine_report(model, versions) | {"batch_size": args.batch_size, "rounds": args.rounds, "kinds": kinds}
 
 
-def our_adapter(model: InferenceModel, batch_size: int) -> Callable[..., Any]:
+def our_adapter(model: LoadedModel, batch_size: int) -> Callable[..., Any]:
     limit = BatchLimit(batch_size)
 
-    def ask(method: str, rows: Sequence[Any], longest: int | None) -> list[Any]:
-        return in_batches(rows, lambda row: len(row.tokens), limit, partial(score_batch, model))
+    def score(method: str, rows: Sequence[Any], longest: int | None) -> list[Any]:
+        return compute_in_batches(rows, lambda row: len(row.tokens), limit, partial(score_batch, model))
 
     return HarnessModel(
-        ask, build_tokenizer(BYTES), model.context_length, limit.rows, AnswerCache(None)
+        score, build_tokenizer(BYTES), model.context_length, limit.sequences, ResponseCache(None)
     )._loglikelihood_tokens
 
 

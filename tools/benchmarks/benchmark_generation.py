@@ -26,11 +26,11 @@ from torch import Tensor
 import megatron.hf  # noqa: F401 - registers what transformers is to know
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
-from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError, exit_on_user_error
 from megatron.loaded_model.generate_tokens import generate_tokens
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
+from megatron.loaded_model.sampling import SamplingSettings
 from tools.benchmarks.transformers_model import transformers_model
 from tools.benchmarks.turns import (
     benchmark_parser,
@@ -76,8 +76,8 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return machine_report(model, versions) | shape | timed | {"tokens_per_second": rates, "same_tokens": ours == theirs}
 
 
-def our_generate(model: InferenceModel, prompts: Tensor, new_tokens: int) -> Callable[[], NewTokens]:
-    sampling = GenerationConfig(maximum_tokens=new_tokens)
+def our_generate(model: LoadedModel, prompts: Tensor, new_tokens: int) -> Callable[[], NewTokens]:
+    sampling = SamplingSettings(maximum_tokens=new_tokens)
 
     def generate() -> NewTokens:
         found = generate_tokens(model, prompts.tolist(), sampling, start_token=0, stop_tokens=())
@@ -86,10 +86,8 @@ def our_generate(model: InferenceModel, prompts: Tensor, new_tokens: int) -> Cal
     return generate
 
 
-def their_generate(
-    ours: InferenceModel, config: RunConfig, prompts: Tensor, new_tokens: int
-) -> Callable[[], NewTokens]:
-    model = transformers_model(ours.model, config, ours.vocab)
+def their_generate(ours: LoadedModel, config: RunConfig, prompts: Tensor, new_tokens: int) -> Callable[[], NewTokens]:
+    model = transformers_model(ours.module, config, ours.vocab)
     greedy = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=new_tokens,

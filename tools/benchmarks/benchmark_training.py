@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config
 from megatron.errors import ConfigError, EnvironmentSetupError, UserError, exit_on_user_error
-from megatron.monitor.writers.console import format_count
+from megatron.monitor.format_quantities import format_count
 
 NAMES = ("engine", "plain torch")
 

@@ -15,11 +15,11 @@ import torch
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.model.number_formats import DTYPES
+from megatron.monitor.format_quantities import format_count
 from megatron.monitor.provenance import device_name
-from megatron.monitor.writers.console import format_count
 from megatron.mpu.process_group import local_device
 
 
@@ -42,7 +42,7 @@ def positive(text: str) -> int:
     return value
 
 
-def untrained_model(config: RunConfig, vocab_size: int | None) -> InferenceModel:
+def untrained_model(config: RunConfig, vocab_size: int | None) -> LoadedModel:
     """A model with the weights that training starts from: what they are makes no difference to the time.
 
     The tokenizer is read only where the vocabulary's size is not given.
@@ -51,7 +51,7 @@ def untrained_model(config: RunConfig, vocab_size: int | None) -> InferenceModel
     vocab = VocabSize(actual, padded_vocab_size(config.model, actual))
     model = build_local(config.model, vocab, config.training.seed)
     model = model.to(local_device(), DTYPES[config.training.precision.dtype])
-    return InferenceModel(model, config, vocab)
+    return LoadedModel(model, config.model, vocab)
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Any], list[Any]]:
@@ -80,10 +80,10 @@ def _synchronized_seconds() -> float:
     return time.perf_counter()
 
 
-def machine_report(model: InferenceModel, versions: Mapping[str, str]) -> dict[str, Any]:
+def machine_report(model: LoadedModel, versions: Mapping[str, str]) -> dict[str, Any]:
     """What is measured, and where."""
     return {
-        "parameters": count_parameters(model.model_config, model.vocab.padded),
+        "parameters": count_parameters(model.config, model.vocab.padded),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(),
         "cpu_threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Draw the curves of one or many runs: loss, learning rate, gradient norm, throughput.
+"""Draws the curves of one or many runs: loss, learning rate, gradient norm, throughput.
 
     python tools/plots/plot_runs.py runs/demo --x tokens --output curves.png
 
@@ -24,8 +24,8 @@ from matplotlib.ticker import FuncFormatter
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.errors import DataError, EnvironmentSetupError, exit_on_user_error
-from megatron.monitor.writers.console import format_count
-from tools.plots.run_records import Run, load_runs, series
+from megatron.monitor.format_quantities import format_count
+from tools.plots.run_records import RunRecord, load_runs, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's palette, told apart by colour-blind readers; without its yellow, too pale for lines on white.
@@ -56,14 +56,14 @@ class Panel:
     """Tick labels."""
 
     from_zero: bool = True
-    """Whether the axis starts at 0, so that heights compare."""
+    """Start the axis at 0, so that heights compare."""
 
     smoothed: bool = False
-    """Whether the moving average applies."""
+    """Apply the moving average."""
 
 
 def format_power(value: float) -> str:
-    """0.0006 as 6e-4."""
+    """Formats 0.0006 as 6e-4."""
     if value == 0.0:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -71,7 +71,7 @@ def format_power(value: float) -> str:
 
 
 def format_tick(value: float) -> str:
-    """417,500 as 417.5k: ticks need a digit more than numbers in text."""
+    """Formats 417,500 as 417.5k: ticks need a digit more than numbers in text."""
     return format_count(value, digits=4)
 
 
@@ -97,7 +97,7 @@ X_AXES: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` values around each, fewer towards the ends; NaN is left out, and stays NaN itself.
+    """Averages `window` values around each, fewer towards the ends; NaN is left out, and stays NaN itself.
 
     Symmetric, so that a falling curve is not drawn too late.
     """
@@ -112,7 +112,7 @@ def moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw(
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     *,
     x: str = "steps",
     metrics: Sequence[str] | None = None,
@@ -120,7 +120,7 @@ def draw(
     log_x: bool = False,
     references: Sequence[tuple[float, str]] = (),
 ) -> Figure:
-    """A column of panels over a shared horizontal axis, the first one taller.
+    """Draws a column of panels over a shared horizontal axis, the first one taller.
 
     `metrics` are names in PANELS; None draws the usual ones that were recorded. `smooth` is the window of the moving
     average of training metrics [rows], drawn over the pale raw curve. `references` are labelled levels in the loss
@@ -153,8 +153,8 @@ def draw(
     return figure
 
 
-def _colour(runs: Sequence[Run], index: int, metric: str) -> str:
-    """Runs differ by colour, and their splits by line style; a single run has its colours for the splits."""
+def _colour(runs: Sequence[RunRecord], index: int, metric: str) -> str:
+    """Chooses a curve's colour: runs differ by colour and splits by line style; splits of a single run by colour."""
     position = list(SPLITS).index(_split(metric)) if len(runs) == 1 else index
     return COLOURS[position % len(COLOURS)]
 
@@ -163,7 +163,7 @@ def _split(metric: str) -> str:
     return metric.partition("/")[0]
 
 
-def _chosen_panels(runs: Sequence[Run], metrics: Sequence[str] | None) -> list[Panel]:
+def _chosen_panels(runs: Sequence[RunRecord], metrics: Sequence[str] | None) -> list[Panel]:
     recorded = {key for run in runs for record in run.records for key in record}
     available = [name for name, panel in PANELS.items() if recorded.intersection(panel.metrics)]
     if metrics is None:
@@ -204,8 +204,8 @@ def _dress(ax: Axes, panel: Panel) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _name_runs(figure: Figure, runs: Sequence[Run]) -> None:
-    """The title of a single run; for several, a legend of their colours over all panels."""
+def _name_runs(figure: Figure, runs: Sequence[RunRecord]) -> None:
+    """Writes the title of a single run; for several, a legend of their colours over all panels."""
     names = [f"{run.name}, {format_count(run.parameters)} parameters" if run.parameters else run.name for run in runs]
     if len(runs) == 1:
         figure.suptitle(names[0])
@@ -219,8 +219,8 @@ def _name_runs(figure: Figure, runs: Sequence[Run]) -> None:
     figure.legend(handles=entries, loc="outside upper center", ncols=min(len(entries), columns), frameon=False)
 
 
-def _name_lines(axes: Sequence[Axes], runs: Sequence[Run], panels: Sequence[Panel]) -> None:
-    """A legend above the first panel that needs one: training, validation and test, and reference levels."""
+def _name_lines(axes: Sequence[Axes], runs: Sequence[RunRecord], panels: Sequence[Panel]) -> None:
+    """Draws a legend above the first panel that needs one: training, validation and test, and reference levels."""
     for ax, panel in zip(axes, panels, strict=True):
         recorded = {key for run in runs for record in run.records for key in record}
         drawn = [metric for metric in panel.metrics if metric in recorded]
@@ -241,6 +241,7 @@ def _name_lines(axes: Sequence[Axes], runs: Sequence[Run], panels: Sequence[Pane
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the runs, panels and output of the command line."""
     parser = argparse.ArgumentParser(description="Draw the curves of one or many runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
@@ -269,7 +270,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, and say where the picture is. Returns the exit code; raises UserError for what the user can repair."""
+    """Draws the picture and prints its path. Returns the exit code; raises UserError for what the user can repair."""
     args = parse_args(argv)
     figure = draw(
         load_runs(args.runs),

@@ -1,4 +1,4 @@
-"""Read what runs have recorded, as series to draw."""
+"""Reads the records of runs, as series to draw."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
-from megatron.monitor.writers.jsonl import METRICS_FILE, read_records
+from megatron.monitor.metrics_file import METRICS_FILE, read_records
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run's record."""
+class RunRecord:
+    """The metrics and the description that one run has written."""
 
     name: str
     records: list[dict[str, Any]]
@@ -31,8 +31,8 @@ class Run:
     """Forward and backward [FLOP], from run.json; None where there is none."""
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read several runs; those that share a name get their path added to it."""
+def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Reads several runs; those that share a name get their path added to it."""
     runs = [load_run(path) for path in paths]
     times = Counter(run.name for run in runs)
     return [
@@ -41,8 +41,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     ]
 
 
-def load_run(path: Path) -> Run:
-    """Read a run from its folder or metrics.jsonl. Raises DataError where there is none, or no rows in it."""
+def load_run(path: Path) -> RunRecord:
+    """Reads a run from its folder or metrics.jsonl. Raises DataError where there is none, or no rows in it."""
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path}: no {METRICS_FILE} here. Give a run's folder (log_dir, or save) or the file itself.")
@@ -57,7 +57,7 @@ def load_run(path: Path) -> Run:
     ]
     description = _read_description(file.with_name("run.json"))
     name = description.get("name") or file.resolve().parent.name
-    return Run(str(name), records, description.get("parameters"), description.get("flops_per_token"))
+    return RunRecord(str(name), records, description.get("parameters"), description.get("flops_per_token"))
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -72,8 +72,11 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description if isinstance(description, dict) else {}
 
 
-def positions(run: Run, records: Sequence[dict[str, Any]], x: str) -> np.ndarray:
-    """Where `records` lie on the horizontal axis `x` (steps, tokens or flops), one number each."""
+def positions(run: RunRecord, records: Sequence[dict[str, Any]], x: str) -> np.ndarray:
+    """Returns the positions of `records` on the horizontal axis `x`: steps, tokens or flops.
+
+    Raises DataError when the run did not record what they follow from.
+    """
     if x == "steps":
         return np.array([record["iteration"] for record in records], dtype=float)
     if any("consumed_tokens" not in record for record in records):
@@ -86,8 +89,8 @@ def positions(run: Run, records: Sequence[dict[str, Any]], x: str) -> np.ndarray
     return tokens * run.flops_per_token
 
 
-def series(run: Run, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and values of `metric` where it was measured; NaN where what was measured was not finite."""
+def series(run: RunRecord, metric: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns positions and values of `metric` where it was measured; NaN where the value was not finite."""
     records = [record for record in run.records if metric in record]
     values = [math.nan if record[metric] is None else record[metric] for record in records]
     return positions(run, records, x), np.array(values, dtype=float)

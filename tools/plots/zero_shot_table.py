@@ -1,4 +1,4 @@
-"""Join results of eval.py with published rows into one table: Markdown, CSV and a figure.
+"""Joins results of eval.py with published rows into one table: Markdown, CSV and a figure.
 
     python tools/plots/zero_shot_table.py eval_results/*.json --output zero_shot
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.errors import ConfigError, DataError, exit_on_user_error
 from megatron.inference.evaluation.results_file import metrics_of
-from megatron.monitor.writers.console import format_count
+from megatron.monitor.format_quantities import format_count
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (
@@ -36,14 +36,14 @@ COLUMNS = (
     "winogrande:acc",
 )
 SHARES = ("acc", "acc_norm", "exact_match")
-"""Metrics that are shown in percent, and averaged."""
+"""Metrics that are shown in percent and averaged."""
 MISSING = "-"
 MEASURED_COLOUR, PUBLISHED_COLOUR = "#D55E00", "0.45"
 
 
 @dataclass
 class Row:
-    """One model."""
+    """The row of one model."""
 
     model: str
     parameters: float
@@ -55,19 +55,19 @@ class Row:
     """One standard error of some of them."""
 
     def average(self, columns: Sequence[str]) -> float | None:
-        """Mean of the shares among `columns`; None when one is missing."""
+        """Averages the shares among `columns`; None when one is missing."""
         shares = [self.values.get(column) for column in columns if is_share(column)]
         known = [share for share in shares if share is not None]
         return math.fsum(known) / len(known) if known and len(known) == len(shares) else None
 
 
 def is_share(column: str) -> bool:
-    """Whether the column's metric is a share of right answers."""
+    """Tells whether the column's metric is a share of right answers."""
     return column.rpartition(":")[2] in SHARES
 
 
 def read_published(path: Path) -> list[Row]:
-    """The published rows; their file names each row's source."""
+    """Reads the published rows; their file names each row's source."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = []
         for entry in csv.DictReader(file):
@@ -77,7 +77,7 @@ def read_published(path: Path) -> list[Row]:
 
 
 def read_results(paths: Sequence[Path]) -> list[Row]:
-    """A row for each model; of several measurements of one column, the newest. Raises DataError for other files."""
+    """Reads a row per model; of several measurements of one column, the newest. Raises DataError for other files."""
     rows: dict[tuple[Any, ...], Row] = {}
     for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1]["date"]):
         model, how = record["model"], record["config"]
@@ -103,14 +103,14 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _reservations(how: Mapping[str, Any]) -> str:
-    """What keeps a measurement from being compared with the published ones."""
+    """Notes what keeps a measurement from being compared with the published ones."""
     notes = [f"first {how['limit']} only"] if how["limit"] else []
     notes += [f"{how['num_fewshot']}-shot"] if how["num_fewshot"] else []
     return f" ({', '.join(notes)})" if notes else ""
 
 
 def join(results: Sequence[Row], published: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """All rows with a value in any of the columns, by size. Raises DataError when no result has one."""
+    """Returns all rows with a value in any of the columns, by size. Raises DataError when no result has one."""
     if not any(column in row.values for row in results for column in columns):
         measured = sorted({column for row in results for column in row.values})
         raise DataError(
@@ -122,7 +122,7 @@ def join(results: Sequence[Row], published: Sequence[Row], columns: Sequence[str
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """The table; published rows are in italics, and each row says where it is from."""
+    """Renders the table; published rows are in italics, and each row names its source."""
     head = ["Model", "Parameters", *(f"{task} ({metric})" for task, _, metric in _split(columns)), "Average", "Source"]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
     for row in rows:
@@ -147,7 +147,7 @@ def _split(columns: Sequence[str]) -> list[tuple[str, str, str]]:
 
 
 def write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
-    """The table with all digits and the standard errors."""
+    """Writes the table with all digits and the standard errors."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         stderrs = [f"{column}_stderr" for column in columns]
@@ -162,7 +162,7 @@ def write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
-    """A panel for each column and for the average, a line for each model; bars are one standard error."""
+    """Draws a panel for each column and for the average, a line for each model; bars are one standard error."""
     panels = [*columns, "average"]
     figure = Figure(figsize=(2.4 + 1.75 * len(panels), 1.3 + 0.27 * len(rows)), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -200,7 +200,7 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the three files; raises DataError for what are no results, ConfigError for a column that is none."""
+    """Writes the three files. Raises DataError for files that are no results, ConfigError for a malformed column."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")

@@ -152,7 +152,7 @@ class IndexedDatasetWriter:
 
     @property
     def num_documents(self) -> int:
-        """Number of documents added so far."""
+        """Returns the number of documents added so far."""
         return len(self._sizes)
 
     def __enter__(self) -> IndexedDatasetWriter:

@@ -32,7 +32,7 @@ class RawDocument:
 
     @property
     def place(self) -> str:
-        """The place as file:line, for messages."""
+        """Returns the place as file:line, for messages."""
         return str(self.path) if self.line is None else f"{self.path}:{self.line}"
 
 

@@ -1,6 +1,6 @@
 """Scores checkpoints, or a Hugging Face model, on tasks of lm-eval, and writes the results. Needs lm-eval.
 
-Rank 0 runs the harness; the other ranks answer (ranks.py).
+Rank 0 runs the harness; all ranks compute.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron.checkpointing.store.manifest import MANIFEST_FILE
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError
-from megatron.inference.evaluation.harness.answer_cache import AnswerCache
-from megatron.inference.evaluation.harness.answers import Answers
+from megatron.inference.evaluation.harness.evaluation_worker import EvaluationWorker
 from megatron.inference.evaluation.harness.harness_model import HarnessModel
-from megatron.inference.evaluation.harness.harness_tasks import SEEDS, Tasks, load_tasks
+from megatron.inference.evaluation.harness.harness_tasks import SEEDS, HarnessTasks, load_tasks
+from megatron.inference.evaluation.harness.response_cache import ResponseCache
 from megatron.inference.evaluation.learning_curve import curve_rows, write_curve
 from megatron.inference.evaluation.results_file import (
     complete_record,
@@ -34,7 +34,7 @@ from megatron.inference.evaluation.results_file import (
     write_record,
 )
 from megatron.io.hashing import file_sha256
-from megatron.loaded_model.workers import Ranks
+from megatron.loaded_model.rank_pool import RankPool
 from megatron.mpu.context import ParallelContext
 
 RESAMPLES = 1000
@@ -42,15 +42,15 @@ RESAMPLES = 1000
 
 
 def evaluate_checkpoints(config: RunConfig, context: ParallelContext, device: torch.device) -> list[Path]:
-    """Score the configured checkpoints one after the other; the files that were written, on rank 0.
+    """Scores the configured checkpoints one after the other; returns the files that were written, on rank 0.
 
     Collective. Several checkpoints also give a learning curve (CSV and PNG). Raises ConfigError, DataError and
     CheckpointError before anything is scored where tasks, data or checkpoints are missing.
     """
-    answers = Answers(config, build_tokenizer(config.data.tokenizer), context, device)
-    with Ranks(context, answers) as ranks:
-        if not ranks.first:
-            ranks.follow()
+    worker = EvaluationWorker(config, build_tokenizer(config.data.tokenizer), context, device)
+    with RankPool(context, worker) as pool:
+        if not pool.is_driver:
+            pool.serve()
             return []
         iterations = _iterations(config)
         tasks = load_tasks(config.evaluation)
@@ -59,8 +59,8 @@ def evaluate_checkpoints(config: RunConfig, context: ParallelContext, device: to
             raise ConfigError("eval_output: several checkpoints do not go into one .json file. Name a folder.")
         records, files = [], []
         for iteration in iterations:
-            ranks.ask("load", [None] * context.data_size, iteration=iteration)
-            record = _evaluate_loaded(config, answers, ranks, tasks)
+            pool.request("load", [None] * context.data_size, iteration=iteration)
+            record = _evaluate_loaded(config, worker, pool, tasks)
             records.append(record)
             files.append(_write(config, record))
         if several:
@@ -71,12 +71,12 @@ def evaluate_checkpoints(config: RunConfig, context: ParallelContext, device: to
 
 
 def evaluate_hf_model(config: RunConfig) -> Path:
-    """Score `evaluation.hf_model` with lm-eval's own adapter; the file that was written.
+    """Scores `evaluation.hf_model` with lm-eval's own adapter; returns the file that was written.
 
     Raises ConfigError and DataError before anything is scored where the model, tasks or data are missing.
     """
     tasks = load_tasks(config.evaluation)
-    from megatron.inference.evaluation.hf_model import describe_hf_model, load_hf_model
+    from megatron.inference.evaluation.huggingface_model import describe_hf_model, load_hf_model
 
     model = load_hf_model(config.evaluation)
     how = describe_evaluation(config, {}, str(model.model.dtype).removeprefix("torch."), model.max_length)
@@ -84,7 +84,10 @@ def evaluate_hf_model(config: RunConfig) -> Path:
 
 
 def _iterations(config: RunConfig) -> Sequence[int | None]:
-    """Steps to score; of several, all are there and can be read. None is the configured or newest checkpoint."""
+    """Returns the steps to score; None is the configured or newest checkpoint.
+
+    Raises CheckpointError unless each of several is there and can be read.
+    """
     wanted = config.evaluation.iterations
     if wanted != "all" and len(wanted) <= 1:
         return wanted or [None]
@@ -110,31 +113,35 @@ def _iterations(config: RunConfig) -> Sequence[int | None]:
     return steps
 
 
-def _evaluate_loaded(config: RunConfig, answers: Answers, ranks: Ranks, tasks: Tasks) -> dict[str, Any]:
-    (checkpoint, model), context = answers.loaded, answers.context
+def _evaluate_loaded(
+    config: RunConfig, worker: EvaluationWorker, pool: RankPool, tasks: HarnessTasks
+) -> dict[str, Any]:
+    (checkpoint, model), context = worker.loaded, worker.context
     sizes = {"tensor": context.tensor_size, "data": context.data_size}
     dtype = str(model.dtype).removeprefix("torch.")
     what = {"manifest": file_sha256(checkpoint.path / MANIFEST_FILE), "dtype": dtype, "length": model.context_length}
     adapter = HarnessModel(
-        ranks.ask,
-        answers.tokenizer,
+        pool.request,
+        worker.tokenizer,
         model.context_length,
-        lambda length: answers.limit.rows(length) * context.data_size,
-        AnswerCache(_cache_file(config.evaluation.cache, what)),
+        lambda length: worker.limit.sequences(length) * context.data_size,
+        ResponseCache(_cache_file(config.evaluation.cache, what)),
     )
     how = describe_evaluation(config, sizes, dtype, model.context_length)
     return _run(config, adapter, tasks, describe_checkpoint(checkpoint), how)
 
 
 def _cache_file(folder: str | None, what: dict[str, Any]) -> Path | None:
-    """The file of the answers of one model, computed in one format and context length; they are kept by token ids."""
+    """Returns the file of the responses of one model in one format and context length; they are kept by token ids."""
     if folder is None:
         return None
     return Path(folder) / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.jsonl"
 
 
-def _run(config: RunConfig, model: Any, tasks: Tasks, what: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's evaluation of one model, as a record; prints its table."""
+def _run(
+    config: RunConfig, model: Any, tasks: HarnessTasks, what: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
+    """Runs lm-eval's evaluation of one model, prints its table and returns the record."""
     print(f"evaluating {what['name']}", flush=True)
     tasks.set_seeds()
     start = time.monotonic()
@@ -145,13 +152,13 @@ def _run(config: RunConfig, model: Any, tasks: Tasks, what: dict[str, Any], how:
         bootstrap_iters=RESAMPLES,
         log_samples=False,
     )
-    print(table(found["results"]), flush=True)
+    print(metrics_table(found["results"]), flush=True)
     how = {**how, **SEEDS, "bootstrap_iters": RESAMPLES}
     return complete_record(found, what, how, config, time.monotonic() - start)
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A line for each task's metric, with one standard error."""
+def metrics_table(results: dict[str, dict[str, Any]]) -> str:
+    """Renders a line for each task's metric, with one standard error."""
     lines = []
     for (task, metric), (value, error) in sorted(metrics_of(results).items()):
         lines.append(f"  {task:<32} {metric:<24} {value:>12.6g}" + (f" ± {error:.3g}" if error else ""))

@@ -1,4 +1,4 @@
-"""What a run learned as it went on: each task's metrics over the checkpoints that were scored."""
+"""Learning curves: each task's metrics over the checkpoints that were scored."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron.inference.evaluation.results_file import metrics_of
 
 COLUMNS = ("iteration", "tokens", "task", "metric", "value", "stderr")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-"""Okabe and Ito's, told apart by colour-blind readers."""
+"""Okabe and Ito's palette, told apart by colour-blind readers."""
 PANELS_IN_A_ROW = 3
 
 
 def curve_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each metric of each record, by task, metric and step."""
+    """Returns a row for each metric of each record, by task, metric and step."""
     rows = []
     for record in records:
         model = record["model"]
@@ -31,7 +31,7 @@ def curve_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write `path` (.csv), and the same as a figure beside it (.png)."""
+    """Writes `path` (.csv), and the same as a figure beside it (.png)."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -40,7 +40,7 @@ def write_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_curve(rows: Sequence[dict[str, Any]]) -> Figure:
-    """A panel for each task's accuracies, and one for each of its other metrics; bars are one standard error."""
+    """Draws a panel for each task's accuracies, and one for each of its other metrics; bars are one standard error."""
     panels: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         kind = "accuracy" if row["metric"] in ("acc", "acc_norm") else row["metric"]

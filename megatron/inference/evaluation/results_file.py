@@ -1,4 +1,4 @@
-"""Results of an evaluation as a JSON file like lm-eval's, with what they were made from and with."""
+"""Results of an evaluation as a JSON file like lm-eval's, with the model, settings and versions behind them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers", "numpy
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which model was scored, for a checkpoint of ours."""
+    """Describes the model of a checkpoint of ours."""
     model, state = checkpoint.config.model, checkpoint.state
     return {
         "name": f"{checkpoint.path.resolve().parent.name}/{checkpoint.path.name}",
@@ -37,7 +37,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_evaluation(run: RunConfig, ranks: dict[str, int], dtype: str, max_length: int) -> dict[str, Any]:
-    """How it was scored."""
+    """Describes the settings and the machine that scored a model."""
     return {
         "eval_tasks": run.evaluation.tasks,
         "num_fewshot": run.evaluation.num_fewshot,
@@ -53,7 +53,7 @@ def describe_evaluation(run: RunConfig, ranks: dict[str, int], dtype: str, max_l
 def complete_record(
     found: dict[str, Any], model: dict[str, Any], how: dict[str, Any], run: RunConfig, seconds: float
 ) -> dict[str, Any]:
-    """What a results file holds: lm-eval's own fields, and with what the model was scored."""
+    """Returns the content of a results file: lm-eval's own fields, and the model, settings and versions behind them."""
     return {
         **found,
         "model": model,
@@ -67,7 +67,7 @@ def complete_record(
 
 
 def results_file(config: EvaluationConfig, what: str, suffix: str = ".json") -> Path:
-    """Where the results of `what` go: the configured file, or one with a name of its own in the configured folder.
+    """Returns the configured file of results, or a file named after `what` and the time in the configured folder.
 
     Raises ConfigError when the folder cannot be made.
     """
@@ -87,7 +87,7 @@ def results_file(config: EvaluationConfig, what: str, suffix: str = ".json") -> 
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a results file."""
+    """Writes a results file."""
     from lm_eval.utils import handle_non_serializable
 
     text = json.dumps(record, indent=1, default=handle_non_serializable, ensure_ascii=False)
@@ -95,8 +95,10 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def metrics_of(results: dict[str, dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float | None]]:
-    """(task, metric) -> (value, its standard error) from the `results` of a record; a filter other than none belongs to
-    the metric's name, as in `exact_match,strict-match`."""
+    """Returns (task, metric) -> (value, its standard error) from the `results` of a record.
+
+    A filter other than none belongs to the metric's name, as in `exact_match,strict-match`.
+    """
     found = {}
     for task, entries in results.items():
         for key, value in entries.items():

@@ -1,4 +1,4 @@
-"""Prompts in, text out: a checkpoint, its tokenizer and the configured sampling, on all ranks.
+"""Continues prompts with a checkpoint, its tokenizer and the configured sampling, on all ranks.
 
 Rank 0 reads prompts and writes records; every data-parallel rank continues a share of the prompts.
 """
@@ -17,21 +17,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError
-from megatron.inference.generation.prompts import configured_prompts
-from megatron.inference.generation.terminal import Terminal
+from megatron.inference.generation.conversation_terminal import ConversationTerminal
+from megatron.inference.generation.read_prompts import configured_prompts
 from megatron.io.progress import PeriodicReport
 from megatron.loaded_model.generate_tokens import Continuation, generate_tokens
-from megatron.loaded_model.loaded_model import (
-    InferenceModel,
-    checkpoint_to_read,
-    load_inference_model,
-    require_tokenizer,
-)
-from megatron.loaded_model.workers import Ranks
-from megatron.mpu.agreement import rank_and_size
+from megatron.loaded_model.loaded_model import LoadedModel, load_model, require_tokenizer
+from megatron.loaded_model.rank_pool import RankPool
+from megatron.loaded_model.sampling import SamplingSettings
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import local_device
 
@@ -41,21 +37,21 @@ SAMPLES_AT_A_TIME = 8
 SECONDS_BETWEEN_REPORTS = 10.0
 
 Record = dict[str, Any]
-"""What GPT-NeoX writes about a sample.
+"""Record of a sample, with GPT-NeoX's keys.
 
 context            the prompt
-text               what follows it
-length             its tokens
-finished           whether it ended by itself, with the end of a document
-message            what else there is to know, or None: an empty prompt, one that was cut, a context that was full
+text               the text that follows it
+length             number of generated tokens
+finished           true if it ended by itself, with the end of a document
+message            anything else to know, or None: an empty prompt, one that was cut, a context that was full
 duration_seconds   time that its batch took
-logits             with return_logits: [length][vocabulary], what each token was chosen from
+logits             with return_logits: [length][vocabulary], from which each token was chosen
 """
 
 
 @dataclass(frozen=True)
-class Request:
-    """One sample of one prompt."""
+class SampleRequest:
+    """A request for one sample of one prompt."""
 
     prompt: str
     tokens: list[int]
@@ -63,49 +59,52 @@ class Request:
 
 
 def generate_text(config: RunConfig, context: ParallelContext) -> None:
-    """Continue the configured prompts, on the ranks of `context`.
+    """Continues the configured prompts on the ranks of `context`.
 
     Raises ConfigError and CheckpointError for a checkpoint that is missing, damaged or another model's, DataError for
     files that cannot be read or written.
     """
-    checkpoint = checkpoint_to_read(config.checkpoint)
+    checkpoint = configured_checkpoint(config.checkpoint)
     tokenizer = build_tokenizer(config.data.tokenizer)
     require_tokenizer(checkpoint, tokenizer)
-    generator = TextGenerator(load_inference_model(config, checkpoint, context, local_device()), tokenizer, config)
+    generator = TextGenerator(load_model(config, checkpoint, context, local_device()), tokenizer, config)
     interactive = config.generation.text_gen_type == "interactive"
-    with Ranks(context, generator.answer) as ranks:
-        if rank_and_size()[0] != 0:
+    with RankPool(context, generator.generate) as pool:
+        if not pool.is_driver:
             if interactive:
                 # Ctrl-C reaches every process of a terminal, and means something to the first rank alone.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            ranks.follow()
+            pool.serve()
             return
         with _record_file(config.generation.sample_output_file) as file:
             if interactive and sys.stdin.isatty():
-                converse(generator, ranks, file)
+                converse(generator, pool, file)
             else:
-                write_records(generator, ranks, file or sys.stdout)
+                write_records(generator, pool, file or sys.stdout)
 
 
 class TextGenerator:
-    """This rank's model with what it takes to continue prompts."""
+    """This rank's model and tokenizer, with the settings to continue prompts."""
 
-    def __init__(self, model: InferenceModel, tokenizer: Tokenizer, config: RunConfig) -> None:
+    def __init__(self, model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config.generation
+        self.sampling = SamplingSettings(
+            self.config.temperature, self.config.top_k, self.config.top_p, self.config.maximum_tokens
+        )
         self.seed = config.training.seed
         self.batch_size = config.training.train_micro_batch_size_per_gpu or SAMPLES_AT_A_TIME
-        self.terminal: Terminal | None = None
-        """Where texts appear while they grow; on the first rank of a conversation."""
+        self.terminal: ConversationTerminal | None = None
+        """Shows texts while they grow; on the first rank of a conversation."""
 
-    def requests(self, prompt: str, number: int) -> list[Request]:
-        """The samples that the prompt which is the run's number `number` asks for."""
+    def requests(self, prompt: str, number: int) -> list[SampleRequest]:
+        """Builds the requests of the run's prompt number `number`, one for each sample."""
         tokens = self.tokenizer.tokenize(prompt)
-        return [Request(prompt, tokens, (self.seed, number, sample)) for sample in range(self.config.num_samples)]
+        return [SampleRequest(prompt, tokens, (self.seed, number, sample)) for sample in range(self.config.num_samples)]
 
-    def answer(self, method: str, requests: Sequence[Request], options: dict[str, Any]) -> list[Record]:
-        """A record for each request; `method` is "write", or "show" to let one appear in the terminal as well."""
+    def generate(self, method: str, requests: Sequence[SampleRequest], options: dict[str, Any]) -> list[Record]:
+        """Generates a record for each request; `method` is "write", or "show" to show one in the terminal as well."""
         records = []
         for first in range(0, len(requests), self.batch_size):
             batch = requests[first : first + self.batch_size]
@@ -113,7 +112,7 @@ class TextGenerator:
             continuations = generate_tokens(
                 self.model,
                 [request.tokens for request in batch],
-                self.config,
+                self.sampling,
                 start_token=self.tokenizer.eod,
                 stop_tokens={self.tokenizer.eod},
                 seeds=[request.seed for request in batch],
@@ -128,24 +127,19 @@ class TextGenerator:
             ]
         return records
 
-    def _stopper(self, request: Request) -> Callable[[int, list[int]], bool]:
+    def _stopper(self, request: SampleRequest) -> Callable[[int, list[int]], bool]:
         def show(index: int, tokens: list[int]) -> bool:
             if self.terminal is None:
                 return False
-            self.terminal.show(self._text(request, tokens))
+            self.terminal.show(continuation_text(self.tokenizer, request.tokens, tokens))
             return self.terminal.interrupted
 
         return show
 
-    def _text(self, request: Request, tokens: list[int]) -> str:
-        """What the tokens add to the prompt. By themselves they may read otherwise, as without a first space."""
-        before, whole = (self.tokenizer.detokenize(ids) for ids in (request.tokens, request.tokens + tokens))
-        return whole.removeprefix(before) if whole.startswith(before) else self.tokenizer.detokenize(tokens)
-
-    def _record(self, request: Request, continuation: Continuation) -> Record:
+    def _record(self, request: SampleRequest, continuation: Continuation) -> Record:
         record: Record = {
             "context": request.prompt,
-            "text": self._text(request, continuation.tokens),
+            "text": continuation_text(self.tokenizer, request.tokens, continuation.tokens),
             "length": len(continuation.tokens),
             "finished": continuation.ending == "stop_token",
             "message": self._message(request, continuation),
@@ -154,7 +148,7 @@ class TextGenerator:
             record["logits"] = [] if continuation.logits is None else continuation.logits.tolist()
         return record
 
-    def _message(self, request: Request, continuation: Continuation) -> str | None:
+    def _message(self, request: SampleRequest, continuation: Continuation) -> str | None:
         context_length = self.model.context_length
         messages = []
         if not request.tokens and self.config.text_gen_type != "unconditional":
@@ -171,8 +165,14 @@ class TextGenerator:
         return "; ".join(messages) or None
 
 
-def write_records(generator: TextGenerator, ranks: Ranks, file: TextIO) -> None:
-    """Continue the prompts that are configured, a batch for each data-parallel rank at a time; a line per sample.
+def continuation_text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """Returns the text that `tokens` add to a prompt. Alone they may read otherwise, as without a first space."""
+    before, whole = tokenizer.detokenize(prompt), tokenizer.detokenize(prompt + tokens)
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.detokenize(tokens)
+
+
+def write_records(generator: TextGenerator, pool: RankPool, file: TextIO) -> None:
+    """Continues the configured prompts, a batch for each data-parallel rank at a time; writes a line per sample.
 
     From standard input, each prompt is answered before the next one is read.
     """
@@ -183,24 +183,24 @@ def write_records(generator: TextGenerator, ranks: Ranks, file: TextIO) -> None:
     total, size = "", config.num_samples
     if config.text_gen_type != "interactive":
         prompts = list(prompts)
-        total, size = f" of {len(prompts) * size}", generator.batch_size * ranks.context.data_size
+        total, size = f" of {len(prompts) * size}", generator.batch_size * pool.context.data_size
     requests = chain.from_iterable(generator.requests(prompt, number) for number, prompt in enumerate(prompts))
     report = PeriodicReport(logger.info, SECONDS_BETWEEN_REPORTS)
     done = 0
     while chunk := list(islice(requests, size)):
-        for record in ranks.ask("write", chunk):
+        for record in pool.request("write", chunk):
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
         done += len(chunk)
         report("%d%s samples", done, total)
 
 
-def converse(generator: TextGenerator, ranks: Ranks, file: TextIO | None) -> None:
-    """Ask for prompts in the terminal and show what follows them; records go to `file` as well."""
-    generator.terminal = terminal = Terminal(generator.config.prompt_end)
+def converse(generator: TextGenerator, pool: RankPool, file: TextIO | None) -> None:
+    """Asks for prompts in the terminal and shows what follows them; records go to `file` as well."""
+    generator.terminal = terminal = ConversationTerminal(generator.config.prompt_end)
     for number, prompt in enumerate(terminal.prompts()):
         for request in generator.requests(prompt, number):
             with terminal.listening():
-                record = ranks.ask("show", [request])[0]
+                record = pool.request("show", [request])[0]
             terminal.finish(record["text"], record["message"])
             if file is not None:
                 print(json.dumps(record, ensure_ascii=False), file=file, flush=True)

@@ -1,4 +1,4 @@
-"""Progress lines for people: the same words on a terminal, where rich colours them, and in a batch system's log."""
+"""Prints progress lines: the same words on a terminal, where rich colours them, and in a batch system's log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from rich.console import Console
 from rich.text import Text
 
-from megatron.monitor.writers.metrics_writer import lost_on
+from megatron.config.sections.monitor import MonitorConfig
+from megatron.monitor.format_quantities import format_count, format_duration
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
 
 
 class _TrainingConsole(Console):
@@ -21,7 +23,7 @@ class ConsoleWriter:
     """Prints a line for the training metrics of a record and one for each evaluation in it."""
 
     def __init__(self, total_iterations: int, console: Console | None = None) -> None:
-        """`total_iterations` is the length of the run [steps]; `console` defaults to standard output."""
+        """Takes the length of the run [steps]; `console` defaults to standard output."""
         self._total = total_iterations
         # Lines stay whole (soft_wrap below): a log folded at 80 columns can be neither searched nor read.
         self._console = console or _TrainingConsole(highlight=False)
@@ -49,29 +51,13 @@ class ConsoleWriter:
                 self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Does nothing: no file is held open."""
 
 
-def format_count(value: float, digits: int = 3) -> str:
-    """1,234,567 as 1.23M: `digits` digits and a suffix."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # Just below a limit, rounding would give 1000k, or 1e+03k.
-        if abs(value) >= limit * (1.0 - 0.5 * 10.0**-digits):
-            return f"{value / limit:.{digits}g}{suffix}"
-    return f"{value:.{digits}g}"
-
-
-def format_duration(seconds: float) -> str:
-    """The two leading units of a duration: 45s, 3m 05s, 2h 07m, 4d 03h."""
-    total = round(seconds)
-    days, hours, minutes = total // 86400, total // 3600 % 24, total // 60 % 60
-    if days:
-        return f"{days}d {hours:02d}h"
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    if minutes:
-        return f"{minutes}m {total % 60:02d}s"
-    return f"{total}s"
+@WRITERS.register("console")
+def build_console(config: MonitorConfig, run: MonitoredRun) -> ConsoleWriter:
+    """Builds the writer of progress lines."""
+    return ConsoleWriter(run.total_iterations)
 
 
 def _style(key: str) -> str:
@@ -80,7 +66,7 @@ def _style(key: str) -> str:
 
 _SPLITS = {"train": "", "valid": "validation", "test": "test"}
 
-# What a line shows, in this order; an empty text is left out.
+# Columns of a line, in this order; an empty text is left out.
 _COLUMNS: dict[str, Callable[[float], str]] = {
     "lm_loss": lambda value: f"loss {value:.4f}",
     "perplexity": lambda value: f"perplexity {value:,.2f}" if value < 1e6 else f"perplexity {value:.2e}",

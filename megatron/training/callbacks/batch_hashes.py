@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from megatron.data.micro_batch import MicroBatch, batch_hash, sample_digests
-from megatron.monitor.writers.jsonl import read_records
+from megatron.monitor.metrics_file import read_records
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
 from megatron.training.training_context import TrainingContext

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron.monitor.writers.jsonl import read_records
+from megatron.monitor.metrics_file import read_records
 
 
 def test_a_killed_process_loses_no_row(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron.config.sections.monitor import MonitorConfig
+from megatron.monitor.metrics_file import read_records
 from megatron.monitor.monitor import build_monitor
-from megatron.monitor.writers.jsonl import read_records
 from tests.helpers.wandb_runs import run_with_wandb
 
 

@@ -11,7 +11,7 @@ from tests.helpers.loaded_models import (
     MODELS,
     PROMPTS,
     generate,
-    inference_model,
+    loaded_model,
     tokens_of,
 )
 
@@ -19,17 +19,17 @@ from tests.helpers.loaded_models import (
 @pytest.mark.parametrize("name", ["tokenformer untied", "pythia tied"])
 def test_two_tensor_parallel_ranks_generate_what_one_does(name: str) -> None:
     for temperature in (0.0, 1.2):
-        want = tokens_of(generate(inference_model(MODELS[name]), PROMPTS, temperature=temperature))
+        want = tokens_of(generate(loaded_model(MODELS[name]), PROMPTS, temperature=temperature))
         assert run_distributed(_generate_on_this_rank, 2, name, temperature) == [want, want]
 
 
 def _generate_on_this_rank(name: str, temperature: float) -> list[list[int]]:
-    model = inference_model(MODELS[name], ParallelContext.create(2, 1))
+    model = loaded_model(MODELS[name], ParallelContext.create(2, 1))
     return tokens_of(generate(model, PROMPTS, temperature=temperature))
 
 
 def test_one_rank_stops_all() -> None:
-    whole = tokens_of(generate(inference_model(MODELS["pythia"]), PROMPTS[:2]))
+    whole = tokens_of(generate(loaded_model(MODELS["pythia"]), PROMPTS[:2]))
     stopped = [whole[0][:3], whole[1]]
     assert run_distributed(_stop_on_rank_1, 2) == [stopped, stopped]
 
@@ -40,4 +40,4 @@ def _stop_on_rank_1() -> list[list[int]]:
     def should_stop(index: int, tokens: list[int]) -> bool:
         return context.tensor_rank == 1 and index == 0 and len(tokens) == 3
 
-    return tokens_of(generate(inference_model(MODELS["pythia"], context), PROMPTS[:2], should_stop=should_stop))
+    return tokens_of(generate(loaded_model(MODELS["pythia"], context), PROMPTS[:2], should_stop=should_stop))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpointing.store.checkpoint import Checkpoint, read_checkpoint
-from megatron.loaded_model.loaded_model import load_inference_model
+from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.distributed import run_distributed
@@ -33,7 +33,7 @@ def test_any_layout_is_read_on_one_rank_and_on_two(
     checkpoint = make_checkpoint(write_yaml(tmp_path, settings), tensor=tensor, pipe=pipe)
     with torch.no_grad():
         want = whole_model(checkpoint.config)(tokens())
-    one = load_inference_model(checkpoint.config, checkpoint, ParallelContext.single(), CPU).logits(tokens())
+    one = load_model(checkpoint.config, checkpoint, ParallelContext.single(), CPU).logits(tokens())
     torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
     for logits in run_distributed(_logits_on_two_ranks, 2, checkpoint.path):
         torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-4)
@@ -41,7 +41,7 @@ def test_any_layout_is_read_on_one_rank_and_on_two(
 
 def _logits_on_two_ranks(path: Path) -> Tensor:
     checkpoint = read_checkpoint(path)
-    return load_inference_model(checkpoint.config, checkpoint, ParallelContext.create(2, 1), CPU).logits(tokens())
+    return load_model(checkpoint.config, checkpoint, ParallelContext.create(2, 1), CPU).logits(tokens())
 
 
 @pytest.fixture(scope="module")

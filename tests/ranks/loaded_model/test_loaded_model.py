@@ -8,7 +8,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.loaded_model.loaded_model import vocab_parallel_argmax
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
-from tests.helpers.loaded_models import MODELS, inference_model, scored_tokens
+from tests.helpers.loaded_models import MODELS, loaded_model, scored_tokens
 
 
 def test_tensor_parallel_answers_are_the_same() -> None:
@@ -25,7 +25,7 @@ def _answers_of_this_rank(name: str) -> list[torch.Tensor]:
 
 
 def _answers(config: ModelConfig, context: ParallelContext) -> list[torch.Tensor]:
-    model = inference_model(config, context)
+    model = loaded_model(config, context)
     tokens, wanted = scored_tokens()
     cache = model.new_cache(2, 9)
     scores = model.score_tokens(tokens, wanted)

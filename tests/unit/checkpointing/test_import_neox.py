@@ -15,7 +15,7 @@ import yaml
 
 from megatron.checkpointing.states.read_states import read_weights
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError
-from megatron.loaded_model.loaded_model import load_inference_model
+from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
 from tests.helpers.bombs import Bomb
 from tests.helpers.commands import run_command
@@ -72,7 +72,7 @@ def test_every_form_becomes_the_same_model(
     assert checkpoint.holds_weights_alone
     assert (checkpoint.state.vocab_size, checkpoint.state.padded_vocab_size) == (TOKENS, ROWS)
     with torch.no_grad():
-        model = load_inference_model(checkpoint.config, checkpoint, ParallelContext.single(), torch.device("cpu")).model
+        model = load_model(checkpoint.config, checkpoint, ParallelContext.single(), torch.device("cpu")).module
         logits = model.double()(tokens())
     torch.testing.assert_close(logits, independent_logits(weights, settings), rtol=0, atol=1e-5)
 

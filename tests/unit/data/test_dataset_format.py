@@ -71,7 +71,7 @@ def tokenize(folder: Path, name: str) -> Path:
 
 
 def build(prefix: Path, impl: str) -> Datasets:
-    data = DataConfig(data_path=str(prefix), split="8,1,1").model_copy(update={"impl": impl})
+    data = DataConfig(data_path=str(prefix), split="8,1,1", impl=impl)
     return build_datasets(data, SampleCounts(40, 4, 4), seq_length=SEQ_LENGTH, seed=3, vocab_size=512)
 
 
@@ -87,8 +87,7 @@ def test_a_new_format_is_written_and_read_like_mmap(impl: str, tmp_path: Path) -
 @pytest.mark.usefixtures("json_format")
 def test_a_new_format_has_a_fingerprint_of_its_contents(tmp_path: Path) -> None:
     prefix = tokenize(tmp_path, "json")
-    data = DataConfig(data_path=str(prefix), tokenizer=TokenizerConfig(type="CharLevelTokenizer"))
-    data = data.model_copy(update={"impl": "infer"})
+    data = DataConfig(data_path=str(prefix), impl="infer", tokenizer=TokenizerConfig(type="CharLevelTokenizer"))
     before = data_fingerprint(data, seq_length=SEQ_LENGTH, seed=3)
     assert "data_path (.tokens)" in before and "data_path (.bin)" not in before
     path = prefix.with_name(f"{prefix.name}.tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
-from megatron.checkpointing.states.parameter_layout import layer_layouts
+from megatron.checkpointing.states.parameter_layout import ParallelSizes, layer_layouts
+from megatron.checkpointing.states.read_states import read_weights
+from megatron.checkpointing.states.write_states import RunHeader, write_states
+from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.errors import ConfigError
+from megatron.growth.grow_checkpoint import grow_checkpoint
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth
 from megatron.model.causal_lm import LocalCausalLM, build_local
+from megatron.registry import variant_names
+from tests.helpers.checkpoints import CONFIG
 from tests.helpers.models import VOCAB, tiny_tokenformer
+from tools.ckpts import grow
 
 BEFORE = ParamTokenConfig(qkv=24, proj=16, ffn=40)
 AFTER: dict[str, Any] = {"qkv": 32, "proj": 16, "ffn": 56}
@@ -110,3 +118,43 @@ def test_what_zero_key_refuses(changes: dict[str, Any], message: str) -> None:
     growth = Growth.between(tiny_tokenformer(tokens=before), tiny_tokenformer(tokens=after), VOCAB, seed=2)
     with pytest.raises(ConfigError, match=message):
         GROWTH_OPERATORS["zero_key"].require(growth)
+
+
+class Halve:
+    """A test's own operator: the same size, half the weights."""
+
+    def require(self, growth: Growth) -> None:
+        """Nothing to require."""
+
+    def grow(self, layer: LayerState, growth: Growth) -> LayerState:
+        return layer.map(lambda name, tensor: tensor / 2)
+
+
+@pytest.fixture
+def halve() -> Iterator[None]:
+    GROWTH_OPERATORS.register("halve")(Halve())
+    yield
+    GROWTH_OPERATORS.unregister("halve")
+
+
+@pytest.mark.usefixtures("halve")
+def test_an_operator_needs_nothing_but_its_registration(tmp_path: Path) -> None:
+    """The command offers it, and it is applied to a checkpoint of any layout, moments and all."""
+    assert "halve" in variant_names("megatron.growth.operators")
+    words = ["--input_dir", "a", "--output_dir", "b", "--config_file", "c.yml", "--operator", "halve"]
+    assert grow.parse_args(words).operator == "halve"
+    model = tiny_tokenformer(padded_vocab_size=VOCAB.padded, make_vocab_size_divisible_by=VOCAB.padded)
+    config = CONFIG.model_copy(update={"model": model})
+    layers = list(layers_of(model, build_local(model, VOCAB, seed=1)))
+    weights_alone = (
+        layer.replace({name: ParameterState(state.weight) for name, state in layer.parameters.items()})
+        for layer in layers
+    )
+    header = RunHeader.new(VOCAB.actual, {})
+    source = read_checkpoint(write_states(weights_alone, config, ParallelSizes(tensor=2), tmp_path / "source", header))
+    grown = read_checkpoint(grow_checkpoint(source, config, "halve", ParallelSizes(tensor=4), tmp_path / "grown"))
+    assert grown.state.tensor_parallel_size == 4
+    found = read_weights(grown)
+    for layer in layers:
+        for name, weight in layer.weights().items():
+            assert torch.equal(found[name], weight / 2), name

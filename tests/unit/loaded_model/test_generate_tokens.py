@@ -14,7 +14,7 @@ from tests.helpers.loaded_models import (
     MODELS,
     PROMPTS,
     generate,
-    inference_model,
+    loaded_model,
     random_prompts,
     tokens_of,
 )
@@ -24,10 +24,10 @@ from tests.helpers.transformers_pairs import same_in_transformers
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
-    model = inference_model(MODELS[name])
+    model = loaded_model(MODELS[name])
     cached = tokens_of(generate(model, PROMPTS))
     assert cached == tokens_of(generate(model, PROMPTS, use_cache=False))
-    theirs = same_in_transformers(model.model, MODELS[name]).eval()
+    theirs = same_in_transformers(model.module, MODELS[name]).eval()
     greedy = TheirGenerationConfig(
         do_sample=False,
         max_new_tokens=12,
@@ -45,7 +45,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_of_unequal_prompts_is_each_of_them_alone(temperature: float) -> None:
-    model = inference_model(MODELS["tokenformer"], dtype=torch.float64)
+    model = loaded_model(MODELS["tokenformer"], dtype=torch.float64)
     options = {"temperature": temperature, "top_k": 20, "top_p": 0.9}
     seeds = [(5, i) for i in range(len(PROMPTS))]
     batch = generate(model, PROMPTS, seeds=seeds, **options)
@@ -56,7 +56,7 @@ def test_a_batch_of_unequal_prompts_is_each_of_them_alone(temperature: float) ->
 
 
 def test_seeds_tell_samples_apart_and_repeat_them() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     first, again, other = (
         tokens_of(generate(model, [PROMPTS[0]] * 4, temperature=2.0, seeds=[(seed, i) for i in range(4)]))
         for seed in (1, 1, 2)
@@ -66,7 +66,7 @@ def test_seeds_tell_samples_apart_and_repeat_them() -> None:
 
 
 def test_stop_tokens_end_a_sample_and_are_left_out() -> None:
-    model = inference_model(MODELS["tokenformer"])
+    model = loaded_model(MODELS["tokenformer"])
     whole = generate(model, PROMPTS)
     stop = whole[1].tokens[4]
     stopped = generate(model, PROMPTS, stop_tokens={EOD, stop})
@@ -78,7 +78,7 @@ def test_stop_tokens_end_a_sample_and_are_left_out() -> None:
 
 
 def test_should_stop_ends_a_sample_after_its_token() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     whole = tokens_of(generate(model, PROMPTS[:3], stop_tokens={-1}))
     stopped = generate(model, PROMPTS[:3], stop_tokens={-1}, should_stop=lambda index, tokens: len(tokens) == 2 + index)
     assert tokens_of(stopped) == [tokens[: 2 + index] for index, tokens in enumerate(whole)]
@@ -86,17 +86,17 @@ def test_should_stop_ends_a_sample_after_its_token() -> None:
 
 
 def test_no_padding_row_is_ever_chosen() -> None:
-    model = inference_model(MODELS["tokenformer untied"])
-    assert model.model.head is not None
+    model = loaded_model(MODELS["tokenformer untied"])
+    assert model.module.head is not None
     with torch.no_grad():
-        model.model.head.weight[VOCAB.actual :] = 50 * model.model.head.weight[: VOCAB.padded - VOCAB.actual]
+        model.module.head.weight[VOCAB.actual :] = 50 * model.module.head.weight[: VOCAB.padded - VOCAB.actual]
     chosen = [t for tokens in tokens_of(generate(model, PROMPTS, temperature=3.0)) for t in tokens]
     assert chosen and max(chosen) < VOCAB.actual
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_logits_are_the_models(use_cache: bool) -> None:
-    model = inference_model(MODELS["tokenformer"])
+    model = loaded_model(MODELS["tokenformer"])
     for prompt, continuation in zip(
         PROMPTS, generate(model, PROMPTS, return_logits=True, use_cache=use_cache), strict=True
     ):
@@ -110,7 +110,7 @@ def test_logits_are_the_models(use_cache: bool) -> None:
 
 
 def test_sequences_end_where_the_context_does() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     prompts = random_prompts(20, CONTEXT_LENGTH - 5, CONTEXT_LENGTH, 300)
     first, second, third, fourth = generate(model, prompts, maximum_tokens=40, stop_tokens={-1})
     assert (first.prompt_tokens, len(first.tokens), first.ending) == (20, CONTEXT_LENGTH - 20, "context_full")
@@ -131,7 +131,7 @@ def test_prompts_make_room_up_to_half_of_the_context() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_generates_with_and_without_a_cache(dtype: torch.dtype) -> None:
-    model = inference_model(MODELS["tokenformer"], dtype=dtype)
+    model = loaded_model(MODELS["tokenformer"], dtype=dtype)
     for cached, recomputed in zip(
         generate(model, PROMPTS, return_logits=True, maximum_tokens=3),
         generate(model, PROMPTS, return_logits=True, maximum_tokens=3, use_cache=False),

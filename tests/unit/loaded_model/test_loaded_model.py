@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from megatron.loaded_model import loaded_model as tested
-from tests.helpers.loaded_models import MODELS, inference_model, random_prompts, scored_tokens
+from tests.helpers.loaded_models import MODELS, loaded_model, random_prompts, scored_tokens
 from tests.helpers.models import VOCAB
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_logits_are_those_of_the_whole_sequence(name: str) -> None:
-    model = inference_model(MODELS[name], dtype=torch.float64)
+    model = loaded_model(MODELS[name], dtype=torch.float64)
     tokens = torch.tensor(random_prompts(20, 20))
     whole = model.logits(tokens)
     cache = model.new_cache(2, 20)
@@ -22,7 +22,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tokenformer", "pythia"])
 def test_left_padding_changes_nothing(name: str) -> None:
-    model = inference_model(MODELS[name], dtype=torch.float64)
+    model = loaded_model(MODELS[name], dtype=torch.float64)
     short, long = random_prompts(5, 12)
     cache = model.new_cache(2, 16, torch.tensor([7, 0]))
     first = model.logits(torch.tensor([[9] * 7 + short, long]), cache)
@@ -35,7 +35,7 @@ def test_left_padding_changes_nothing(name: str) -> None:
 
 
 def test_rows_that_are_kept_go_on() -> None:
-    model = inference_model(MODELS["tokenformer"], dtype=torch.float64)
+    model = loaded_model(MODELS["tokenformer"], dtype=torch.float64)
     prompts = random_prompts(4, 9, 7, 9)
     cache = model.new_cache(4, 12, torch.tensor([5, 0, 2, 0]))
     model.logits(torch.tensor([[1] * (9 - len(prompt)) + prompt for prompt in prompts]), cache)
@@ -47,7 +47,7 @@ def test_rows_that_are_kept_go_on() -> None:
 
 
 def test_next_logits_follow_the_given_lengths_and_leave_padding_rows_out() -> None:
-    model = inference_model(MODELS["pythia"])
+    model = loaded_model(MODELS["pythia"])
     tokens = torch.tensor(random_prompts(9, 9))
     got = model.next_logits(tokens, lengths_B=torch.tensor([3, 9]))
     assert got.shape == (2, VOCAB.actual) and got.dtype == torch.float32
@@ -56,7 +56,7 @@ def test_next_logits_follow_the_given_lengths_and_leave_padding_rows_out() -> No
 
 
 def test_a_cache_that_is_full_says_so() -> None:
-    cache = inference_model(MODELS["pythia"]).new_cache(1, 4)
+    cache = loaded_model(MODELS["pythia"]).new_cache(1, 4)
     with pytest.raises(ValueError, match="holds 4 tokens; 5 are needed"):
         cache.begin(5)
 
@@ -64,7 +64,7 @@ def test_a_cache_that_is_full_says_so() -> None:
 @pytest.mark.parametrize("mask_padded_vocab", [False, True])
 def test_scores_are_those_of_the_logits(mask_padded_vocab: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tested, "LOGITS_AT_A_TIME", 5 * VOCAB.padded)
-    model = inference_model(MODELS["pythia"].model_copy(update={"mask_padded_vocab": mask_padded_vocab}))
+    model = loaded_model(MODELS["pythia"].model_copy(update={"mask_padded_vocab": mask_padded_vocab}))
     tokens, wanted = scored_tokens()
     logits = model.logits(tokens).double()
     if mask_padded_vocab:
@@ -75,3 +75,14 @@ def test_scores_are_those_of_the_logits(mask_padded_vocab: bool, monkeypatch: py
     torch.testing.assert_close(scores.log_probs, want.float(), rtol=1e-5, atol=1e-5)
     assert torch.equal(scores.greedy, logits.argmax(-1)[rows, positions] == ids)
     assert scores.greedy.any() and not scores.greedy.all()
+
+
+def test_another_model_can_learn_from_the_logits() -> None:
+    """The gradient of a student's KL divergence from the loaded model: softmax(student) - softmax(teacher)."""
+    teacher = loaded_model(MODELS["pythia"])
+    logits = teacher.logits(torch.tensor(random_prompts(9)))
+    student = torch.zeros_like(logits, requires_grad=True)
+    (logits.softmax(-1) * (logits.log_softmax(-1) - student.log_softmax(-1))).sum().backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, student.softmax(-1) - logits.softmax(-1))
+    assert not any(parameter.requires_grad for parameter in teacher.module.parameters())

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron.config.sections.generation import GenerationConfig
-from megatron.loaded_model.sampling import choose, keep_top_k, keep_top_p, uniform_numbers
+from megatron.loaded_model.sampling import SamplingSettings, choose_tokens, keep_top_k, keep_top_p, uniform_numbers
 
 
 def random_logits(rows: int = 64, vocabulary: int = 40) -> Tensor:
@@ -36,10 +35,10 @@ def test_top_p_counts_exactly() -> None:
 def test_draws_follow_the_filtered_distribution() -> None:
     """Every k-th part of [0, 1) in turn: the counts are exact up to one draw per token."""
     logits = random_logits(rows=1)
-    sampling = GenerationConfig(temperature=1.7, top_k=12, top_p=0.8)
+    sampling = SamplingSettings(temperature=1.7, top_k=12, top_p=0.8)
     draws = 4001
     numbers = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    counts = torch.bincount(choose(logits.repeat(draws, 1), sampling, numbers), minlength=40)
+    counts = torch.bincount(choose_tokens(logits.repeat(draws, 1), sampling, numbers), minlength=40)
     filtered = TopPLogitsWarper(0.8)(None, TopKLogitsWarper(12)(None, TemperatureLogitsWarper(1.7)(None, logits)))
     assert (counts - draws * filtered.double().softmax(-1)[0]).abs().max() <= 1.0 + 1e-3
     assert torch.equal(counts > 0, filtered[0].isfinite())
@@ -48,18 +47,18 @@ def test_draws_follow_the_filtered_distribution() -> None:
 def test_the_ends_of_the_interval_choose_possible_tokens() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).repeat(2, 1)
     numbers = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert choose(logits, GenerationConfig(temperature=1.0), numbers).tolist() == [1, 2]
+    assert choose_tokens(logits, SamplingSettings(temperature=1.0), numbers).tolist() == [1, 2]
 
 
 def test_temperature_0_is_greedy() -> None:
     numbers = torch.full((64,), 0.99, dtype=torch.float64)
-    assert torch.equal(choose(random_logits(), GenerationConfig(), numbers), random_logits().argmax(-1))
+    assert torch.equal(choose_tokens(random_logits(), SamplingSettings(), numbers), random_logits().argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-30, 1e-300])
 def test_temperatures_near_0_are_greedy(temperature: float) -> None:
     numbers = torch.linspace(0.0, 0.999, 64, dtype=torch.float64)
-    chosen = choose(random_logits(), GenerationConfig(temperature=temperature), numbers)
+    chosen = choose_tokens(random_logits(), SamplingSettings(temperature=temperature), numbers)
     assert torch.equal(chosen, random_logits().argmax(-1))
 
 

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from megatron.monitor.writers.console import ConsoleWriter, format_count, format_duration
+from megatron.monitor.format_quantities import format_count, format_duration
+from megatron.monitor.writers.console import ConsoleWriter
 
 TRAIN = {
     "consumed_tokens": 251658240,

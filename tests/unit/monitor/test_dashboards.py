@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron.config.sections.monitor import MonitorConfig
 from megatron.monitor.monitor import build_monitor
-from megatron.monitor.writers.dashboards import TensorBoardWriter
+from megatron.monitor.writers.tensorboard import TensorBoardWriter
 
 
 def _scalars(folder: Path, tag: str) -> list[tuple[int, object]]:

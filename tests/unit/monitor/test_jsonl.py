@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import DataError, EnvironmentSetupError
-from megatron.monitor.writers.jsonl import JsonlWriter, read_records
+from megatron.monitor.metrics_file import read_records
+from megatron.monitor.writers.jsonl import JsonlWriter
 
 RECORD = {
     "consumed_tokens": 2**33,

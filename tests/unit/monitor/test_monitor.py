@@ -11,9 +11,10 @@ import pytest
 from megatron import registry
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
-from megatron.monitor.monitor import WRITERS, Monitor, build_monitor
-from megatron.monitor.writers.jsonl import JsonlWriter, read_records
-from megatron.monitor.writers.metrics_writer import BackendLostError
+from megatron.monitor.metrics_file import read_records
+from megatron.monitor.metrics_writer import WRITERS, BackendLostError
+from megatron.monitor.monitor import Monitor, build_monitor
+from megatron.monitor.writers.jsonl import JsonlWriter
 
 
 def _names(folder: Path) -> list[str]:
@@ -115,5 +116,20 @@ def test_dashboards_are_imported_only_when_asked_for() -> None:
     assert output.split() == []
 
 
-def test_the_writers_by_name() -> None:
-    assert set(WRITERS) == {"console", "jsonl", "tensorboard", "wandb"}
+def test_a_new_writer_is_one_registration(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    class Listing(Flaky):
+        def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
+            taken.append(iteration)
+
+        def close(self) -> None:
+            taken.append(0)
+
+    WRITERS.register("listing")(lambda config, run: Listing(0))
+    try:
+        with _build(MonitorConfig(), tmp_path / "run") as monitor:
+            monitor.write(7, {"train/lm_loss": 1.0})
+    finally:
+        WRITERS.unregister("listing")
+    assert taken == [7, 0]

@@ -1,4 +1,4 @@
-"""How many sequences go through the model at a time, and what happens when memory runs out."""
+"""Limits the sequences that go through the model at a time, and takes fewer when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Literal, TypeVar
 import torch
 
 from megatron.errors import EnvironmentSetupError
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.mpu.collectives import max_over_ranks
 from megatron.mpu.context import ParallelContext
 
 T = TypeVar("T")
-A = TypeVar("A")
+U = TypeVar("U")
 
 logger = logging.getLogger(__name__)
 
 CPU_TOKENS = 4096
 """Tokens of an automatic batch on a CPU, which computes no faster with more."""
 MOST_SEQUENCES = 1024
+"""Sequences of an automatic batch at most."""
 MEMORY_SHARE = 0.8
-"""Part of the free memory that an automatic batch plans with."""
+"""Share of the free memory that an automatic batch plans with."""
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation on a GPU or a CPU has failed."""
+    """Tells whether an allocation on a GPU or a CPU has failed."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -42,39 +43,40 @@ class BatchLimit:
         self.tokens = tokens
         self.together = together
 
-    def rows(self, length: int) -> int:
-        """Sequences of `length` tokens in the next batch."""
+    def sequences(self, length: int) -> int:
+        """Returns the number of sequences of `length` tokens in the next batch."""
         if self.batch_size != "auto":
             return self.batch_size
         return min(max(self.tokens // max(length, 1), 1), MOST_SEQUENCES)
 
-    def shrink(self, rows: int, length: int) -> None:
-        """Take less than `rows` sequences of `length` tokens from now on, which were too many.
+    def shrink(self, sequences: int, length: int) -> None:
+        """Lowers the limit below `sequences` sequences of `length` tokens, which were too many.
 
         Raises EnvironmentSetupError when that is not possible: one sequence was too many, or the size is fixed.
         """
-        if self.batch_size != "auto" or self.together or rows == 1:
-            remedy = "Use more tensor-parallel ranks (`model_parallel_size`)." if rows == 1 else "Lower it."
+        if self.batch_size != "auto" or self.together or sequences == 1:
+            remedy = "Use more tensor-parallel ranks (`model_parallel_size`)." if sequences == 1 else "Lower it."
             raise EnvironmentSetupError(
-                f"eval_batch_size={self.batch_size}: out of memory with {rows} sequences of {length} tokens. {remedy}"
+                f"eval_batch_size={self.batch_size}: out of memory with {sequences} sequences of {length} tokens. "
+                f"{remedy}"
             )
-        self.tokens = max(rows // 2, 1) * length
-        logger.warning("out of memory with %d sequences of %d tokens: going on with half of them", rows, length)
+        self.tokens = max(sequences // 2, 1) * length
+        logger.warning("out of memory with %d sequences of %d tokens: going on with half of them", sequences, length)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def in_batches(
-    items: Sequence[T], length: Callable[[T], int], limit: BatchLimit, compute: Callable[[Sequence[T]], Sequence[A]]
-) -> list[A]:
-    """What `compute` says of each item, a batch at a time; `items` are longest first.
+def compute_in_batches(
+    items: Sequence[T], length: Callable[[T], int], limit: BatchLimit, compute: Callable[[Sequence[T]], Sequence[U]]
+) -> list[U]:
+    """Computes a result for each item, a batch at a time; `items` are longest first.
 
     A batch that does not fit into memory is tried again in smaller ones, as far as `limit` can go down.
     """
-    answers: list[A] = []
-    while len(answers) < len(items):
-        longest = length(items[len(answers)])
-        batch = items[len(answers) : len(answers) + limit.rows(longest)]
+    results: list[U] = []
+    while len(results) < len(items):
+        longest = length(items[len(results)])
+        batch = items[len(results) : len(results) + limit.sequences(longest)]
         try:
             found = compute(batch)
         except RuntimeError as error:
@@ -85,14 +87,14 @@ def in_batches(
             # Outside the handler, whose traceback keeps the tensors of the batch that was too large.
             limit.shrink(len(batch), longest)
         else:
-            answers += found
-    return answers
+            results += found
+    return results
 
 
-def tokens_that_fit(model: InferenceModel, length: int, context: ParallelContext) -> int:
-    """Padded tokens of a batch of sequences of up to `length` tokens that fit into the GPU's memory.
+def tokens_that_fit(model: LoadedModel, length: int, context: ParallelContext) -> int:
+    """Measures how many padded tokens of sequences of up to `length` tokens fit into the GPU's memory.
 
-    One such sequence is scored whole, and its memory is taken times as many as are free; the same number on all
+    One such sequence is scored whole, and the free memory is divided by what it took. The result is the same on all
     tensor-parallel ranks.
     """
     torch.cuda.synchronize()

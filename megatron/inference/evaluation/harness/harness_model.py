@@ -1,4 +1,4 @@
-"""A model of ours as lm-eval sees it: text in, likelihoods and generated text out.
+"""lm-eval's interface to a model of ours: text in, likelihoods and generated text out.
 
 Needs lm-eval (requirements/eval.txt).
 """
@@ -19,34 +19,39 @@ from tqdm import tqdm
 
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from megatron.errors import DataError
-from megatron.inference.evaluation.harness.answer_cache import AnswerCache
-from megatron.inference.evaluation.harness.scoring import Scored, plan_rows
+from megatron.inference.evaluation.harness.continuation_scores import ContinuationScore, plan_rows
+from megatron.inference.evaluation.harness.response_cache import ResponseCache
 
 T = TypeVar("T")
-Ask = Callable[..., list[Any]]
-"""(method, items, **options) -> an answer per item: `Ranks.ask`."""
+Request = Callable[..., list[Any]]
+"""(method, items, **options) -> a result per item: `RankPool.request`."""
 
 BATCHES_AT_A_TIME = 8
-"""Batches of each rank between two steps of the progress bar, after which answers are safe in the cache."""
+"""Batches of each rank between two steps of the progress bar, after which responses are safe in the cache."""
 
 GENERATION_KEYS = {"do_sample", "temperature", "top_k", "top_p", "max_gen_toks", "until"}
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """lm-eval's interface over `ask`. To lm-eval it is one process, however many ranks answer.
+    """lm-eval's interface over `request`. To lm-eval it is one process, however many ranks compute.
 
-    `rows(length)` tells how many sequences of a length all ranks together compute at a time.
+    `sequences(length)` returns the number of sequences of a length that all ranks together compute at a time.
     """
 
     def __init__(
-        self, ask: Ask, tokenizer: Tokenizer, max_length: int, rows: Callable[[int], int], cache: AnswerCache
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        max_length: int,
+        sequences: Callable[[int], int],
+        cache: ResponseCache,
     ) -> None:
         super().__init__()
-        self.ask = ask
+        self.request = request
         self.max_length = max_length
         self.max_gen_toks = 256
         self._tokenizer = tokenizer
-        self._rows = rows
+        self._sequences = sequences
         self._cache = cache
 
     @property
@@ -63,10 +68,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(text, context, continuation) triples to (log-likelihood [nats], whether greedy decoding gives it)."""
-        questions = [(list(context), list(continuation)) for _, context, continuation in requests]
-        answers = self._cache.complete("score", questions, lambda missing: self._score(missing, disable_tqdm))
-        return [(value, greedy) for value, greedy in answers]
+        """Scores (text, context, continuation) triples: (log-likelihood [nats], true if greedy decoding gives it)."""
+        pairs = [(list(context), list(continuation)) for _, context, continuation in requests]
+        responses = self._cache.complete("score", pairs, lambda missing: self._score(missing, disable_tqdm))
+        return [(value, greedy) for value, greedy in responses]
 
     def _score(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], silent: bool
@@ -79,14 +84,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             lengths = [len(row.tokens) for row in rows]
             for start, chunk in self._chunks(rows, lengths):
                 longest = lengths[0] if start == 0 else None
-                for row, scores in enumerate(self.ask("score", chunk, longest=longest), start):
+                for row, scores in enumerate(self.request("score", chunk, longest=longest), start):
                     for index in waiting[row]:
-                        found: Scored = scores[places[index].target]
+                        found: ContinuationScore = scores[places[index].target]
                         yield index, (found.log_likelihood, found.greedy)
                     bar.update(len(waiting[row]))
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text [nats]: each token once, with as much context as lm-eval's windows give."""
+        """Scores each whole text [nats]: each token once, with as much context as lm-eval's windows give."""
         counts, windows = [], []
         for request in requests:
             own = get_rolling_token_windows(
@@ -102,41 +107,41 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [math.fsum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each prompt, up to and without the first of its stop texts."""
-        questions = []
+        """Continues each prompt, up to and without the first of its stop texts."""
+        prompts = []
         repeats: Counter[str] = Counter()
         for request in requests:
             text, given = request.args
             options = self._generation_options(given)
             prompt = self.tok_encode(text)[-(self.max_length - options["max_gen_toks"]) :]
-            # Greedy decoding gives one answer however often it is asked; samples are to differ.
-            questions.append((prompt, repeats[text], options))
+            # Greedy decoding gives one text however often it is requested; samples are to differ.
+            prompts.append((prompt, repeats[text], options))
             repeats[text] += bool(options["do_sample"])
-        return self._cache.complete("generate", questions, lambda missing: self._generate(missing, disable_tqdm))
+        return self._cache.complete("generate", prompts, lambda missing: self._generate(missing, disable_tqdm))
 
     def _generate(
-        self, questions: Sequence[tuple[list[int], int, dict[str, Any]]], silent: bool
+        self, prompts: Sequence[tuple[list[int], int, dict[str, Any]]], silent: bool
     ) -> Iterator[tuple[int, str]]:
         groups: dict[str, list[int]] = {}
-        for index, (_, _, options) in enumerate(questions):
+        for index, (_, _, options) in enumerate(prompts):
             groups.setdefault(json.dumps(options, sort_keys=True), []).append(index)
-        with tqdm(total=len(questions), desc="generation", unit="request", disable=silent) as bar:
+        with tqdm(total=len(prompts), desc="generation", unit="request", disable=silent) as bar:
             for members in groups.values():
-                options = questions[members[0]][2]
-                members.sort(key=lambda index: -len(questions[index][0]))
-                items = [questions[index][:2] for index in members]
+                options = prompts[members[0]][2]
+                members.sort(key=lambda index: -len(prompts[index][0]))
+                items = [prompts[index][:2] for index in members]
                 lengths = [len(prompt) + options["max_gen_toks"] for prompt, _ in items]
                 for start, chunk in self._chunks(items, lengths):
                     longest = lengths[0] if start == 0 else None
-                    texts = self.ask("generate", chunk, longest=longest, options=options)
+                    texts = self.request("generate", chunk, longest=longest, options=options)
                     yield from zip(members[start:], texts, strict=False)
                     bar.update(len(chunk))
 
     def _chunks(self, items: Sequence[T], lengths: Sequence[int]) -> Iterator[tuple[int, Sequence[T]]]:
-        """Parts of `items` and where they start; batches are as large as they have turned out to fit."""
+        """Yields (start, part) of `items`; batches are as large as they have turned out to fit."""
         start = 0
         while start < len(items):
-            chunk = items[start : start + BATCHES_AT_A_TIME * self._rows(lengths[start])]
+            chunk = items[start : start + BATCHES_AT_A_TIME * self._sequences(lengths[start])]
             yield start, chunk
             start += len(chunk)
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name, with everything that can be wrong with them found out before a model is loaded.
+"""Loads tasks of lm-eval by name, and reports whatever is wrong with them before a model is loaded.
 
 Needs lm-eval (requirements/eval.txt).
 """
@@ -23,22 +23,23 @@ from megatron.errors import ConfigError, DataError
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
 """lm-eval's own defaults, so that its command line and ours choose the same examples."""
 HUB_SECONDS = 5.0
+"""Time that the hub has to answer [s]."""
 
 
-class Tasks:
-    """Tasks that are ready to run."""
+class HarnessTasks:
+    """Tasks of lm-eval that are ready to run."""
 
     def __init__(self, content: dict[Any, Any]) -> None:
         self.content = content
-        """What lm-eval's `evaluate` takes."""
+        """The argument of lm-eval's `evaluate`."""
 
     @property
     def tasks(self) -> dict[str, Any]:
-        """The single tasks by name, without their groups."""
+        """Returns the single tasks by name, without their groups."""
         return dict(_leaves(self.content.get("tasks", self.content)))
 
     def set_seeds(self) -> None:
-        """Set every seed that the choice of examples depends on; comes before each run."""
+        """Sets every seed that the choice of examples depends on; must come before each run."""
         random.seed(SEEDS["random_seed"])
         np.random.seed(SEEDS["numpy_seed"])
         torch.manual_seed(SEEDS["torch_seed"])
@@ -46,8 +47,8 @@ class Tasks:
             task.set_fewshot_seed(seed=SEEDS["fewshot_seed"])
 
 
-def load_tasks(config: EvaluationConfig) -> Tasks:
-    """The configured tasks, with their data.
+def load_tasks(config: EvaluationConfig) -> HarnessTasks:
+    """Loads the configured tasks with their data.
 
     Raises ConfigError for an unknown task and for one that is given twice; DataError for data that cannot be had and
     for fewer solved examples than asked for.
@@ -60,20 +61,23 @@ def load_tasks(config: EvaluationConfig) -> Tasks:
     owners: dict[str, str] = {}
     for name in names:
         loaded = _load(name, manager)
-        for task in Tasks(loaded).tasks:
+        for task in HarnessTasks(loaded).tasks:
             if task in owners:
                 raise ConfigError(f"eval_tasks: {owners[task]} and {name} both ask for {task}. Leave one out.")
             owners[task] = name
         _merge(content, loaded)
-    tasks = Tasks(content)
+    tasks = HarnessTasks(content)
     for name, task in tasks.tasks.items():
         _set_fewshot(name, task, config.num_fewshot)
     return tasks
 
 
 def _task_manager(config: EvaluationConfig) -> Any:
-    """lm-eval's index of tasks. Its own ten thousand YAMLs take seconds to look at, and are left out where all that is
-    asked for are single tasks of the include path."""
+    """Builds lm-eval's index of tasks.
+
+    Its own ten thousand YAMLs take seconds to index. They are left out where only single tasks of the include path are
+    asked for.
+    """
     from lm_eval.tasks import TaskManager
 
     if config.include_path is not None:
@@ -84,9 +88,9 @@ def _task_manager(config: EvaluationConfig) -> Any:
 
 
 def stay_offline_without_network() -> None:
-    """Keep Hugging Face's libraries from asking a hub that does not answer, again and again, for what is not cached.
+    """Keeps Hugging Face's libraries from asking a hub that does not answer, again and again, for what is not cached.
 
-    Comes before their first import, for they look at their environment once.
+    Must come before their first import, since they read their environment once.
     """
     if os.environ.get("HF_HUB_OFFLINE"):
         return
@@ -101,7 +105,7 @@ def stay_offline_without_network() -> None:
 
 
 def _known_names(wanted: list[str], manager: Any) -> list[str]:
-    """Names with patterns such as `mmlu_*` written out, each once; the paths of YAMLs stay."""
+    """Expands patterns such as `mmlu_*`; returns each name once, and paths of YAMLs as they are."""
     names: list[str] = []
     unknown = []
     for name in wanted:
@@ -161,7 +165,10 @@ def _leaves(nested: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _set_fewshot(name: str, task: Any, asked: int | None) -> None:
-    """As lm-eval: what is asked replaces the task's own number, unless that is a fixed 0; none means 0."""
+    """Sets the number of solved examples as lm-eval does: `asked` replaces the task's own, unless that is a fixed 0.
+
+    None means 0. Raises DataError when the task has fewer examples.
+    """
     own = task.get_config("num_fewshot")
     count = own if asked is None or own == 0 else asked
     task.set_config(key="num_fewshot", value=count or 0)

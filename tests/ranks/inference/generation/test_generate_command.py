@@ -18,7 +18,7 @@ import pytest
 
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.tokenizers.char_level import CharLevelTokenizer
-from megatron.inference.generation.terminal import CONTROLS
+from megatron.inference.generation.conversation_terminal import CONTROLS
 from tests.helpers.commands import run_command
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import ROOT, run_ranks

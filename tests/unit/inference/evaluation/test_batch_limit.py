@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from megatron.errors import EnvironmentSetupError
-from megatron.inference.evaluation.harness.batch_limit import CPU_TOKENS, BatchLimit, in_batches, tokens_that_fit
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.inference.evaluation.harness.batch_limit import (
+    CPU_TOKENS,
+    BatchLimit,
+    compute_in_batches,
+    tokens_that_fit,
+)
+from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from tests.helpers.checkpoints import CONFIG
@@ -28,7 +33,7 @@ def negated(limit: BatchLimit, fits: int, message: str = "") -> tuple[list[int],
             raise RuntimeError(message) if message else torch.OutOfMemoryError("CUDA out of memory.")
         return [-length for length in batch]
 
-    return in_batches(LENGTHS, lambda length: length, limit, compute), tried
+    return compute_in_batches(LENGTHS, lambda length: length, limit, compute), tried
 
 
 @pytest.mark.parametrize(("size", "batches"), [(1, [1] * 10), (4, [4, 4, 2]), (100, [10])])
@@ -40,7 +45,7 @@ def test_automatic_batches_hold_as_many_tokens_as_fit() -> None:
     answers, batches = negated(BatchLimit("auto", tokens=200), 10_000)
     assert answers == [-length for length in LENGTHS]
     assert batches == [2, 2, 3, 3]
-    assert BatchLimit("auto").rows(16) == CPU_TOKENS // 16
+    assert BatchLimit("auto").sequences(16) == CPU_TOKENS // 16
 
 
 @pytest.mark.parametrize("message", ["", "[enforce fail] . DefaultCPUAllocator: can't allocate memory"])
@@ -49,7 +54,7 @@ def test_automatic_batches_go_down_when_memory_runs_out(message: str, caplog: py
     answers, batches = negated(limit, 250, message)
     assert answers == [-length for length in LENGTHS]
     assert batches[:3] == [10, 5, 2]
-    assert limit.rows(100) == 2
+    assert limit.sequences(100) == 2
     assert "out of memory with 10 sequences of 100 tokens" in caplog.text
 
 
@@ -75,7 +80,7 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_the_memory_of_a_gpu_is_planned_with() -> None:
     device = torch.device("cuda")
     with device:
-        model = InferenceModel(build_local(CONFIG.model, VOCAB, seed=0), CONFIG, VOCAB)
+        model = LoadedModel(build_local(CONFIG.model, VOCAB, seed=0), CONFIG.model, VOCAB)
     length = CONFIG.model.seq_length
     tokens = tokens_that_fit(model, length, ParallelContext.single())
     rows = min(tokens // length, 2048)

@@ -83,7 +83,7 @@ def test_the_second_evaluation_takes_its_answers_from_the_cache(
 ) -> None:
     flags = ["--include_path", str(eval_tasks), "--eval_tasks", "zen_choice", f"eval_cache={tmp_path / 'cache'}"]
     assert run_eval(eval_config, *flags, "--output", str(tmp_path / "1.json")) == 0
-    monkeypatch.setattr("megatron.inference.evaluation.harness.answers.Answers.score", None)
+    monkeypatch.setattr("megatron.inference.evaluation.harness.evaluation_worker.EvaluationWorker.score", None)
     assert run_eval(eval_config, *flags, "--output", str(tmp_path / "2.json")) == 0
     assert read_record(tmp_path / "1.json")["metrics"] == read_record(tmp_path / "2.json")["metrics"]
 

@@ -18,11 +18,11 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.evaluation.evaluate_models import evaluate_checkpoints, evaluate_hf_model
-from megatron.inference.evaluation.harness.answer_cache import AnswerCache
-from megatron.inference.evaluation.harness.answers import Answers
+from megatron.inference.evaluation.harness.evaluation_worker import EvaluationWorker
 from megatron.inference.evaluation.harness.harness_model import HarnessModel
-from megatron.inference.evaluation.hf_model import load_hf_model
-from megatron.loaded_model.workers import Ranks
+from megatron.inference.evaluation.harness.response_cache import ResponseCache
+from megatron.inference.evaluation.huggingface_model import load_hf_model
+from megatron.loaded_model.rank_pool import RankPool
 from megatron.mpu.context import ParallelContext
 from tests.helpers.eval_models import CONTEXT
 from tests.helpers.eval_results import read_record
@@ -65,10 +65,11 @@ def run_config(
 def adapter(run: RunConfig, cache: Path | None = None) -> HarnessModel:
     """Our adapter on one rank, its checkpoint loaded."""
     tokenizer = build_tokenizer(run.data.tokenizer)
-    answers = Answers(run, tokenizer, ParallelContext.single(), CPU)
-    ranks = Ranks(ParallelContext.single(), answers)
-    ranks.ask("load", [None], iteration=None)
-    return HarnessModel(ranks.ask, tokenizer, answers.model.context_length, answers.limit.rows, AnswerCache(cache))
+    worker = EvaluationWorker(run, tokenizer, ParallelContext.single(), CPU)
+    pool = RankPool(ParallelContext.single(), worker)
+    pool.request("load", [None], iteration=None)
+    length, sequences = worker.model.context_length, worker.limit.sequences
+    return HarnessModel(pool.request, tokenizer, length, sequences, ResponseCache(cache))
 
 
 def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
@@ -175,8 +176,8 @@ def test_cached_answers_are_not_computed_again(run_config: Callable[..., RunConf
         file.truncate(path.stat().st_size - 5)
     asked: list[int] = []
     model = adapter(run_config(), path)
-    ask = model.ask
-    model.ask = lambda method, items, **options: asked.append(len(items)) or ask(method, items, **options)  # type: ignore[func-returns-value]
+    request = model.request
+    model.request = lambda method, items, **options: asked.append(len(items)) or request(method, items, **options)  # type: ignore[func-returns-value]
     assert answer(model) == first
     assert asked == [1]
     assert answer(adapter(run_config(), path)) == first

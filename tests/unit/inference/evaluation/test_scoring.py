@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import DataError
-from megatron.inference.evaluation.harness.answer_cache import AnswerCache
-from megatron.inference.evaluation.harness.scoring import plan_rows
+from megatron.inference.evaluation.harness.continuation_scores import plan_rows
+from megatron.inference.evaluation.harness.response_cache import ResponseCache
 
 
 def test_requests_with_the_same_input_share_a_row() -> None:
@@ -35,4 +35,4 @@ def test_a_cache_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text("no JSON\n")
     with pytest.raises(DataError, match=r"eval_cache: .*answers\.jsonl cannot be used"):
-        AnswerCache(path)
+        ResponseCache(path)

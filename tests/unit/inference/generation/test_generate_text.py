@@ -19,13 +19,13 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.data.tokenizers.char_level import CharLevelTokenizer
 from megatron.errors import DataError
-from megatron.inference.generation.generate_text import TextGenerator, write_records
-from megatron.inference.generation.prompts import configured_prompts
-from megatron.inference.generation.terminal import Terminal
+from megatron.inference.generation.conversation_terminal import ConversationTerminal
+from megatron.inference.generation.generate_text import TextGenerator, continuation_text, write_records
+from megatron.inference.generation.read_prompts import configured_prompts
 from megatron.io import progress
-from megatron.loaded_model.workers import Ranks
+from megatron.loaded_model.rank_pool import RankPool
 from megatron.mpu.context import ParallelContext
-from tests.helpers.loaded_models import MODELS, inference_model
+from tests.helpers.loaded_models import MODELS, loaded_model
 
 
 def prompts_of(content: str | bytes, folder: Path, prompt_end: str = "\n") -> list[str]:
@@ -54,7 +54,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_growing_text_is_printed_once_and_whole_characters_only(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal("\n")
+    terminal = ConversationTerminal("\n")
     printed = []
     for grown in ("caf", "caf\ufffd", "café", "café \ufffd\ufffd", "café 🙂!"):
         terminal.show(grown)
@@ -66,14 +66,14 @@ def test_growing_text_is_printed_once_and_whole_characters_only(capsys: pytest.C
 
 
 def test_generated_text_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal("\n")
+    terminal = ConversationTerminal("\n")
     terminal.show("red \x1b[31m\x07\ttab\nline")
     terminal.finish("red \x1b[31m\x07\ttab\nline\x9b2J", None)
     assert capsys.readouterr().out == "red \ufffd[31m\ufffd\ttab\nline\ufffd2J\n"
 
 
 def test_text_that_turns_out_otherwise_is_shown_again(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal("\n")
+    terminal = ConversationTerminal("\n")
     terminal.show("ab")
     terminal.finish("xyz", None)
     assert capsys.readouterr().out == "ab\nxyz\n"
@@ -92,14 +92,12 @@ def generator_of(tokenizer: CharLevelTokenizer, **settings: Any) -> TextGenerato
         training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3), train_micro_batch_size_per_gpu=2),
         generation=GenerationConfig(maximum_tokens=3, **settings),
     )
-    return TextGenerator(inference_model(MODELS["pythia"]), tokenizer, config)
+    return TextGenerator(loaded_model(MODELS["pythia"]), tokenizer, config)
 
 
 def test_the_space_between_prompt_and_text_is_the_texts() -> None:
     tokenizer = SpaceEatingTokenizer(TokenizerConfig())
-    generator = generator_of(tokenizer)
-    request = generator.requests("one", 0)[0]
-    assert generator._text(request, tokenizer.tokenize(" two")) == " two"
+    assert continuation_text(tokenizer, tokenizer.tokenize("one"), tokenizer.tokenize(" two")) == " two"
     assert tokenizer.detokenize(tokenizer.tokenize(" two")) == "two"
 
 
@@ -107,8 +105,8 @@ def test_long_runs_tell_how_far_they_are(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(progress, "monotonic", count(0, 60).__next__)
     generator = generator_of(CharLevelTokenizer(TokenizerConfig()), num_samples=5, sample_input_file="unread.txt")
     written = io.StringIO()
-    with caplog.at_level(logging.INFO), Ranks(ParallelContext.single(), generator.answer) as ranks:
-        write_records(generator, ranks, written)
+    with caplog.at_level(logging.INFO), RankPool(ParallelContext.single(), generator.generate) as pool:
+        write_records(generator, pool, written)
     assert len([json.loads(line) for line in written.getvalue().splitlines()]) == 5
     assert caplog.messages == [
         "sample_input_file is not read with text_gen_type: unconditional",

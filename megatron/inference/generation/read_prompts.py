@@ -1,4 +1,4 @@
-"""Where prompts come from when nobody is asked for them."""
+"""Reads prompts from the configuration, a file or standard input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron.errors import ConfigError, DataError
 
 
 def configured_prompts(config: GenerationConfig) -> Iterator[str]:
-    """One empty prompt, those of the file, or, as long as there are any, those of standard input.
+    """Yields one empty prompt, those of the file, or those of standard input until it ends.
 
-    A prompt is what stands before `prompt_end`, spaces included; two of those in a row have an empty prompt between
-    them. Raises DataError for a file that cannot be read.
+    A prompt is the text before `prompt_end`, spaces included; two ends in a row have an empty prompt between them.
+    Raises DataError for a file that cannot be read.
     """
     if config.text_gen_type == "unconditional":
         yield ""
@@ -41,7 +41,7 @@ def _split(text: str, prompt_end: str) -> list[str]:
 
 
 def _from_standard_input(prompt_end: str) -> Iterator[str]:
-    """Each prompt as soon as its end has come: whoever writes them may wait for the answer to one."""
+    """Yields each prompt as soon as its end has come: the writer may wait for the text of one before the next."""
     decode_with_replacement(sys.stdin)
     text = ""
     for line in sys.stdin:
@@ -51,6 +51,6 @@ def _from_standard_input(prompt_end: str) -> Iterator[str]:
 
 
 def decode_with_replacement(stream: object) -> None:
-    """Read bytes that are no text as replacement characters, for no tokenizer takes anything else."""
+    """Makes a stream read bytes that are no text as replacement characters, since tokenizers take only text."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")

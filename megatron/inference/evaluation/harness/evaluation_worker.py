@@ -1,4 +1,4 @@
-"""What every rank of an evaluation does when it is asked: load a checkpoint, score rows, continue prompts."""
+"""The work of one rank of an evaluation: load a checkpoint, score rows, continue prompts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from typing import Any
 import torch
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.config.sections.generation import GenerationConfig
+from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.evaluation.harness.batch_limit import BatchLimit, in_batches, tokens_that_fit
-from megatron.inference.evaluation.harness.scoring import Row, Scored, score_batch
+from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches, tokens_that_fit
+from megatron.inference.evaluation.harness.continuation_scores import ContinuationScore, ScoringRow, score_batch
 from megatron.loaded_model.generate_tokens import generate_tokens
-from megatron.loaded_model.loaded_model import (
-    InferenceModel,
-    checkpoint_to_read,
-    load_inference_model,
-    require_tokenizer,
-)
+from megatron.loaded_model.loaded_model import LoadedModel, load_model, require_tokenizer
+from megatron.loaded_model.sampling import SamplingSettings
 from megatron.mpu.context import ParallelContext
 
 
-class Answers:
-    """This rank's part of the model, and its batches."""
+class EvaluationWorker:
+    """This rank's share of the model, and its batches."""
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext, device: torch.device) -> None:
         self.config = config
@@ -32,10 +28,10 @@ class Answers:
         self.context = context
         self.device = device
         self.limit = BatchLimit(config.evaluation.batch_size, together=context.tensor_size > 1)
-        self._loaded: tuple[Checkpoint, InferenceModel] | None = None
+        self._loaded: tuple[Checkpoint, LoadedModel] | None = None
 
     def __call__(self, method: str, items: Sequence[Any], options: dict[str, Any]) -> list[Any]:
-        """The answer to each item; `method` is load, score or generate. Raises what they raise."""
+        """Computes a result for each item; `method` is load, score or generate. Raises what they raise."""
         methods: dict[str, Callable[..., list[Any]]] = {
             "load": self.load,
             "score": self.score,
@@ -44,46 +40,48 @@ class Answers:
         return methods[method](items, **options)
 
     @property
-    def loaded(self) -> tuple[Checkpoint, InferenceModel]:
-        """What was loaded last."""
+    def loaded(self) -> tuple[Checkpoint, LoadedModel]:
+        """Returns the checkpoint that was loaded last, and this rank's share of its model."""
         if self._loaded is None:
             raise RuntimeError("no checkpoint was loaded")
         return self._loaded
 
     @property
-    def model(self) -> InferenceModel:
-        """This rank's share of it."""
+    def model(self) -> LoadedModel:
+        """Returns this rank's share of the model that was loaded last."""
         return self.loaded[1]
 
     def load(self, items: Sequence[Any], iteration: int | None) -> list[Any]:
-        """Load a checkpoint instead of the last one; collective over all ranks.
+        """Loads a checkpoint in place of the last one. Collective over all ranks.
 
         Raises CheckpointError when there is none, or a damaged one; ConfigError when it is of another model or of
         another tokenizer's vocabulary.
         """
         self._loaded = None
-        checkpoint = checkpoint_to_read(self.config.checkpoint, iteration)
+        checkpoint = configured_checkpoint(self.config.checkpoint, iteration)
         require_tokenizer(checkpoint, self.tokenizer)
-        model = load_inference_model(self.config, checkpoint, self.context, self.device)
+        model = load_model(self.config, checkpoint, self.context, self.device)
         self._loaded = checkpoint, model
         return list(items)
 
-    def score(self, rows: Sequence[Row], longest: int | None) -> list[list[Scored]]:
-        """The scores of each row's targets, longest rows first; with the first rows of all comes their length."""
+    def score(self, rows: Sequence[ScoringRow], longest: int | None) -> list[list[ContinuationScore]]:
+        """Scores each row's targets, longest rows first; `longest` comes with the first rows of all."""
         if longest is not None:
-            self._plan(longest)
-        return in_batches(rows, lambda row: len(row.tokens), self.limit, lambda batch: score_batch(self.model, batch))
+            self._fit_batches(longest)
+        return compute_in_batches(
+            rows, lambda row: len(row.tokens), self.limit, lambda batch: score_batch(self.model, batch)
+        )
 
     def generate(
         self, prompts: Sequence[tuple[list[int], int]], longest: int | None, options: dict[str, Any]
     ) -> list[str]:
-        """The text that follows each prompt, given with the number of its repetition; longest first.
+        """Continues each prompt, given with the number of its repetition; longest first.
 
-        It ends before the first of the stop texts `until`, which may come about in the middle of a token.
+        The text ends before the first of the stop texts `until`, which may appear in the middle of a token.
         """
         if longest is not None:
-            self._plan(longest)
-        sampling = GenerationConfig(
+            self._fit_batches(longest)
+        sampling = SamplingSettings(
             temperature=float(options["temperature"]) if options["do_sample"] else 0.0,
             top_k=int(options.get("top_k", 0)),
             top_p=float(options.get("top_p", 0.0)),
@@ -101,16 +99,18 @@ class Answers:
                 seeds=[(repeat, *prompt) for prompt, repeat in batch],
                 should_stop=lambda _, tokens: any(text in self.tokenizer.detokenize(tokens) for text in until),
             )
-            return [cut(self.tokenizer.detokenize(found.tokens), until) for found in continuations]
+            return [cut_at_stop(self.tokenizer.detokenize(found.tokens), until) for found in continuations]
 
-        return in_batches(prompts, lambda item: len(item[0]) + sampling.maximum_tokens, self.limit, continue_batch)
+        return compute_in_batches(
+            prompts, lambda item: len(item[0]) + sampling.maximum_tokens, self.limit, continue_batch
+        )
 
-    def _plan(self, longest: int) -> None:
-        """Find out how much fits into memory, now that the longest sequence is known."""
+    def _fit_batches(self, longest: int) -> None:
+        """Measures how much fits into memory, now that the longest sequence is known."""
         if self.limit.batch_size == "auto" and self.device.type == "cuda":
             self.limit.tokens = tokens_that_fit(self.model, longest, self.context)
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """`text` before the first place where one of `until` stands."""
+def cut_at_stop(text: str, until: Sequence[str]) -> str:
+    """Returns `text` up to the first place where one of `until` stands."""
     return min((text.split(stop, maxsplit=1)[0] for stop in until), key=len, default=text)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from megatron.inference.generation.prompts import decode_with_replacement
+from megatron.inference.generation.read_prompts import decode_with_replacement
 
 FIRST_LINE = "Context prompt >>> "
 NEXT_LINE = "... "
@@ -17,11 +17,11 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 CONTROLS = {code: INCOMPLETE for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Characters that could command the terminal."""
 DUPLICATE_SECONDS = 0.1
-"""A launcher passes on the signal that the terminal has sent already; within this time it is the same one."""
+"""A launcher forwards the signal that the terminal has sent already; within this time it is the same one [s]."""
 
 
-class Terminal:
-    """The terminal of the first rank. `prompt_end` is what ends a prompt, at the end of a line or of its text."""
+class ConversationTerminal:
+    """The terminal of the first rank. `prompt_end` ends a prompt, at the end of a line or of its text."""
 
     def __init__(self, prompt_end: str) -> None:
         self.prompt_end = prompt_end
@@ -33,7 +33,7 @@ class Terminal:
             import readline  # noqa: F401
 
     def prompts(self) -> Iterator[str]:
-        """What the user enters, until Ctrl-D or Ctrl-C at a prompt; an empty one is asked for again."""
+        """Yields what the user enters, until Ctrl-D or Ctrl-C at a prompt; asks again after an empty one."""
         print("Ctrl-C stops a text; at the prompt it ends, as does Ctrl-D.", file=sys.stderr)
         try:
             while True:
@@ -57,7 +57,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """While the body runs, Ctrl-C only sets `interrupted`."""
+        """Lets Ctrl-C only set `interrupted` while the body runs."""
 
         def note(number: int, frame: FrameType | None) -> None:
             self.interrupted = True
@@ -72,14 +72,14 @@ class Terminal:
             signal.signal(signal.SIGINT, before)
 
     def show(self, text: str) -> None:
-        """Print what `text` adds to what is shown already, up to a character that may lack its last bytes."""
+        """Prints what `text` adds to what is shown already, up to a character that may lack its last bytes."""
         ready = text.rstrip(INCOMPLETE)
         if ready.startswith(self.shown):
             print(ready[len(self.shown) :].translate(CONTROLS), end="", flush=True)
             self.shown = ready
 
     def finish(self, text: str, message: str | None) -> None:
-        """Print what is left of a text, and what there is to say about it."""
+        """Prints the rest of a text, and the message about it."""
         if not text.startswith(self.shown):
             print()
             self.shown = ""

@@ -1,4 +1,4 @@
-"""Any causal model of Hugging Face on the same tasks, through lm-eval's own adapter. Needs lm-eval.
+"""Loads any causal model of Hugging Face for the same tasks, through lm-eval's own adapter. Needs lm-eval.
 
 Importing this module makes transformers know our TokenFormer, so that exports load without running their files.
 """
@@ -22,7 +22,7 @@ CPU_BATCH = 8
 
 
 def load_hf_model(config: EvaluationConfig) -> HFLM:
-    """lm-eval's model for `hf_model`, in the format of its weights, on this rank's device.
+    """Loads lm-eval's model for `hf_model`, in the format of its weights, on this rank's device.
 
     Raises ConfigError when it cannot be loaded.
     """
@@ -48,7 +48,7 @@ def load_hf_model(config: EvaluationConfig) -> HFLM:
 
 
 def describe_hf_model(config: EvaluationConfig, model: HFLM) -> dict[str, Any]:
-    """Which model was scored, with a hash of its folder's files or the hub's commit."""
+    """Describes the model for the results file, with a hash of its folder's files or the hub's commit."""
     name = str(config.hf_model)
     folder = Path(name)
     commit = getattr(model.config, "_commit_hash", None)
@@ -63,7 +63,7 @@ def describe_hf_model(config: EvaluationConfig, model: HFLM) -> dict[str, Any]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 of the names and hashes of a folder's files."""
+    """Hashes the names and SHA-256 digests of a folder's files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()

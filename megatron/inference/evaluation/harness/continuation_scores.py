@@ -1,7 +1,4 @@
-"""Log-likelihoods of token sequences. Requests with the same input share a row of a batch.
-
-R rows, S sequence.
-"""
+"""Log-likelihoods of continuations. Requests with the same input share a row of a batch. B batch, S sequence."""
 
 from __future__ import annotations
 
@@ -14,28 +11,28 @@ from typing import NamedTuple
 import torch
 
 from megatron.errors import DataError
-from megatron.loaded_model.loaded_model import InferenceModel
+from megatron.loaded_model.loaded_model import LoadedModel
 
 
-class Scored(NamedTuple):
-    """What is asked of a continuation."""
+class ContinuationScore(NamedTuple):
+    """Score of one continuation."""
 
     log_likelihood: float
     """[nats]."""
     greedy: bool
-    """Whether each of its tokens is the likeliest one."""
+    """True if each of its tokens is the likeliest one."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One input to the model, and the continuations that are scored with its last positions."""
+class ScoringRow:
+    """One input to the model, and the continuations that are scored at its last positions."""
 
     tokens: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
 
 
-class Placed(NamedTuple):
-    """Where a request's continuation went."""
+class TargetPlace(NamedTuple):
+    """The row and the target of it that score a request's continuation."""
 
     row: int
     target: int
@@ -43,8 +40,8 @@ class Placed(NamedTuple):
 
 def plan_rows(
     requests: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
-) -> tuple[list[Row], list[Placed]]:
-    """Rows for (context, continuation) pairs, longest first, and where each pair is found in them.
+) -> tuple[list[ScoringRow], list[TargetPlace]]:
+    """Plans rows for (context, continuation) pairs, longest first, and returns the place of each pair in them.
 
     As in lm-eval, a pair that is longer than the model's context loses tokens on the left. Raises DataError for an
     empty context or continuation, and for a continuation that is longer than `max_length` by itself.
@@ -69,27 +66,27 @@ def plan_rows(
         keys.append((inputs, target))
     ordered = sorted(targets, key=lambda inputs: (-len(inputs), inputs))
     position = {inputs: index for index, inputs in enumerate(ordered)}
-    rows = [Row(inputs, tuple(targets[inputs])) for inputs in ordered]
-    return rows, [Placed(position[inputs], targets[inputs][target]) for inputs, target in keys]
+    rows = [ScoringRow(inputs, tuple(targets[inputs])) for inputs in ordered]
+    return rows, [TargetPlace(position[inputs], targets[inputs][target]) for inputs, target in keys]
 
 
-def score_batch(model: InferenceModel, rows: Sequence[Row]) -> list[list[Scored]]:
-    """The scores of each row's targets; the first row is the longest."""
-    tokens_RS = torch.zeros((len(rows), len(rows[0].tokens)), dtype=torch.long)
+def score_batch(model: LoadedModel, rows: Sequence[ScoringRow]) -> list[list[ContinuationScore]]:
+    """Scores each row's targets; the first row is the longest."""
+    tokens_BS = torch.zeros((len(rows), len(rows[0].tokens)), dtype=torch.long)
     places: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
     for index, row in enumerate(rows):
-        tokens_RS[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        tokens_BS[index, : len(row.tokens)] = torch.tensor(row.tokens)
         for target in row.targets:
             places += [index] * len(target)
             positions += range(len(row.tokens) - len(target), len(row.tokens))
             targets += target
-    scores = model.score_tokens(tokens_RS, torch.tensor([places, positions, targets]).T)
+    scores = model.score_tokens(tokens_BS, torch.tensor([places, positions, targets]).T)
     found = zip(scores.log_probs.tolist(), scores.greedy.tolist(), strict=True)
     return [[_sum_up(islice(found, len(target))) for target in row.targets] for row in rows]
 
 
-def _sum_up(tokens: Iterable[tuple[float, bool]]) -> Scored:
+def _sum_up(tokens: Iterable[tuple[float, bool]]) -> ContinuationScore:
     log_probs, greedy = zip(*tokens, strict=True)
-    return Scored(math.fsum(log_probs), all(greedy))
+    return ContinuationScore(math.fsum(log_probs), all(greedy))

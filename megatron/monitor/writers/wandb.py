@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: options, imported only when asked for, that a run survives losing."""
+"""Writes to Weights & Biases, which is imported only when asked for and which a run survives losing."""
 
 from __future__ import annotations
 
@@ -9,49 +9,21 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
-from megatron.config.sections.monitor import WandbConfig
+from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
+from megatron.monitor.metrics_writer import HOW_TO_GET_DASHBOARDS, WRITERS, MonitoredRun, lost_on
 from megatron.monitor.redaction import redact
-from megatron.monitor.writers.metrics_writer import lost_on
 from megatron.registry import require
 
 _logger = logging.getLogger(__name__)
 
-_HOW_TO_GET = "Install it with: pip install -r requirements/monitor.txt"
 _RUN_ID_FILE = "wandb_run_id.txt"
 
 
-class TensorBoardWriter:
-    """A scalar per metric over the iteration."""
-
-    def __init__(self, folder: Path, resume_iteration: int) -> None:
-        """Write an event file into `folder`; what earlier event files say beyond `resume_iteration` is hidden.
-
-        Raises EnvironmentSetupError where the package is missing, BackendLostError where the folder cannot be written.
-        """
-        require("tensorboard", "tensorboard_dir", _HOW_TO_GET)
-        summary = require("torch.utils.tensorboard", "tensorboard_dir", _HOW_TO_GET)
-        with self._guarded():
-            self._writer = summary.SummaryWriter(log_dir=str(folder), purge_step=resume_iteration + 1)
-
-    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        with self._guarded():
-            for key, value in metrics.items():
-                self._writer.add_scalar(key, value, iteration)
-            self._writer.flush()
-
-    def close(self) -> None:
-        with self._guarded():
-            self._writer.close()
-
-    def _guarded(self) -> AbstractContextManager[None]:
-        return lost_on("TensorBoard", (OSError,))
-
-
 class WandbWriter:
-    """One W&B run per run folder: a resumed run goes on in the same one, over `iteration` as its horizontal axis.
+    """Writes one W&B run per run folder: a resumed run continues it, over `iteration` as its horizontal axis.
 
-    WANDB_MODE=offline keeps everything in the run's folder for a later `wandb sync`. The API key is W&B's own affair
+    WANDB_MODE=offline keeps everything in the run's folder for a later `wandb sync`. W&B reads the API key itself
     (WANDB_API_KEY, netrc): it never passes through here.
     """
 
@@ -64,13 +36,13 @@ class WandbWriter:
         resume_iteration: int,
         config_dump: Mapping[str, object],
     ) -> None:
-        """Open the W&B run; secrets in `config_dump` are redacted.
+        """Opens the W&B run; secrets in `config_dump` are redacted.
 
         Raises EnvironmentSetupError where the package or the credentials are missing, BackendLostError where the server
         cannot be reached.
         """
-        wandb = require("wandb", "use_wandb", _HOW_TO_GET)
-        mailbox = require("wandb.sdk.mailbox", "use_wandb", _HOW_TO_GET)
+        wandb = require("wandb", "use_wandb", HOW_TO_GET_DASHBOARDS)
+        mailbox = require("wandb.sdk.mailbox", "use_wandb", HOW_TO_GET_DASHBOARDS)
         # wandb talks to a process of its own: its errors, and those of a lost connection to that process.
         self._errors = (wandb.Error, mailbox.MailboxClosedError, mailbox.HandleAbandonedError, OSError)
         # Silent also means that wandb fails for want of a key instead of asking, while other ranks wait.
@@ -110,14 +82,28 @@ class WandbWriter:
         return lost_on("Weights & Biases", self._errors)
 
 
+@WRITERS.register("wandb")
+def build_wandb(config: MonitorConfig, run: MonitoredRun) -> WandbWriter | None:
+    """Builds the writer of `use_wandb`."""
+    if not config.wandb.enabled:
+        return None
+    return WandbWriter(
+        config.wandb,
+        run.folder,
+        run_name=config.wandb.run_name or run.name,
+        resume_iteration=run.resume_iteration,
+        config_dump=run.config_dump,
+    )
+
+
 def _settings(wandb: ModuleType, host: str | None) -> object:
-    """No code, console output or git remote leaves the machine: they may hold anything."""
+    """Returns settings that keep code, console output and git remotes on the machine: they may hold anything."""
     server = {"base_url": host} if host else {}
     return wandb.Settings(silent=True, console="off", save_code=False, disable_git=True, **server)
 
 
 def _run_id(run_dir: Path, resume_iteration: int) -> str:
-    """The W&B identity of the run in `run_dir`: the recorded one on resume, else a new one, which is recorded."""
+    """Returns the W&B identity of the run in `run_dir`: the recorded one on resume, else a new one, and records it."""
     path = run_dir / _RUN_ID_FILE
     if resume_iteration and path.exists():
         return path.read_text(encoding="utf-8").strip()
