@@ -1,4 +1,4 @@
-"""The learning-rate schedule as DeepSpeed steps it."""
+"""Sets the learning rate in step with DeepSpeed's engine."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStart:
-    """The state that a run begins with."""
+    """State that a run begins with."""
 
     run_id: str
     """The run that the checkpoints to come belong to."""

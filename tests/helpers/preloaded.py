@@ -9,6 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from megatron.config.load_config import load_config
+from megatron.data.tokenizer import build_tokenizer
+from megatron.model.causal_lm import VocabSize, build_local
+from tests.helpers.configs import PYTHIA, TOKENFORMER
+
 for module in (
     "deepspeed",
     "train",
@@ -21,11 +26,6 @@ for module in (
     "torch.utils.serialization",
 ):
     importlib.import_module(module)
-
-from megatron.config.load_config import load_config
-from megatron.data.tokenizer import build_tokenizer
-from megatron.model.causal_lm import VocabSize, build_local
-from tests.helpers.configs import PYTHIA, TOKENFORMER
 
 with tempfile.TemporaryDirectory() as folder:
     for name, base in {"tokenformer": TOKENFORMER, "pythia": PYTHIA}.items():

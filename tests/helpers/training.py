@@ -24,7 +24,7 @@ class Probe:
     """Watches the steps of a training run on one rank, from outside the engine; `result` goes back to the test."""
 
     def __init__(self, engine: Any) -> None:
-        """Called before the first step."""
+        """Begins to watch, before the first step."""
         self.engine = engine
         grid = engine.grid
         self.tensor_rank: int = grid.get_slice_parallel_rank()
@@ -33,19 +33,19 @@ class Probe:
         self.steps_done = 0
 
     def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The micro batches that the engine is to read in the next step."""
+        """Returns the micro batches that the engine is to read in the next step."""
         return batches
 
     def after_step(self, loss: float) -> None:
-        """Called after every step."""
+        """Sees the loss of a step that has been taken."""
 
     def result(self) -> Any:
-        """What the test wants to know, to be pickled."""
+        """Returns what the test wants to know, to be pickled."""
         raise NotImplementedError
 
 
 class CurveProbe(Probe):
-    """Its result is the rank's Curve."""
+    """Records the rank's Curve."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -61,7 +61,7 @@ class CurveProbe(Probe):
 def train_on_ranks(
     settings: dict[str, Any], folder: Path, world_size: int, probe: type[Probe] = CurveProbe, timeout: float = 240.0
 ) -> list[Any]:
-    """Train with the YAML keys `settings` on `world_size` ranks; the probes' results, by rank.
+    """Trains with the YAML keys `settings` on `world_size` ranks; returns the probes' results, by rank.
 
     The run's files go to a new folder in `folder`.
     """

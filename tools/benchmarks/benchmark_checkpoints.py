@@ -1,4 +1,4 @@
-"""Time what training waits for when it saves and loads, on one rank.
+"""Times the saves and loads that training waits for, on one rank.
 
     python tools/benchmarks/benchmark_checkpoints.py configs/tokenformer/150M.yml precision=fp32 seq_length=128 \\
         train_batch_size=1 train_micro_batch_size_per_gpu=1 --vocab-size 50277 --output checkpoints.json
@@ -44,7 +44,7 @@ MEANINGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the JSON file. Returns the exit code."""
+    """Measures, prints the table, writes the JSON file. Returns the exit code."""
     parser = argparse.ArgumentParser(
         description="Time saves, loads and conversions of checkpoints on one rank.",
         usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people: medians, and the range over the rounds."""
+    """Formats the report for people: medians, and the range over the rounds."""
     rounds = len(report["seconds"]["step"])
     lines = [
         f"{' '.join(report['config'])}: {format_count(report['parameters'])} parameters, {report['dtype']}, "

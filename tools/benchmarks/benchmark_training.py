@@ -1,4 +1,4 @@
-"""Time training through this project's engine against a plain torch loop of the same model.
+"""Times training through this project's engine against a plain torch loop of the same model.
 
     python tools/benchmarks/benchmark_training.py configs/demo.yml --output benchmark.json
     python tools/benchmarks/benchmark_training.py a.yml b.yml train_batch_size=8 --vocab-size 50277
@@ -35,7 +35,7 @@ NAMES = ("engine", "plain torch")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure."""
+    """Settings of a measurement."""
 
     command: CommandLine
     steps: int
@@ -68,7 +68,7 @@ def _positive(text: str) -> int:
 
 
 def benchmark(settings: Settings) -> dict[str, Any]:
-    """Run both contenders in turn. Returns what the JSON file holds.
+    """Runs both contenders in turn. Returns the content of the JSON file.
 
     Raises ConfigError for a configuration that needs more than one rank, and what training itself would raise.
     """
@@ -96,7 +96,7 @@ def require_one_rank(loaded: LoadedConfig) -> None:
 
 
 class Worker:
-    """A contender in a process of its own."""
+    """Contender in a process of its own."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -119,7 +119,7 @@ class Worker:
         return self.receive()
 
     def receive(self) -> Any:
-        """The answer; raises the worker's UserError, or EnvironmentSetupError when it has died."""
+        """Returns the answer; raises the worker's UserError, or EnvironmentSetupError when it has died."""
         try:
             answer = self._connection.recv()
         except EOFError as error:
@@ -130,7 +130,7 @@ class Worker:
 
 
 def serve(name: str, settings: Settings, connection: Connection) -> None:
-    """A worker's life, in the process that is its own."""
+    """Answers a worker's requests in the process that is its own."""
     # Whatever launcher started the benchmark, each worker is alone in its world.
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)
@@ -150,7 +150,7 @@ def serve(name: str, settings: Settings, connection: Connection) -> None:
 def summarize(
     description: dict[str, Any], blocks: dict[str, list[dict[str, Any]]], memory: dict[str, float], steps: int
 ) -> dict[str, Any]:
-    """Rates from the timed blocks, and how far the two trainings agree.
+    """Computes rates from the timed blocks, and the largest difference between the losses of the two.
 
     The ratio is taken round by round, within which little drifts, and its median over the rounds.
     """
@@ -182,7 +182,7 @@ def summarize(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Formats the report for people."""
     where = f"{report['cpu_threads']} CPU threads" if report["device"] == "cpu" else report["device"]
     memory = "peak resident memory" if report["device"] == "cpu" else "peak GPU memory"
     lines = [
@@ -215,7 +215,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the JSON file. Returns the exit code."""
+    """Measures, prints the table, writes the JSON file. Returns the exit code."""
     settings, output = parse_args(argv)
     report = benchmark(settings)
     print(table(report))

@@ -1,4 +1,4 @@
-"""What the benchmark of checkpoints times, in the process of the one rank; imported when it has been prepared."""
+"""Saves, loads and converts in the one rank of the benchmark of checkpoints; imported once the rank is prepared."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group, share_with_deepspeed
+from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import build_engine
+from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_context import initial_run_state
 from tools.benchmarks.benchmark_training import Settings
@@ -33,11 +34,11 @@ from tools.benchmarks.contenders import Task, random_batches
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Seconds of each thing in every round, and sizes. What is written to `folder` stays there."""
+    """Returns the seconds of each operation in every round, and sizes. What is written to `folder` stays there."""
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
-        share_with_deepspeed()
+        join_process_group()
         engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
         batches = random_batches(task)
         # The first step makes the moments.
@@ -57,7 +58,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
-    """Write global_step1 while training waits, and global_step2 while it goes on."""
+    """Writes global_step1 while training waits, and global_step2 while it goes on. Returns seconds."""
     state = initial_run_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
     seconds = {"step": timed(lambda: engine.train_batch(batches))}
     saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
@@ -74,7 +75,7 @@ def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Pa
 
 
 def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
-    """Verify and load global_step1."""
+    """Verifies and loads global_step1. Returns seconds."""
     checkpoint, config = read_checkpoint(folder / "global_step1"), saving_to(task.config, folder)
     context = ParallelContext.single()
     return {
@@ -84,7 +85,7 @@ def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
 
 
 def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
-    """Convert global_step1, load what comes of it, and rewrite the checkpoint for four ranks."""
+    """Converts global_step1, loads the result, and rewrites the checkpoint for four ranks. Returns seconds."""
     checkpoint = read_checkpoint(folder / "global_step1")
     section = task.config.training.optimizer
     load = partial(load_universal, context=ParallelContext.single(), section=section, vocab_size=task.vocab.actual)
@@ -99,18 +100,18 @@ def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, f
 
 
 def saving_to(config: RunConfig, folder: Path) -> RunConfig:
-    """`config` with asynchronous saves to `folder`."""
+    """Returns `config` with asynchronous saves to `folder`."""
     checkpoint = config.checkpoint.model_copy(update={"save": str(folder), "async_save": True})
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Returns the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that `work` takes."""
+    """Returns the seconds that `work` takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""The side of the training benchmark that runs in a process of its own: builds one contender and takes its steps."""
+"""Builds one contender of the training benchmark and takes its steps, in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from megatron.model.causal_lm import VocabSize
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
-from megatron.mpu.process_group import process_group, share_with_deepspeed
+from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import require_hardware
+from megatron.training.stability.deepspeed_patches import join_process_group
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def answer_requests(name: str, settings: Settings, connection: Connection) -> None:
-    """Build the contender, send a description of the task, then answer until the connection closes.
+    """Builds the contender, sends a description of the task, then answers until the connection closes.
 
     "run" takes a block of steps and is answered by its seconds and losses, "memory" by the peak so far [GiB].
     Raises what training raises for a configuration that cannot run here.
     """
     task = build_task(settings)
     with process_group():
-        share_with_deepspeed()
+        join_process_group()
         contender = CONTENDERS[name](task)
         connection.send(describe(task, settings))
         while True:
@@ -43,7 +44,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
 
 
 def build_task(settings: Settings) -> Task:
-    """What both train, on one rank; the tokenizer is read only where its vocabulary size is not given."""
+    """Builds the task of both, on one rank; the tokenizer is read only where its vocabulary size is not given."""
     loaded = load_config(settings.command.files, settings.command.overrides)
     require_hardware(loaded.run)
     actual = settings.vocab_size or build_tokenizer(loaded.run.data.tokenizer).vocab_size
@@ -51,7 +52,7 @@ def build_task(settings: Settings) -> Task:
 
 
 def describe(task: Task, settings: Settings) -> dict[str, Any]:
-    """What is measured, and where."""
+    """Describes the task and the machine."""
     model, batch, dtype = task.config.model, task.batch, task.config.training.precision.dtype
     return {
         "config": [*map(str, settings.command.files), *settings.command.overrides],
@@ -69,7 +70,7 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
 
 
 def run_block(contender: Contender, steps: int) -> dict[str, Any]:
-    """Seconds and losses of `steps` optimizer steps."""
+    """Takes `steps` optimizer steps. Returns their seconds and losses."""
     start = _synchronized_seconds()
     losses = [contender.step() for _ in range(steps)]
     seconds = _synchronized_seconds() - start

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig, CheckpointedActivations
-from megatron.data.micro_batch import to_inputs_and_labels
+from megatron.data.micro_batch import MicroBatch, to_inputs_and_labels
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.number_formats import DTYPES
@@ -31,7 +31,7 @@ FP16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class Task:
-    """What both train."""
+    """Model and batch that both contenders train."""
 
     config: RunConfig
     batch: BatchConfig
@@ -44,12 +44,12 @@ class Contender(Protocol):
     def __init__(self, task: Task) -> None: ...
 
     def step(self) -> Tensor:
-        """One optimizer step; its loss, mean over the micro batches, still on the device."""
+        """Takes an optimizer step. Returns its loss, the mean over the micro batches, still on the device."""
         ...
 
 
-def random_batches(task: Task) -> Iterator[Any]:
-    """Endless micro batches (inputs, (labels, loss mask)) of uniformly random tokens, the same on every call."""
+def random_batches(task: Task) -> Iterator[MicroBatch]:
+    """Yields micro batches of uniformly random tokens without end, the same ones on every call."""
     generator = torch.Generator().manual_seed(task.config.training.seed)
     shape = (task.batch.micro_batch_size, task.config.model.seq_length + 1)
     while True:
@@ -58,7 +58,7 @@ def random_batches(task: Task) -> Iterator[Any]:
 
 
 class Engine:
-    """The project's own training step. Needs an initialized process group of one rank."""
+    """This project's own training step. Needs an initialized process group of one rank."""
 
     def __init__(self, task: Task) -> None:
         self._seed = task.config.training.seed
@@ -74,7 +74,7 @@ class Engine:
 
 
 class PlainTorch:
-    """Forward, backward, clip, AdamW: what one would write for a single device, without DeepSpeed.
+    """Forward, backward, clip, AdamW, as one would write them for a single device, without DeepSpeed.
 
     In bf16 and fp16, as in the engine, the model computes in that format and AdamW updates fp32 copies of its weights.
     """
@@ -155,7 +155,7 @@ class Recomputed(nn.Module):
 
 
 def recompute_layers(model: LocalCausalLM, settings: CheckpointedActivations) -> None:
-    """Wrap the transformer layers of `model` as the configuration asks."""
+    """Wraps the transformer layers of `model` as the configuration asks."""
     if settings.enabled:
         layers, step = list(model.layers), settings.num_layers
         model.layers = nn.ModuleList(Recomputed(layers[i : i + step]) for i in range(0, len(layers), step))

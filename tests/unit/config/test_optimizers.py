@@ -128,7 +128,7 @@ def test_keys_of_another_optimizer_are_refused_where_they_stand() -> None:
 
 
 def test_one_implementation_of_an_optimizer_can_be_asked_for() -> None:
-    with pytest.raises(ConfigError, match="torch_fused_adamw.*: cannot be on together with apex_fused_adam"):
+    with pytest.raises(ConfigError, match=r"torch_fused_adamw.*: cannot be on together with apex_fused_adam"):
         load_config([PYTHIA], ["apex_fused_adam=on", "torch_fused_adamw=on"])
     assert load_config([PYTHIA], ["apex_fused_adam=off", "torch_fused_adamw=on"]).run.speedups.torch_fused_adamw == "on"
 
