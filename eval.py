@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from megatron.config.command_line import load_command_line
 from megatron.errors import ConfigError, exit_on_user_error
-from megatron.registry import require
+from megatron.registry import install_extra, require
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.mpu.process_group import inference_context, local_device
 
     prepare_environment()
-    require("lm_eval", "eval.py", "Install it: pip install -r requirements/eval.txt")
+    require("lm_eval", "eval.py", install_extra("eval"))
     from megatron.inference.evaluation.harness.harness_tasks import stay_offline_without_network
 
     stay_offline_without_network()

@@ -95,6 +95,11 @@ def is_installed(package: str) -> bool:
         return False
 
 
+def install_extra(name: str) -> str:
+    """Returns how to install the packages of one of pyproject.toml's extras, for `require`."""
+    return f"Install it with `pip install -e '.[{name}]' -c requirements/constraints.txt`."
+
+
 def require(package: str, wanted_by: str, how_to_get_it: str) -> ModuleType:
     """Imports an optional package that the configuration asks for.
 

@@ -10,7 +10,6 @@ Ends with 1 when anything differs. It takes a few minutes on two cores, and no G
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
@@ -26,9 +25,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from megatron_tokenformer import run_tool
+
 import torch
 import yaml
 from rich.progress import track
+
+from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED_AT = 6, 3
@@ -113,7 +116,7 @@ class Code:
 
 def main(argv: Sequence[str]) -> int:
     """Trains with both commits and prints what differs; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("before", help="a commit")
     parser.add_argument("after", nargs="?", help="a commit; the working tree unless given")
     arguments = parser.parse_args(argv)
@@ -251,4 +254,4 @@ def same(first: Any, second: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_tool(main)

@@ -1,11 +1,10 @@
-"""The main job in one go: real text, tokenizer, dataset, training, evaluation, loss curve, samples.
+"""Does the main job in one go: real text, tokenizer, dataset, training, evaluation, loss curve, samples.
 
 Every step is a command that a user could type, and is printed before it runs. Everything lands in ./demo.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -14,11 +13,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
+from megatron.errors import UserError
+from tools.command_line import tool_parser
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from megatron.errors import UserError, exit_on_user_error  # noqa: E402
-
 FOLDER = Path("demo")
 DATA = FOLDER / "data"
 RUN = FOLDER / "run"
@@ -33,8 +33,8 @@ class DemoError(UserError):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run all steps, then report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Runs all steps, then prints a report."""
+    parser = tool_parser(__doc__)
     parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
     text: Path | None = parser.parse_args(argv).text
     started = time.monotonic()
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    """Run one command of the project in its root folder. Raises DemoError when it fails."""
+    """Runs one command of the project in its root folder. Raises DemoError when it fails."""
     print(f"\n$ python {' '.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
     if code != 0:
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> None:
 
 
 def report(unigram: float, seconds: float) -> None:
-    """Print what was learned and where everything lies."""
+    """Prints what was learned and where everything lies."""
     records = [json.loads(line) for line in (ROOT / RUN / "metrics.jsonl").read_text().splitlines()]
     loss = [record["valid/lm_loss"] for record in records if "valid/lm_loss" in record][-1]
     print("\nThree samples from the trained model:")
@@ -77,4 +77,4 @@ def report(unigram: float, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

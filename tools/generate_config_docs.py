@@ -6,23 +6,23 @@ python tools/generate_config_docs.py --check    say whether they are current, by
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from megatron_tokenformer import run_tool
 
-from megatron.config.architecture import ARCHITECTURES, optional_sections, owners_of  # noqa: E402
-from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected  # noqa: E402
-from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_keys, nested_keys  # noqa: E402
-from megatron.config.sections.section_fields import Field, fields  # noqa: E402 - the script's own folder comes first on the path
-from megatron.config.value_types import Schema, describe, schema_of  # noqa: E402
-from megatron.config.yaml.problems import YamlValue, show  # noqa: E402
+from megatron.config.architecture import ARCHITECTURES, optional_sections, owners_of
+from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected
+from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_keys, nested_keys
+from megatron.config.sections.section_fields import Field, fields
+from megatron.config.value_types import Schema, describe, schema_of
+from megatron.config.yaml.problems import YamlValue, show
+from tools.command_line import tool_parser
+
+ROOT = Path(__file__).resolve().parents[1]
 
 THEMES = {
     "model": "Model",
@@ -67,9 +67,9 @@ trains `demo.yml`.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Writes or checks the generated files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a file is out of date")
     options = parser.parse_args(argv)
     stale = [file for file, text in generated().items() if not file.exists() or file.read_text("utf-8") != text]
@@ -241,4 +241,4 @@ def _row(cells: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

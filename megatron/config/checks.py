@@ -296,7 +296,7 @@ def _optimizer_switches(run: RunConfig) -> Iterator[Finding]:
             yield Finding(f"speedups.{switch}", f"the optimizer {name} has no such implementation; use auto or off")
     chosen = [switch for switch in own if getattr(run.speedups, switch) == "on"]
     if len(chosen) > 1:
-        yield Finding(f"speedups.{chosen[-1]}", f"cannot be on together with {chosen[0]}; choose one of them")
+        yield Finding(f"speedups.{chosen[0]}", f"cannot be on together with {chosen[1]}; choose one of them")
 
 
 def _flash_attention(run: RunConfig) -> Iterator[Finding]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from megatron.config.sections.section import Key, OneOf, Section
 from megatron.registry import Registry
@@ -51,6 +51,13 @@ class LRScheduleConfig(Section):
 
     use_checkpoint_lr_scheduler: bool = False
     """On resume, follow the checkpoint's schedule instead of this one."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused_wsd(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Configurations of other styles are saved as they were before WSD, so that older versions read them too.
+        values: dict[str, Any] = dump(self)
+        unused = {} if self.style == "WSD" else {"wsd_decay_style": "exponential", "wsd_decay_iters": None}
+        return {name: value for name, value in values.items() if name not in unused or value != unused[name]}
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,10 @@ class Implementation(Generic[S]):
     parameter group, as an int; or nowhere."""
     step_on_device: bool = False
     """Whether that tensor lies on the parameter's device, as a fused kernel reads it, instead of in host memory."""
-    switch: str | None = None
-    """Key of the section `speedups` (auto, on, off) that chooses the class; None leaves the choice to the machine."""
-    runs_on_cpu: bool = True
-    """Whether the class computes on a CPU as well."""
+    switch: str = ""
+    """Key of the section `speedups` (auto, on or off) that switches the class. Without one it is always auto."""
+    gpu: Literal["required", "preferred", "irrelevant"] = "irrelevant"
+    """Whether the class needs a GPU, or auto leaves it out on a CPU though it would run there."""
     how_to_get_it: str = ""
     """Advice for when its package is missing."""
 
@@ -117,8 +117,8 @@ class OptimizerFacts(Generic[S]):
     """Groups of its parameters, in the order of torch's `param_groups`. A group without parameters is left out."""
 
     implementations: Mapping[str, Implementation[S]]
-    """Classes that compute the same step, by the name that a run's log shows. The first is the reference; of the others
-    a GPU runs the first that is installed and not switched off."""
+    """Classes that compute the same step, by the name that a run's log shows. The first is the reference; of
+    those that fit a run, the last is used."""
 
     known_to_deepspeed: bool = False
     """Whether all these classes are on DeepSpeed's list of those tested under ZeRO, so that it needs no permission."""
@@ -152,7 +152,7 @@ class OptimizerFacts(Generic[S]):
     @property
     def switches(self) -> tuple[str, ...]:
         """Returns the keys of the section `speedups` that choose an implementation."""
-        return tuple(one.switch for one in self.implementations.values() if one.switch is not None)
+        return tuple(one.switch for one in self.implementations.values() if one.switch)
 
     @property
     def names(self) -> tuple[str, ...]:

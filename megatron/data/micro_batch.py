@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron.errors import DataError
 
-MicroBatch = tuple[Tensor, tuple[Tensor, Tensor]]
-"""(inputs int64 [B, S], (labels int64 [B, S], loss mask float32 [B, S])), nested as DeepSpeed's pipeline takes it."""
+Targets = tuple[Tensor, Tensor]
+"""(labels int64 [B, S], loss mask or weights [B, S]), as the loss takes them."""
+
+MicroBatch = tuple[Tensor, Targets]
+"""(inputs int64 [B, S], targets), nested as DeepSpeed's pipeline takes it; the pipeline hands targets on as a tuple."""
 
 
 class MicroBatchSampler(Sampler[list[int]]):

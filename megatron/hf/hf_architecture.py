@@ -1,6 +1,7 @@
-"""How a model of ours and a Hugging Face model correspond: names of parameters, fields of configurations, as data.
+"""Correspondence of our models and Hugging Face models: names of parameters, fields of configurations, as data.
 
-What a map cannot express is refused with the field that prevents it.
+An architecture is one module in `architectures/`. A model that its map cannot express is refused, with the field that
+prevents it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ class FieldMap:
     """Our dotted field of ModelConfig to theirs."""
 
     fixed: Mapping[str, Any]
-    """Our fields that their model cannot vary, and the value that it has."""
+    """Our fields that their model cannot vary, and the value that each has there."""
 
     def to_theirs(self, model: ModelConfig, what: str) -> dict[str, Any]:
-        """Their settings. Raises ConfigError, naming `what`, for a model that theirs cannot be."""
+        """Returns their settings. Raises ConfigError, naming `what`, for a model that theirs cannot be."""
         for path, value in self.fixed.items():
             ours = read_field(model, path)
             if ours != value:
@@ -38,12 +39,12 @@ class FieldMap:
         return {theirs: read_field(model, ours) for ours, theirs in self.same.items()}
 
     def to_ours(self, config: PretrainedConfig) -> dict[str, Any]:
-        """Our settings, by dotted field."""
+        """Returns our settings, by dotted field."""
         return {ours: getattr(config, theirs) for ours, theirs in self.same.items()} | dict(self.fixed)
 
 
 def read_field(model: ModelConfig, path: str) -> Any:
-    """The value at a dotted path of the section."""
+    """Returns the value at a dotted path of the section."""
     value: Any = model
     for name in path.split("."):
         value = getattr(value, name)
@@ -52,19 +53,19 @@ def read_field(model: ModelConfig, path: str) -> Any:
 
 @dataclass(frozen=True)
 class HFArchitecture:
-    """Their counterpart of one of our architectures."""
+    """Counterpart of one of our architectures in transformers."""
 
     model_class: type[PreTrainedModel]
     names: NameMap
     to_config: Callable[[ModelConfig, int], PretrainedConfig]
-    """(model, rows of the vocabulary) -> their configuration, without dtype and token ids. Raises ConfigError for a
-    model that they cannot express."""
+    """Returns their configuration of (model, rows of the vocabulary), without dtype and token ids. Raises ConfigError
+    for a model that they cannot express."""
     to_settings: Callable[[PretrainedConfig], dict[str, Any]]
-    """Their configuration -> all fields of ModelConfig that it decides, by dotted path. Raises ConfigError for a
+    """Returns the fields of ModelConfig that their configuration decides, by dotted path. Raises ConfigError for a
     model that we cannot express."""
 
 
 HF_ARCHITECTURES: Registry[HFArchitecture] = Registry(
     "architecture with a Hugging Face counterpart", package="megatron.hf.architectures"
 )
-"""By our name of the architecture, which is their model_type too."""
+"""By our name of the architecture, which is their model_type as well."""

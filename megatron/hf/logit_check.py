@@ -20,7 +20,7 @@ def fixed_tokens(vocab_size: int, max_length: int) -> Tensor:
     return torch.randint(vocab_size, (NUM_SEQUENCES, min(max_length, MAX_LENGTH)), generator=generator)
 
 
-def logit_difference(folder: Path, tokens: Tensor, our_logits: Tensor, rows: int) -> float:
+def logit_difference(folder: Path, tokens_BS: Tensor, our_logits_BSV: Tensor, rows: int) -> float:
     """Compares the folder's float32 logits with ours [B, S, V] for the first `rows` tokens of the vocabulary.
 
     Returns the largest difference, relative to the largest of ours where that is above 1. Raises CheckpointError when a
@@ -31,11 +31,12 @@ def logit_difference(folder: Path, tokens: Tensor, our_logits: Tensor, rows: int
     if wrong:
         raise CheckpointError(f"{folder}: transformers does not find the weights that it expects: {wrong}.")
     with torch.no_grad():
-        logits = model.eval()(tokens).logits[..., :rows]
-    our_logits = our_logits[..., :rows]
-    if logits.shape != our_logits.shape:
-        raise CheckpointError(f"{folder}: transformers computes {tuple(logits.shape)} logits, not {our_logits.shape}.")
-    difference = float((logits - our_logits).abs().max() / our_logits.abs().max().clamp(min=1.0))
+        logits_BSV = model.eval()(tokens_BS).logits[..., :rows]
+    our_logits_BSV = our_logits_BSV[..., :rows]
+    if logits_BSV.shape != our_logits_BSV.shape:
+        shapes = f"{tuple(logits_BSV.shape)} logits, not {our_logits_BSV.shape}"
+        raise CheckpointError(f"{folder}: transformers computes {shapes}.")
+    difference = float((logits_BSV - our_logits_BSV).abs().max() / our_logits_BSV.abs().max().clamp(min=1.0))
     if not difference <= TOLERANCE:
         raise CheckpointError(
             f"{folder}: the logits of the exported model differ from those of the checkpoint by {difference:.1e}; at "

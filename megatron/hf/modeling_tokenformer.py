@@ -3,7 +3,8 @@
 TokenFormer (Wang et al. 2024, arXiv:2410.23168) replaces every projection of a decoder, and its MLP, by Pattention:
 attention from the tokens of the sequence to learnable parameter tokens. Needs transformers 5.
 
-B batch, S sequence, D hidden size, H heads, E features of a head, n parameter tokens.
+Shape letters: B batch, S sequence, T cached and new positions, D hidden size, H heads, E features of a head, r rotated
+ones, P parameter tokens, V vocabulary.
 """
 
 import math
@@ -111,22 +112,25 @@ class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 def softmax(scores: Tensor, scale_base: int) -> Tensor:
-    """scale_base * exp(a) / sum(exp(a)) over the last dimension."""
+    """Computes scale_base * exp(a) / sum(exp(a)) over the last dimension."""
     return scale_base * scores.softmax(-1)
 
 
 def gelu_l2_norm(scores: Tensor, scale_base: int) -> Tensor:
-    """sqrt(scale_base) * gelu(a) / ||gelu(a)||_2 over the last dimension."""
+    """Computes sqrt(scale_base) * gelu(a) / ||gelu(a)||_2 over the last dimension."""
     return scaled_to_norm(F.gelu(scores), math.sqrt(scale_base))
 
 
 def l2_norm_gelu(scores: Tensor, scale_base: int) -> Tensor:
-    """gelu(sqrt(scale_base) * a / ||a||_2) over the last dimension."""
+    """Computes gelu(sqrt(scale_base) * a / ||a||_2) over the last dimension."""
     return F.gelu(scaled_to_norm(scores, math.sqrt(scale_base)))
 
 
 def scaled_to_norm(rows: Tensor, norm: float) -> Tensor:
-    """Rows rescaled to `norm`; a row whose squares vanish becomes zero, where the published code divides by zero."""
+    """Scales rows to the length `norm`.
+
+    A row whose squares vanish becomes zero, where the published code divides by zero.
+    """
     sum_of_squares = rows.square().sum(-1, keepdim=True)
     vanishing = sum_of_squares < torch.finfo(rows.dtype).tiny
     factor = norm / sum_of_squares.masked_fill(vanishing, 1.0).sqrt()
@@ -169,7 +173,7 @@ NORMS: dict[str, type[nn.Module]] = {
 
 
 class TokenFormerPattention(nn.Module):
-    """Y = theta(X K^T) V over n parameter tokens: keys [n, D], values [n, D]. No bias, no 1/sqrt(D).
+    """Y = theta(X K^T) V over P parameter tokens: keys [P, D], values [P, D]. No bias, no 1/sqrt(D).
 
     Scores are computed in the format of the model, their normalization in float32.
     """
@@ -193,7 +197,7 @@ class TokenFormerPattention(nn.Module):
 
 
 def rotary_tables(config: TokenFormerConfig, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-    """cos and sin, each [B or 1, 1, S, r] in float32, for the r = int(E * rotary_pct) rotated features of a head."""
+    """Computes cosines and sines, each [B or 1, 1, S, r] in float32; r = int(E * rotary_pct) features are rotated."""
     rotated = int(config.hidden_size // config.num_attention_heads * config.rotary_pct)
     if rotated == 0:
         return None
@@ -204,7 +208,7 @@ def rotary_tables(config: TokenFormerConfig, position_ids: Tensor) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + r/2) of the first r features of x [B, H, S, E]; in float32, to the format of x."""
+    """Rotates pairs (i, i + r/2) of the first r features of x [B, H, S, E]; in float32, to the format of x."""
     rotated, kept = x.tensor_split([cos.shape[-1]], dim=-1)
     first, second = rotated.chunk(2, dim=-1)
     turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
@@ -221,7 +225,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention spelled out: output [B, S, H, E] and probabilities [B, H, S, keys]; the mask is added to the scores."""
+    """Computes attention step by step: output [B, S, H, E] and probabilities [B, H, S, T].
+
+    The mask is added to the scores.
+    """
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -305,7 +312,7 @@ class TokenFormerLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
 
 class TokenFormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What transformers needs to know about a TokenFormer."""
+    """Declarations of a TokenFormer that transformers reads, and its initialization."""
 
     config_class = TokenFormerConfig
     base_model_prefix = "model"
@@ -315,7 +322,10 @@ class TokenFormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Published initialization: keys and embeddings N(0, 0.02), values N(0, 2 / (L sqrt(D))), norms 1 and 0."""
+        """Draws the published initialization.
+
+        Keys and embeddings are N(0, 0.02), values N(0, 2 / (L sqrt(D))) over L layers, norms 1 and 0.
+        """
         super()._init_weights(module)
         if isinstance(module, TokenFormerPattention):
             nn.init.normal_(module.key_tokens, std=self.config.initializer_range)
@@ -325,7 +335,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 class TokenFormerModel(TokenFormerPreTrainedModel):
-    """Token ids to the normalized residual stream after the last layer."""
+    """Embeddings, layers and final norm: token ids to the normalized residual stream."""
 
     def __init__(self, config: TokenFormerConfig) -> None:
         super().__init__(config)
@@ -355,10 +365,11 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, S] or inputs_embeds [B, S, D]; attention_mask [B, past + S] is 0 where a token is padding.
+        """Computes the residual stream [B, S, D] of input_ids [B, S] or inputs_embeds [B, S, D].
 
-        Positions count from the number of cached tokens unless given. Attention probabilities come from the eager
-        implementation only. hidden_states are the embeddings, each layer's output, and last the normalized output.
+        attention_mask [B, T] is 0 where a token is padding. Positions count from the number of cached tokens unless
+        given. Attention probabilities come from the eager implementation only. hidden_states are the embeddings, each
+        layer's output, and last the normalized output.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -437,9 +448,9 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):  # ty
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] as from TokenFormerModel's arguments.
+        """Computes logits [B, S, V], and the loss where labels are given; other arguments are TokenFormerModel's.
 
-        labels [B, S] are shifted here, -100 is left out, and loss is the mean cross entropy. logits_to_keep limits
+        labels [B, S] are shifted here, -100 is left out, and the loss is the mean cross entropy. logits_to_keep limits
         the logits to that many last positions, or to the positions of a tensor.
         """
         outputs = self.model(

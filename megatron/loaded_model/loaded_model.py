@@ -56,15 +56,7 @@ class LoadedModel:
 
     def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
         """Makes an empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
-        return KeyValueCache(
-            self.config,
-            self.context,
-            batch=batch,
-            capacity=capacity,
-            dtype=self.dtype,
-            device=self.device,
-            padding_B=padding_B,
-        )
+        return self.module.new_cache(batch, capacity, padding_B)
 
     @torch.no_grad()  # not inference_mode: the loss of another model may depend on them, as in distillation
     def logits(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -101,10 +93,10 @@ class LoadedModel:
         step = max(LOGITS_AT_A_TIME * self.context.tensor_size // self.vocab.padded, 1)
         log_probs, greedy = [], []
         for part_WD, part_W in zip(torch.split(hidden_WD, step), torch.split(targets_W, step), strict=True):
-            logits_1WV = self.module.local_logits(part_WD.unsqueeze(0))
-            losses_1W = vocab_parallel_cross_entropy(logits_1WV, part_W.unsqueeze(0), num_valid, self.context)
+            logits_1Wv = self.module.local_logits(part_WD.unsqueeze(0))
+            losses_1W = vocab_parallel_cross_entropy(logits_1Wv, part_W.unsqueeze(0), num_valid, self.context)
             log_probs.append(-losses_1W[0])
-            greedy.append(vocab_parallel_argmax(logits_1WV, num_valid, self.context)[0] == part_W)
+            greedy.append(vocab_parallel_argmax(logits_1Wv, num_valid, self.context)[0] == part_W)
         return TokenScores(torch.cat(log_probs).cpu(), torch.cat(greedy).cpu())
 
 

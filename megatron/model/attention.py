@@ -1,12 +1,17 @@
-"""Causal self-attention over heads that are split over tensor-parallel ranks."""
+"""Causal self-attention over heads that are split over tensor-parallel ranks.
+
+Shape letters: see megatron/README.md. H counts this rank's heads, and N = H E is the width of their outputs.
+"""
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
-from megatron.kernels.attention.op import CausalAttention, causal_attention
+from megatron.kernels.attention.backends.sdpa import causal_attention
+from megatron.kernels.attention.causal_attention import CausalAttention
 from megatron.model.init_methods import input_initializer, output_initializer
 from megatron.model.kv_cache import LayerCache
 from megatron.model.positions import RotaryEmbedding
@@ -19,8 +24,8 @@ from megatron.mpu.random import split_activations
 class SelfAttention(nn.Module):
     """Projection to heads, rotary positions, causal attention, output projection; subclasses own the projections.
 
-    B batch, S sequence, D hidden size, H heads on this rank, E features of a head, N = H E.
-    Residual stream [B, S or S/tp, D] in and out.
+    Residual stream [B, S or S/tp, D] in and out. Raises ConfigError when the features do not split over the heads, or
+    the heads over the ranks.
     """
 
     def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
@@ -29,7 +34,7 @@ class SelfAttention(nn.Module):
             raise ConfigError(
                 f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={model.num_attention_heads}."
             )
-        shard_size(model.num_attention_heads, context, "num_attention_heads")
+        self.num_heads = shard_size(model.num_attention_heads, context, "num_attention_heads")
         self.context = context
         self.head_size = model.hidden_size // model.num_attention_heads
         self.dropout = model.attention_dropout
@@ -37,7 +42,7 @@ class SelfAttention(nn.Module):
         self.rotary = RotaryEmbedding(model)
 
     def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """With a cache, the tokens follow those that it has seen."""
+        """Attends among the tokens; with a cache, these follow the tokens that it has seen."""
         q_BSHE, k_BSHE, v_BSHE = self.project_heads(x_BSD)
         if cache is None:
             q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE)
@@ -45,21 +50,21 @@ class SelfAttention(nn.Module):
         else:
             q_BSHE, k_BSHE = self.rotary(q_BSHE, k_BSHE, cache.rotary_tables(self.rotary))
             o_BSHE = cache.attend(q_BSHE, k_BSHE, v_BSHE, self.core_attention)
-        return self.project_output(o_BSHE.flatten(2))
+        return self.project_output(rearrange(o_BSHE, "B S H E -> B S (H E)"))
 
     def attend(self, q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor) -> Tensor:
-        """Causal attention over this rank's heads."""
+        """Computes causal attention [B, S, H, E] over this rank's heads, with dropout in training."""
         if not (self.training and self.dropout):
             return self.core_attention(q_BSHE, k_BSHE, v_BSHE, 0.0)
         with split_activations(self.context):
             return self.core_attention(q_BSHE, k_BSHE, v_BSHE, self.dropout)
 
     def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of this rank's heads, each [B, S, H, E]."""
+        """Projects to the queries, keys and values of this rank's heads, each [B, S, H, E]."""
         raise NotImplementedError
 
     def project_output(self, o_BSN: Tensor) -> Tensor:
-        """Concatenated outputs of this rank's heads to the residual stream."""
+        """Projects the concatenated outputs of this rank's heads to the residual stream."""
         raise NotImplementedError
 
 
@@ -73,8 +78,8 @@ class LinearSelfAttention(SelfAttention):
         self.dense = RowParallelLinear(width, width, bias, output_initializer(model), context)
 
     def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fused: Tensor = self.query_key_value(x_BSD)
-        q_BSHE, k_BSHE, v_BSHE = fused.view(*fused.shape[:2], -1, 3 * self.head_size).chunk(3, dim=-1)
+        qkv_BSN: Tensor = self.query_key_value(x_BSD)
+        q_BSHE, k_BSHE, v_BSHE = rearrange(qkv_BSN, "B S (H J E) -> B S H J E", J=3, E=self.head_size).unbind(3)
         return q_BSHE, k_BSHE, v_BSHE
 
     def project_output(self, o_BSN: Tensor) -> Tensor:

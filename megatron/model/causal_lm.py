@@ -1,4 +1,7 @@
-"""The language model as a flat list of layers, the names of its parameters, and a plain module for one process."""
+"""The language model as a flat list of layers, the names of its parameters, and a plain module for one process.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,19 @@ class VocabSize:
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One layer of the flat list: the global name of its parameters' prefix, and how to build it."""
+    """One layer of the flat list: the prefix of its parameters' global names, and the module to build."""
 
     name: str
     module: type[nn.Module]
     arguments: tuple[Any, ...]
 
     def build(self) -> nn.Module:
-        """The layer, its parameters unset, on the default device."""
+        """Builds the layer, its parameters unset, on the default device."""
         return self.module(*self.arguments)
 
 
 def layer_entries(model: ModelConfig, vocab: VocabSize, context: ParallelContext) -> list[LayerEntry]:
-    """Embedding, num_layers transformer layers, final norm, head: one entry per pipeline layer, in order.
+    """Lists the embedding, num_layers transformer layers, final norm and head: one entry per pipeline layer, in order.
 
     A tied head is an entry of type TiedHead under the embedding's name. Raises ConfigError, on the ranks of every
     stage alike, when vocabulary or sequence do not split over the tensor-parallel ranks.
@@ -60,18 +63,18 @@ def layer_entries(model: ModelConfig, vocab: VocabSize, context: ParallelContext
 
 
 def layer_names(model: ModelConfig) -> list[str]:
-    """Global name prefix of each pipeline layer, by its index; a tied head shares the embedding's."""
+    """Lists the prefix of each pipeline layer's global names, by its index; a tied head shares the embedding's."""
     layers = [f"layers.{i}" for i in range(model.num_layers)]
     return ["embedding", *layers, "final_norm", "embedding" if model.tie_embeddings else "head"]
 
 
 def global_name(layer_index: int, local_name: str, model: ModelConfig) -> str:
-    """Global name of a parameter of a pipeline layer: (3, "mlp.key_tokens") is layers.2.mlp.key_tokens."""
+    """Returns the global name of a pipeline layer's parameter: (3, "mlp.key_tokens") is layers.2.mlp.key_tokens."""
     return f"{layer_names(model)[layer_index]}.{local_name}"
 
 
 def pipeline_location(name: str, model: ModelConfig) -> tuple[int, str]:
-    """Pipeline layer index and local name of a global parameter name; of the embedding for tied weights.
+    """Returns the pipeline layer index and local name of a global parameter name; for tied weights, the embedding's.
 
     Raises KeyError for a name that no layer of this model owns.
     """
@@ -94,11 +97,11 @@ class LocalCausalLM(nn.Module):
         self.head = None if model.tie_embeddings else head.build()
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Token ids [B, S] to logits [B, S, V] over the padded vocabulary, whole on every tensor-parallel rank."""
+        """Computes logits [B, S, V] over the padded vocabulary, whole on every tensor-parallel rank, from token ids."""
         return gather_output(self.local_logits(self.hidden_states(tokens_BS)), -1, self.context)
 
     def hidden_states(self, tokens_BS: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Token ids [B, S] to what the head reads [B, S, D]; with a cache, they follow the tokens that it has seen."""
+        """Computes the head's input [B, S, D] from token ids; with a cache, they follow the tokens that it has seen."""
         if cache is not None:
             cache.begin(tokens_BS.shape[1])
         x_BSD: Tensor = self.embedding(tokens_BS)
@@ -108,16 +111,35 @@ class LocalCausalLM(nn.Module):
         return normalized_BSD
 
     def local_logits(self, x_BSD: Tensor) -> Tensor:
-        """What the head reads to this rank's share of the logits [B, S, V/tp]."""
+        """Computes this rank's share of the logits [B, S, V/tp] from the head's input."""
         return tied_logits(self.embedding, x_BSD) if self.head is None else self.head(x_BSD)
+
+    def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
+        """Returns an empty cache for `batch` sequences of up to `capacity` columns, as this rank's layers fill it.
+
+        `padding_B` as in KeyValueCache.
+        """
+        weight = self.embedding.word_embeddings.weight
+        attention = cast(TransformerLayer, self.layers[0]).attention
+        return KeyValueCache(
+            num_layers=len(self.layers),
+            batch=batch,
+            num_heads=attention.num_heads,
+            capacity=capacity,
+            head_size=attention.head_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            padding_B=padding_B,
+        )
 
 
 def build_local(
     model: ModelConfig, vocab: VocabSize, seed: int | None, context: ParallelContext | None = None
 ) -> LocalCausalLM:
-    """The model for inference, conversion, analysis and growth, on the default device (meta works without a seed).
+    """Builds the model for inference, conversion, analysis and growth, on the default device.
 
-    `seed` sets the weights exactly as training with that seed starts; None leaves them unset, to be loaded.
+    `seed` sets the weights exactly as training with that seed starts; None leaves them unset, to be loaded, and works
+    on the meta device too.
     """
     context = context or ParallelContext.single()
     module = LocalCausalLM(model, vocab, context)
@@ -129,15 +151,15 @@ def build_local(
 def global_parameters(
     named_parameters: Iterator[tuple[str, nn.Parameter]], model: ModelConfig
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Rename a DeepSpeed PipelineModule's parameters to their global names."""
+    """Yields a DeepSpeed PipelineModule's parameters under their global names."""
     for name, parameter in named_parameters:
         yield from_engine_name(name, model), parameter
 
 
 def from_engine_name(name: str, model: ModelConfig) -> str:
-    """Global name of a parameter by its name in a DeepSpeed PipelineModule, the same in every layout.
+    """Returns the global name, the same in every layout, of a parameter of a DeepSpeed PipelineModule.
 
-    That is `{layer index}.{local name}`, and `tied_modules.embedding.{local name}` for tied layers.
+    There it is called `{layer index}.{local name}`, and `tied_modules.embedding.{local name}` for tied layers.
     """
     index, _, local = name.partition(".")
     return local if index == "tied_modules" else global_name(int(index), local, model)

@@ -1,4 +1,7 @@
-"""From token ids to the residual stream, and from there to logits."""
+"""Embedding from token ids to the residual stream, and head from there to logits.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from megatron.mpu.parameters import new_parameter
 
 
 class TokenEmbedding(nn.Module):
-    """Token ids [B, S] to the residual stream [B, S or S/tp, D]: word embeddings, dropout."""
+    """Word embeddings and dropout: token ids [B, S] to the residual stream [B, S or S/tp, D]."""
 
     def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class TokenEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Residual stream to logits [B, S, V/tp] through a matrix of its own."""
+    """Projection of the residual stream to logits [B, S, V/tp] through a matrix of its own."""
 
     def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Head(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Another pipeline stage's copy of the word embeddings, as the head that is tied to them."""
+    """Head that is tied to the word embeddings: a copy of them, for another pipeline stage."""
 
     def __init__(self, model: ModelConfig, padded_vocab_size: int, context: ParallelContext) -> None:
         super().__init__()
@@ -51,10 +54,10 @@ class TiedHead(nn.Module):
 
 
 def tied_logits(embedding: TokenEmbedding | TiedHead, x_BSD: Tensor) -> Tensor:
-    """Residual stream to logits [B, S, V/tp] through the embedding matrix."""
+    """Computes logits [B, S, V/tp] from the residual stream through the embedding matrix."""
     return logits(x_BSD, embedding.word_embeddings.weight, embedding.word_embeddings.context)
 
 
-def logits(x_BSD: Tensor, weight_VD: Tensor, context: ParallelContext) -> Tensor:
-    """x E^T over this rank's rows of the vocabulary, for the whole sequence."""
-    return F.linear(from_residual(x_BSD, context), weight_VD)
+def logits(x_BSD: Tensor, weight_vD: Tensor, context: ParallelContext) -> Tensor:
+    """Computes x W^T over this rank's rows of the vocabulary, for the whole sequence."""
+    return F.linear(from_residual(x_BSD, context), weight_vD)

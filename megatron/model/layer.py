@@ -1,4 +1,7 @@
-"""A transformer layer: attention and feed-forward sublayer around the residual stream."""
+"""A transformer layer: attention and feed-forward sublayer around the residual stream.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from megatron.mpu.random import split_activations
 
 
 class TransformerLayer(nn.Module):
-    """Residual stream [B, S or S/tp, D] to itself, pre-norm.
+    """Pre-norm sublayers that add to the residual stream [B, S or S/tp, D].
 
     Sequential: x += attention(norm(x)), then x += mlp(norm(x)). Parallel residual (GPT-J, GPT-NeoX): both sublayers
     read the same x. Hidden dropout applies to each sublayer's output.
@@ -39,7 +42,7 @@ class TransformerLayer(nn.Module):
 
 
 class HiddenDropout(nn.Module):
-    """Dropout on the residual stream: on numbers common to the tensor-parallel ranks where it is replicated."""
+    """Dropout on the residual stream; tensor-parallel ranks that hold the same part of it draw the same mask."""
 
     def __init__(self, probability: float, context: ParallelContext) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""What a transformer layer is made of, as data; architectures are registered functions that return it."""
+"""Parts of a transformer layer, as data.
+
+An architecture is one module in `architectures/`: it registers a function from the model's configuration to the parts.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from megatron.config.sections.model import ModelConfig
+from megatron.model.attention import SelfAttention
 from megatron.mpu.context import ParallelContext
 from megatron.registry import Registry
 
 Builder = Callable[[ModelConfig, ParallelContext], nn.Module]
-"""Makes a sublayer; its parameters are unset."""
+"""Builds a sublayer; its parameters are unset."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class TransformerLayerSpec:
 
     norm: Builder
     """Before attention and before the feed-forward sublayer."""
-    attention: Builder
+    attention: Callable[[ModelConfig, ParallelContext], SelfAttention]
     """Causal self-attention, residual stream in and out."""
     mlp: Builder
     """Feed-forward sublayer, residual stream in and out."""

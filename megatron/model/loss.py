@@ -1,10 +1,14 @@
-"""The training objective."""
+"""The training objective.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron.data.micro_batch import Targets
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
 
@@ -22,8 +26,11 @@ class CausalLMLoss:
         self.num_valid = num_valid
         self.context = context
 
-    def __call__(self, logits_BSV: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        """logits [B, S, V/tp]; targets: labels [B, S], and weights [B, S] whose mean over the step is 1."""
+    def __call__(self, logits_BSv: Tensor, targets: Targets) -> Tensor:
+        """Computes the loss of logits [B, S, V/tp].
+
+        `targets` are labels [B, S], and weights [B, S] whose mean over the step is 1.
+        """
         labels_BS, weights_BS = targets
-        losses_BS = vocab_parallel_cross_entropy(logits_BSV, labels_BS, self.num_valid, self.context)
+        losses_BS = vocab_parallel_cross_entropy(logits_BSv, labels_BS, self.num_valid, self.context)
         return (losses_BS * weights_BS).mean(dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The two-matrix feed-forward sublayer."""
+"""Two-matrix feed-forward sublayer."""
 
 from __future__ import annotations
 

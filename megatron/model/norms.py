@@ -1,20 +1,19 @@
-"""Normalizations of the residual stream."""
+"""Normalizations of the residual stream.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.sections.model import ModelConfig
+from megatron.kernels.layer_norm.layer_norm import LayerNormFunction
 from megatron.mpu.collectives import residual_weight
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import new_parameter, ones, zeros
 from megatron.registry import Registry
-
-LayerNormFunction = Callable[[Tensor, Sequence[int], Tensor | None, Tensor | None, float], Tensor]
-"""(x, normalized shape, weight, bias, epsilon) -> the normalized x."""
 
 NORMS: Registry[type[nn.Module]] = Registry("norm")
 """Classes built from (ModelConfig, ParallelContext)."""
@@ -33,9 +32,9 @@ class LayerNorm(nn.Module):
         self.weight = new_parameter(shape, ones, context, what="norm scale", decays=False)
         self.bias = new_parameter(shape, zeros, context, what="norm bias", decays=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = residual_weight(self.weight, self.context), residual_weight(self.bias, self.context)
-        return self.normalize(x, weight.shape, weight, bias, self.epsilon)
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        weight_D, bias_D = (residual_weight(parameter, self.context) for parameter in (self.weight, self.bias))
+        return self.normalize(x_BSD, weight_D.shape, weight_D, bias_D, self.epsilon)
 
 
 @NORMS.register("layernorm_nonparam")
@@ -47,8 +46,8 @@ class NonParametricLayerNorm(nn.Module):
         self.epsilon = model.layernorm_epsilon
         self.normalize: LayerNormFunction = F.layer_norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, x.shape[-1:], None, None, self.epsilon)
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.normalize(x_BSD, x_BSD.shape[-1:], None, None, self.epsilon)
 
 
 @NORMS.register("rmsnorm")
@@ -61,6 +60,6 @@ class RMSNorm(nn.Module):
         self.context = context
         self.weight = new_parameter((model.hidden_size,), ones, context, what="norm scale", decays=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = residual_weight(self.weight, self.context)
-        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        weight_D = residual_weight(self.weight, self.context)
+        return F.rms_norm(x_BSD, weight_D.shape, weight_D, self.epsilon)

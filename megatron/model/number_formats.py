@@ -1,4 +1,4 @@
-"""What torch calls the number formats of the configuration."""
+"""Torch's dtypes by the configuration's names of number formats."""
 
 from __future__ import annotations
 

@@ -1,15 +1,20 @@
-"""Pattention, split by parameter tokens over tensor-parallel ranks, and the TokenFormer sublayers made of it."""
+"""Pattention, split by parameter tokens over tensor-parallel ranks, and the TokenFormer sublayers made of it.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from megatron.config.architectures.tokenformer import param_tokens
 from megatron.config.sections.model import ModelConfig
-from megatron.kernels.pattention.op import pattention
+from megatron.kernels.pattention.backends.autograd import pattention
+from megatron.kernels.pattention.pattention import PattentionFunction
 from megatron.kernels.pattention.theta import RowReduction
 from megatron.model.attention import SelfAttention
 from megatron.model.init_methods import input_initializer, output_initializer
@@ -23,7 +28,7 @@ class Pattention(nn.Module):
 
         A = X K^T,   Y = Theta(A) V     (Wang et al. 2024, arXiv:2410.23168, equation 4)
 
-    Each tensor-parallel rank holds p = num_tokens / tp tokens: K [p, D] and V [p, D]. `scale_base` is the token count
+    Each tensor-parallel rank holds p = P / tp of the P tokens: K [p, D] and V [p, D]. `scale_base` is the token count
     that sets the scale of Theta; it is configuration, so that appending tokens does not change it.
     """
 
@@ -32,13 +37,14 @@ class Pattention(nn.Module):
         tokens = param_tokens(model)
         self.theta = tokens.theta
         self.scale_base = scale_base
+        self.kernel: PattentionFunction = pattention
         self.context = context
         shape, what = (num_tokens, model.hidden_size), "parameter tokens"
         self.key_tokens = new_parameter(shape, input_initializer(model), context, what=what, shard_dim=0)
         self.value_tokens = new_parameter(shape, output_initializer(model), context, what=what, shard_dim=0)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """Whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""
+        """Maps the whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""
         return collectives.to_residual(partial_outputs(x_BSD, [self])[0], self.context)
 
 
@@ -64,7 +70,7 @@ class PattentionSelfAttention(SelfAttention):
         x_BSD = collectives.from_residual(x_BSD, self.context)
         summands_JBSD = partial_outputs(x_BSD, [self.query, self.key, self.value])
         qkv_JBSN = collectives.reduce_scatter(summands_JBSD, -1, self.context)
-        q_BSHE, k_BSHE, v_BSHE = qkv_JBSN.view(*qkv_JBSN.shape[:3], -1, self.head_size).unbind()
+        q_BSHE, k_BSHE, v_BSHE = rearrange(qkv_JBSN, "J B S (H E) -> J B S H E", E=self.head_size).unbind()
         return q_BSHE, k_BSHE, v_BSHE
 
     def project_output(self, o_BSN: Tensor) -> Tensor:
@@ -73,11 +79,26 @@ class PattentionSelfAttention(SelfAttention):
 
 
 def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
-    """This rank's summands [J, B, S, D] of several Pattentions of one input; they share theta, scale and context."""
+    """Computes this rank's summands [J, B, S, D] of several Pattentions of one input.
+
+    They share theta, scale, kernel and context.
+    """
     first = projections[0]
-    rows = RowReduction(
-        sum=partial(collectives.sum_over_ranks, context=first.context),
-        max=partial(collectives.max_over_ranks, context=first.context),
+    return first.kernel(
+        x_BSD,
+        [projection.key_tokens for projection in projections],
+        [projection.value_tokens for projection in projections],
+        theta=first.theta,
+        scale_base=first.scale_base,
+        rows=row_reduction(first.context),
     )
-    keys, values = [p.key_tokens for p in projections], [p.value_tokens for p in projections]
-    return pattention(x_BSD, keys, values, theta=first.theta, scale_base=first.scale_base, rows=rows)
+
+
+def row_reduction(context: ParallelContext) -> RowReduction:
+    """Returns the reduction of row statistics over the ranks that hold the other parameter tokens."""
+    if context.tensor_size == 1:
+        return RowReduction()
+    return RowReduction(
+        sum=partial(collectives.sum_over_ranks, context=context),
+        max=partial(collectives.max_over_ranks, context=context),
+    )

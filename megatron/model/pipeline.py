@@ -1,4 +1,7 @@
-"""The layer list as a DeepSpeed PipelineModule, the one form in which models are trained."""
+"""The layer list as a DeepSpeed PipelineModule, the one form in which models are trained.
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ from megatron.mpu.parameters import initialize_parameters
 
 
 class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
-    """This rank's pipeline stage. Between stages goes one tensor, the residual stream [B, S or S/tp, D].
+    """This rank's pipeline stage: token ids [B, S] to logits [B, S, V/tp], of which the loss takes the mean.
 
-    Token ids [B, S] in, logits [B, S, V/tp] out; the loss takes (labels [B, S], weights [B, S]) as targets.
+    Between stages goes one tensor, the residual stream [B, S or S/tp, D].
 
     Recomputation is done here, by torch.utils.checkpoint without reentrance, and DeepSpeed's own stays off
     (activation_checkpoint_interval 0): that one counts layers from the stage's first, so at intervals above 1 it
@@ -64,7 +67,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         self._segments = list(_segments(local_entries, checkpointed))
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        """Decide each stage's layers; raises ConfigError, on all ranks alike, as `stage_bounds` does."""
+        """Decides each stage's layers. Raises ConfigError, on all ranks alike, as `stage_bounds` does."""
         self.parts = stage_bounds(self._layer_specs, method, self.num_stages)
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
@@ -89,7 +92,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
             super()._synchronize_tied_weights()
 
     def global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters under their global names."""
+        """Yields this rank's parameters under their global names."""
         return global_parameters(self.named_parameters(), self.model_config)
 
 
@@ -102,9 +105,10 @@ def build_pipeline(
     seed: int,
     checkpointed: CheckpointedActivations,
 ) -> CausalLMPipeline:
-    """This rank's stage with its initial weights, on DeepSpeed's device; `deepspeed.init_distributed` comes first.
+    """Builds this rank's stage with its initial weights, on DeepSpeed's device.
 
-    Collective over all ranks. Raises ConfigError for sizes that do not divide, or more stages than layers.
+    Collective over all ranks; `deepspeed.init_distributed` comes first. Raises ConfigError for sizes that do not
+    divide, or more stages than layers.
     """
     module = CausalLMPipeline(model, vocab, parallel, context, checkpointed=checkpointed)
     initialize_parameters(module.global_parameters(), seed, context)
@@ -112,12 +116,12 @@ def build_pipeline(
 
 
 def layer_specs(entries: Sequence[LayerEntry], model: ModelConfig) -> list[LayerSpec]:
-    """The layers as DeepSpeed builds them."""
+    """Returns the layers as DeepSpeed builds them."""
     return [_layer_spec(entry, model.tie_embeddings) for entry in entries]
 
 
 def stage_bounds(specs: Sequence[LayerSpec], method: str, stages: int) -> list[int]:
-    """The first layer of every stage, and the number of layers.
+    """Returns the first layer of every stage, and last the number of layers.
 
     `method` is `uniform`, `parameters` or `type:REGEX`, as DeepSpeed understands them. Raises ConfigError where that
     leaves a stage nothing to train, or no layer has the type.
@@ -165,7 +169,7 @@ def _count_parameters(spec: LayerSpec) -> int:
 
 
 def _segments(entries: list[LayerEntry], checkpointed: CheckpointedActivations) -> Iterator[tuple[int, int, bool]]:
-    """Ranges [start, stop) of a stage's layers that run together, and whether each is recomputed."""
+    """Yields the ranges [start, stop) of a stage's layers that run together, and whether each is recomputed."""
     start = 0
     for is_transformer, run in groupby(entries, key=lambda entry: entry.module is TransformerLayer):
         end = start + len(list(run))

@@ -1,4 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), on a part of each head as GPT-NeoX applies it."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), on a part of each head as GPT-NeoX applies it.
+
+Shape letters: see megatron/README.md; r counts the rotated features of a head.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
 
 RotaryTables = tuple[Tensor, Tensor]
-"""Cosines and sines of the angles of the r rotated features, each [..., S, 1, r] in float32."""
+"""Cosines and sines of the angles of the r rotated features, each [B or 1, S, 1, r] in float32."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -30,32 +33,35 @@ class RotaryEmbedding(nn.Module):
                 "pairs are rotated, so it must be even and at least 2. Change rotary_pct, or use pos_emb: none."
             )
         self.base = model.rotary_emb_base
-        self._table: RotaryTables | None = None
+        self._tables: RotaryTables | None = None
 
     def forward(self, q_BSHE: Tensor, k_BSHE: Tensor, tables: RotaryTables | None = None) -> tuple[Tensor, Tensor]:
-        """Positions count from 0 along the sequence unless `tables` of others are given."""
+        """Rotates queries and keys. Positions count from 0 along the sequence unless `tables` of others are given."""
         if self.num_rotated == 0:
             return q_BSHE, k_BSHE
-        cos, sin = tables or self._cos_sin(q_BSHE.shape[1], q_BSHE.device)
-        return self._rotate(q_BSHE, cos, sin), self._rotate(k_BSHE, cos, sin)
+        cos_BS1r, sin_BS1r = tables or self._first_positions(q_BSHE.shape[1], q_BSHE.device)
+        return self._rotate(q_BSHE, cos_BS1r, sin_BS1r), self._rotate(k_BSHE, cos_BS1r, sin_BS1r)
 
-    def tables(self, positions: Tensor) -> RotaryTables:
-        """Those of positions [..., S]; they are the same in every layer."""
-        exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=positions.device)
+    def tables(self, positions_BS: Tensor) -> RotaryTables:
+        """Computes the tables of positions [B or 1, S]; they are the same in every layer."""
+        exponents = torch.arange(0, self.num_rotated, 2, dtype=torch.float32, device=positions_BS.device)
         frequencies = 1.0 / self.base ** (exponents / max(self.num_rotated, 1))
-        angles = (positions.unsqueeze(-1).float() * frequencies).repeat(*[1] * positions.dim(), 2).unsqueeze(-2)
-        return angles.cos(), angles.sin()
+        angles_BS1r = (positions_BS.unsqueeze(-1).float() * frequencies).repeat(1, 1, 2).unsqueeze(-2)
+        return angles_BS1r.cos(), angles_BS1r.sin()
 
-    def _rotate(self, x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotate(self, x_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> Tensor:
         rotated, kept = x_BSHE.tensor_split([self.num_rotated], dim=-1)
         first, second = rotated.chunk(2, dim=-1)
-        turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+        turned = rotated * cos_BS1r + torch.cat((-second, first), dim=-1) * sin_BS1r
         return torch.cat((turned.to(x_BSHE.dtype), kept), dim=-1)
 
-    def _cos_sin(self, length: int, device: torch.device) -> RotaryTables:
-        """Kept between calls as plain tensors: buffers would be cast with the module."""
-        if self._table is None or self._table[0].shape[0] != length or self._table[0].device != device:
+    def _first_positions(self, length: int, device: torch.device) -> RotaryTables:
+        """Returns the tables of positions 0 to `length` - 1, which are kept between calls.
+
+        They are plain tensors: buffers would be cast with the module.
+        """
+        if self._tables is None or self._tables[0].shape[1] != length or self._tables[0].device != device:
             # Tables made under inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
-                self._table = self.tables(torch.arange(length, device=device))
-        return self._table
+                self._tables = self.tables(torch.arange(length, device=device).unsqueeze(0))
+        return self._tables

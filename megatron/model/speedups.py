@@ -1,94 +1,84 @@
-"""Chooses the optional speed-ups of a run, and puts them into the layers.
+"""Chooses a run's optional speed-ups, and puts them into the layers.
 
-Layers are built with torch's own functions. What is chosen here replaces some of them by the same function from an
-optional package, or compiles the layers; no weight and no name changes.
+Layers are built with kernels that run everywhere. A speed-up replaces one by another backend of the same operation, or
+compiles the layers; no weight and no name changes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from megatron.config.optimizer import OptimizerConfig, OptimizerFacts, facts_of
-from megatron.config.sections.speedups import SpeedupsConfig, Switch
+from megatron.config.optimizer import OptimizerConfig, facts_of
+from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
-from megatron.kernels.attention.op import flash_attention
+from megatron.kernels.attention.causal_attention import CAUSAL_ATTENTION
+from megatron.kernels.backends import INSTALL, Backend, Candidate, Machine, Operation, choose
+from megatron.kernels.layer_norm.layer_norm import LAYER_NORM
+from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.model.attention import SelfAttention
 from megatron.model.layer import TransformerLayer
-from megatron.model.norms import LayerNorm, LayerNormFunction, NonParametricLayerNorm
-from megatron.registry import is_installed, require
+from megatron.model.norms import LayerNorm, NonParametricLayerNorm
+from megatron.model.pattention import Pattention
+from megatron.registry import is_installed
 
-INSTALL = "Install it with `pip install -r requirements/gpu.txt`, or set the key to auto or off."
+
+@dataclass(frozen=True)
+class KernelSlot:
+    """The place of an operation in the model: modules that call it, and the attribute that holds its backend."""
+
+    operation: Operation[Any]
+    modules: tuple[type[nn.Module], ...]
+    attribute: str
+
+
+SLOTS = (
+    KernelSlot(CAUSAL_ATTENTION, (SelfAttention,), "core_attention"),
+    KernelSlot(PATTENTION, (Pattention,), "kernel"),
+    KernelSlot(LAYER_NORM, (LayerNorm, NonParametricLayerNorm), "normalize"),
+)
 
 
 @dataclass(frozen=True)
 class Speedups:
-    """The choices, by the names that a run's log shows."""
+    """The speed-ups of a run."""
 
-    attention: Literal["torch SDPA", "flash-attn"]
-    layernorm: Literal["torch", "apex"]
+    kernels: Mapping[str, Backend[Any]]
+    """Backend of each operation, by the operation's name."""
     optimizer: str
-    """Name of one of the implementations that the optimizer's facts declare."""
+    """Name of one of the implementations that the optimizer declares (megatron/config/optimizers)."""
     compile: bool
 
     def __str__(self) -> str:
+        chosen = [slot.operation.kind for slot in SLOTS if slot.operation.has_choice()]
+        kernels = [f"{operation} {self.kernels[operation].label}" for operation in chosen]
         compiled = "torch.compile" if self.compile else "not compiled"
-        return f"attention {self.attention} | layer norm {self.layernorm} | optimizer {self.optimizer} | {compiled}"
+        return " | ".join([*kernels, f"optimizer {self.optimizer}", compiled])
 
 
 def choose_speedups(
     config: SpeedupsConfig, precision: PrecisionConfig, optimizer: OptimizerConfig, *, on_gpu: bool
 ) -> Speedups:
-    """Decides every `auto`. Raises EnvironmentSetupError for an `on` that this machine or number format cannot have."""
-    half = precision.dtype != "fp32"
-    if config.flash_attention == "on" and not half:
-        raise EnvironmentSetupError(
-            "flash_attention: on: flash-attn computes in bf16 and fp16 only, and this run is in fp32. Set `precision: "
-            "bfloat16`, or the key to auto or off."
-        )
-    flash = _use("flash_attention", config.flash_attention, "flash_attn", on_gpu=on_gpu) and half
-    apex_norm = _use("apex_fused_layernorm", config.apex_fused_layernorm, "apex", on_gpu=on_gpu)
+    """Decides every `auto`.
+
+    Raises EnvironmentSetupError for an `on` that this machine or number format cannot have.
+    """
+    machine = Machine(on_gpu, precision.dtype)
+    kernels = {slot.operation.kind: slot.operation.choose(config, machine) for slot in SLOTS}
+    implementations = [
+        Candidate(label=name, rank=rank, key=one.switch, package=one.package, gpu=one.gpu)
+        for rank, (name, one) in enumerate(facts_of(optimizer).implementations.items())
+    ]
+    implementation = choose(implementations, config, machine).label
     if config.torch_compile == "on":
         _require_compiler(on_gpu)
-    return Speedups(
-        attention="flash-attn" if flash else "torch SDPA",
-        layernorm="apex" if apex_norm else "torch",
-        optimizer=_choose_implementation(config, facts_of(optimizer), on_gpu=on_gpu),
-        compile=config.torch_compile == "on",
-    )
-
-
-def _choose_implementation(config: SpeedupsConfig, facts: OptimizerFacts[Any], *, on_gpu: bool) -> str:
-    """Returns the implementation that is switched on, else the first that this machine has, else the reference."""
-    reference, *faster = facts.implementations
-
-    def switch_of(name: str) -> Switch:
-        key = facts.implementations[name].switch
-        switch: Switch = "auto" if key is None else getattr(config, key)
-        return switch
-
-    for name in sorted(faster, key=lambda name: switch_of(name) != "on"):
-        one = facts.implementations[name]
-        if _use(one.switch or name, switch_of(name), one.package, on_gpu=on_gpu, runs_on_cpu=one.runs_on_cpu):
-            return name
-    return reference
-
-
-def _use(key: str, switch: Switch, package: str, *, on_gpu: bool, runs_on_cpu: bool = False) -> bool:
-    if switch == "on":
-        if not is_installed(package):
-            raise EnvironmentSetupError(f"{key}: on: the package {package!r} is not installed. {INSTALL}")
-        if not (on_gpu or runs_on_cpu):
-            raise EnvironmentSetupError(
-                f"{key}: on: {package} needs a GPU, and torch sees none. Set it to auto or off."
-            )
-    return switch == "on" or (switch == "auto" and on_gpu and is_installed(package))
+    return Speedups(kernels, implementation, compile=config.torch_compile == "on")
 
 
 def _require_compiler(on_gpu: bool) -> None:
@@ -102,28 +92,12 @@ def _require_compiler(on_gpu: bool) -> None:
         )
 
 
-def apply_speedups(module: nn.Module, speedups: Speedups) -> None:
-    """Puts the chosen functions into every layer of `module` that has a place for them."""
-    for layer in module.modules():
-        if speedups.attention == "flash-attn" and isinstance(layer, SelfAttention):
-            layer.core_attention = flash_attention()
-        if speedups.layernorm == "apex" and isinstance(layer, LayerNorm | NonParametricLayerNorm):
-            layer.normalize = apex_layer_norm()
-        if speedups.compile and isinstance(layer, TransformerLayer):
-            layer.compile()
-
-
-def apex_layer_norm() -> LayerNormFunction:
-    """Returns apex's fused layer norm with the signature of torch.nn.functional.layer_norm."""
-    apex = require("apex.normalization.fused_layer_norm", "apex_fused_layernorm: on", INSTALL)
-
-    def normalize(
-        x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, epsilon: float
-    ) -> Tensor:
-        if weight is None:
-            plain: Tensor = apex.fused_layer_norm(x, shape, epsilon)
-            return plain
-        affine: Tensor = apex.fused_layer_norm_affine(x, weight, bias, shape, epsilon)
-        return affine
-
-    return normalize
+def apply_speedups(model: nn.Module, speedups: Speedups) -> None:
+    """Puts the chosen kernels into every module of `model` that has a place for them, and compiles its layers."""
+    functions = {operation: backend.load() for operation, backend in speedups.kernels.items()}
+    for module in model.modules():
+        for slot in SLOTS:
+            if isinstance(module, slot.modules):
+                setattr(module, slot.attribute, functions[slot.operation.kind])
+        if speedups.compile and isinstance(module, TransformerLayer):
+            module.compile()

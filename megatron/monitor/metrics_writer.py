@@ -11,8 +11,6 @@ from typing import Protocol
 from megatron.config.sections.monitor import MonitorConfig
 from megatron.registry import Registry
 
-HOW_TO_GET_DASHBOARDS = "Install it with: pip install -r requirements/monitor.txt"
-
 
 class BackendLostError(Exception):
     """A writer can take no more metrics, and the run can do without it."""

@@ -1,8 +1,10 @@
 """Differentiable communication between tensor-parallel ranks.
 
-A replicated tensor holds the same numbers on every rank, a split one a contiguous share of a dimension, a partial one
-a summand of the true value. Each function below names what it takes and returns; its backward takes the gradient from
-the kind it returned to the kind that it took. All are the identity when there is one tensor-parallel rank.
+A replicated tensor holds the same numbers on every rank, a split one a contiguous share of a dimension, a partial one a
+summand of the true value. Each function names the kinds that it takes and returns; its backward pass takes the gradient
+from the kind that it returned to the kind that it took. All are the identity when there is one tensor-parallel rank.
+
+Shape letters: see megatron/README.md. A tensor without letters may have any shape.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ REDUCE_SCATTER = "reduce_scatter_single" if RENAMED else "reduce_scatter_tensor"
 
 
 def sum_over_ranks(x: Tensor, context: ParallelContext) -> Tensor:
-    """Partial to replicated, outside autograd."""
+    """Sums a partial tensor to a replicated one, outside autograd."""
     return _all_reduce(x, context, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(x: Tensor, context: ParallelContext) -> Tensor:
-    """Elementwise maximum over the ranks, outside autograd."""
+    """Takes the elementwise maximum over the ranks, outside autograd."""
     return _all_reduce(x, context, dist.ReduceOp.MAX)
 
 
 def sum_over_data_ranks(x: Tensor, context: ParallelContext) -> Tensor:
-    """Sum over the data-parallel ranks, outside autograd; `x` may be on the CPU."""
+    """Sums over the data-parallel ranks, outside autograd; `x` may be on the CPU."""
     if context.data_size == 1:
         return x
     total = x.cuda() if dist.get_backend(context.data_group) == dist.Backend.NCCL else x.clone()
@@ -43,44 +45,48 @@ def sum_over_data_ranks(x: Tensor, context: ParallelContext) -> Tensor:
 
 
 def copy(x: Tensor, context: ParallelContext) -> Tensor:
-    """Replicated to replicated, for consumers that differ by rank: the gradient is partial and is summed."""
+    """Hands a replicated tensor to consumers that differ by rank: the gradient is partial, and is summed."""
     return _exchange(x, context, _same, partial(sum_over_ranks, context=context))
 
 
 def reduce(x: Tensor, context: ParallelContext) -> Tensor:
-    """Partial to replicated; the gradient is replicated and passes through."""
+    """Sums a partial tensor to a replicated one; the gradient is replicated, and passes through."""
     return _exchange(x, context, partial(sum_over_ranks, context=context), _same)
 
 
 def gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
-    """Split along `dim` to replicated, for consumers that differ by rank: the gradient is summed and scattered."""
+    """Gathers a tensor split along `dim`, for consumers that differ by rank: the gradient is summed and scattered."""
     return _exchange(x, context, _along(_all_gather, x, dim, context), _along(_sum_and_scatter, x, dim, context))
 
 
 def gather_output(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
-    """Split along `dim` to replicated, for consumers that are the same on every rank: each rank keeps its share of
-    the gradient."""
+    """Gathers a tensor split along `dim`, for consumers that are the same on every rank.
+
+    Each rank keeps its share of the gradient.
+    """
     return _exchange(x, context, _along(_all_gather, x, dim, context), _along(_own_share, x, dim, context))
 
 
 def reduce_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
-    """Partial to split along `dim`; the gradient is gathered."""
+    """Sums a partial tensor to one that is split along `dim`; the gradient is gathered."""
     return _exchange(x, context, _along(_sum_and_scatter, x, dim, context), _along(_all_gather, x, dim, context))
 
 
 def from_residual(x_BSD: Tensor, context: ParallelContext) -> Tensor:
-    """Residual stream [B, S or S/tp, D] to the whole sequence [B, S, D] that sharded weights read."""
+    """Returns the whole sequence [B, S, D], which split weights read, of the residual stream [B, S or S/tp, D]."""
     return gather(x_BSD, 1, context) if context.sequence_parallel else copy(x_BSD, context)
 
 
 def to_residual(x_BSD: Tensor, context: ParallelContext) -> Tensor:
-    """Partial outputs [B, S, D] of sharded weights to the residual stream [B, S or S/tp, D]."""
+    """Sums the partial outputs [B, S, D] of split weights to the residual stream [B, S or S/tp, D]."""
     return reduce_scatter(x_BSD, 1, context) if context.sequence_parallel else reduce(x_BSD, context)
 
 
 def residual_weight(weight: Tensor, context: ParallelContext) -> Tensor:
-    """A replicated weight as it acts on the residual stream: under sequence parallelism each rank sees its gradient
-    from its own positions only, so the gradients are summed."""
+    """Returns a replicated weight as it acts on the residual stream.
+
+    Under sequence parallelism each rank sees its gradient from its own positions only, so the gradients are summed.
+    """
     return copy(weight, context) if context.sequence_parallel else weight
 
 

@@ -1,4 +1,4 @@
-"""Where this rank stands in the grid of tensor-, data- and pipeline-parallel ranks."""
+"""Place of this rank in the grid of tensor-, data- and pipeline-parallel ranks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class ParallelContext:
 
     @staticmethod
     def single() -> ParallelContext:
-        """One rank alone; needs no process group."""
+        """Returns the context of one rank alone, which needs no process group."""
         return ParallelContext()
 
     @staticmethod
     def create(tensor: int, pipe: int, sequence_parallel: bool = False) -> ParallelContext:
-        """Lay the ranks of the initialized default group out over pipe, data and tensor axes, tensor innermost.
+        """Lays the ranks of the initialized default group out over pipe, data and tensor axes, tensor innermost.
 
-        The same order as DeepSpeed's PipeModelDataParallelTopology, so that groups agree with its grid. Collective:
+        This is the order of DeepSpeed's PipeModelDataParallelTopology, so that groups agree with its grid. Collective:
         every rank of the default group must call it. Raises ConfigError when the ranks do not fill the grid.
         """
         world_size, rank = dist.get_world_size(), dist.get_rank()
@@ -69,7 +69,7 @@ class ParallelContext:
 
 
 def _own_group(members: list[range]) -> dist.ProcessGroup | None:
-    """The group of `members`, all of one size, that has this rank; None for groups of one."""
+    """Makes the groups `members`, all of one size, and returns the one of this rank; None for groups of one."""
     own = None
     for ranks in members:
         if len(ranks) > 1:

@@ -1,4 +1,7 @@
-"""Linear layers and the token embedding, split over tensor-parallel ranks (Shoeybi et al. 2019, arXiv:1909.08053)."""
+"""Linear layers and the token embedding, split over tensor-parallel ranks (Shoeybi et al. 2019, arXiv:1909.08053).
+
+Shape letters: see megatron/README.md.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from megatron.mpu.parameters import Initializer, new_parameter, zeros
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b from the residual stream, output features split: W [out/tp, in], y [B, S, out/tp]."""
+    """y = x W^T + b from the residual stream, output features split: this rank has W [N, D] and y [B, S, N]."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, initializer: Initializer, context: ParallelContext
@@ -29,7 +32,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b back to the residual stream, input features split: x [B, S, in/tp], W [out, in/tp]."""
+    """y = x W^T + b to the residual stream, input features split: this rank has x [B, S, N] and W [D, N]."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, initializer: Initializer, context: ParallelContext
@@ -48,7 +51,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows of the vocabulary split over ranks: weight [V/tp, D]; tokens [B, S] to the residual stream."""
+    """Word embeddings, rows of the vocabulary split: weight [V/tp, D]; tokens [B, S] to the residual stream."""
 
     def __init__(self, vocab_size: int, hidden_size: int, initializer: Initializer, context: ParallelContext) -> None:
         super().__init__()

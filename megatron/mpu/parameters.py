@@ -1,4 +1,4 @@
-"""Parameters that know their full shape, their split, and how they start, apart from the memory that holds them."""
+"""Parameters that know their full shape, their split and their initializer, apart from the memory that holds them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Initializer = Callable[[Tensor, torch.Generator], object]
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What a parameter is, independent of the layout that holds it."""
+    """Facts of a parameter that do not depend on the layout that holds it."""
 
     full_shape: tuple[int, ...]
     """Shape over all tensor-parallel ranks."""
@@ -31,7 +31,10 @@ class ParameterSpec:
 
 
 def shard_size(total: int, context: ParallelContext, what: str) -> int:
-    """`total` divided by the tensor-parallel size. Raises ConfigError naming the nearest valid values of `what`."""
+    """Divides `total` by the tensor-parallel size.
+
+    Raises ConfigError, naming the nearest valid values of `what`, when that leaves a remainder.
+    """
     size = context.tensor_size
     if total % size:
         below = total // size * size
@@ -52,7 +55,7 @@ def new_parameter(
     shard_dim: int | None = None,
     decays: bool = True,
 ) -> nn.Parameter:
-    """This rank's share of a parameter, unset, on the default device. `what` names it in errors.
+    """Builds this rank's share of a parameter, unset, on the default device. `what` names it in errors.
 
     Raises ConfigError when `shard_dim` does not split evenly.
     """
@@ -71,7 +74,7 @@ def new_parameter(
 
 
 def parameter_spec(parameter: nn.Parameter) -> ParameterSpec:
-    """The specification that `new_parameter` attached; it survives changes of dtype and device in place."""
+    """Returns the specification that `new_parameter` attached; it survives changes of dtype and device in place."""
     return cast(ParameterSpec, parameter.__dict__["spec"])
 
 
@@ -97,17 +100,17 @@ def initial_values(spec: ParameterSpec, seed: int, name: str) -> Tensor:
 
 
 def local_shard(full: Tensor, shard_dim: int | None, context: ParallelContext) -> Tensor:
-    """This tensor-parallel rank's share of a whole tensor, as a view."""
+    """Returns this tensor-parallel rank's share of a whole tensor, as a view."""
     if shard_dim is None:
         return full
     return full.tensor_split(context.tensor_size, dim=shard_dim)[context.tensor_rank]
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:
-    """Initializer of biases."""
+    """Initializes a bias."""
     tensor.zero_()
 
 
 def ones(tensor: Tensor, generator: torch.Generator) -> None:
-    """Initializer of norm scales."""
+    """Initializes the scale of a norm."""
     tensor.fill_(1.0)

@@ -1,4 +1,4 @@
-"""Random numbers for dropout: shared by tensor-parallel ranks where activations are, apart where they are split."""
+"""Random numbers of dropout: the same on tensor-parallel ranks that hold the same activations, else each rank's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.mpu.context import ParallelContext
 
 
 def seed_dropout(seed: int, iteration: int, context: ParallelContext) -> None:
-    """Seed the default generators by step, pipe and data rank, alike on the tensor-parallel ranks between them.
+    """Seeds the default generators by step, pipe and data rank, alike on the tensor-parallel ranks between them.
 
     Called before each step, so that a resumed run draws what an uninterrupted one does without any saved state.
     """
@@ -21,11 +21,11 @@ def seed_dropout(seed: int, iteration: int, context: ParallelContext) -> None:
 
 @contextmanager
 def split_activations(context: ParallelContext) -> Iterator[None]:
-    """Run the body, which draws for activations split over tensor-parallel ranks, on numbers of this rank's own.
+    """Gives the body, which draws for activations split over tensor-parallel ranks, random numbers of this rank's own.
 
     The body's seed is drawn from the default CPU generator, so that whoever restores the default generators, as
-    activation checkpointing does, restores these numbers too; afterwards the default generators stand as if only
-    that one draw had happened, alike on all tensor-parallel ranks.
+    activation checkpointing does, restores these numbers too. Afterwards the default generators stand as if only that
+    one draw had happened, alike on all tensor-parallel ranks.
     """
     if context.tensor_size == 1:
         yield

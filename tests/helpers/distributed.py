@@ -78,10 +78,9 @@ class _Pool:
             self.processes.append(process)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        # Workers find the function by its module's name, on the path on which pytest found it.
         task = pickle.dumps((fn, args))
         for connection in self.connections:
-            connection.send((sys.path, task))
+            connection.send(task)
         deadline = time.monotonic() + timeout
         waiting = {connection: rank for rank, connection in enumerate(self.connections)}
         results: list[Any] = [None] * len(self.connections)
@@ -137,9 +136,8 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     store = dist.TCPStore(HOST, port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    while (message := connection.recv()) is not None:
+    while (task := connection.recv()) is not None:
         try:
-            sys.path[:], task = message
             fn, args = pickle.loads(task)  # noqa: S301 - from our own parent
             reply = ("", pickle.dumps(fn(*args)))
         except BaseException:  # noqa: BLE001 - whatever fails on a rank is told to the parent

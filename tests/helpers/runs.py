@@ -110,7 +110,7 @@ def start_ranks(
             argv = [str(config), *overrides]
             process = CONTEXT.Process(
                 target=_rank,
-                args=(environment, outputs[-1], leader, list(sys.path), script, argv, before, arguments),
+                args=(environment, outputs[-1], leader, script, argv, before, arguments),
             )
             process.start()
             processes.append(process)
@@ -146,7 +146,6 @@ def _rank(
     environment: dict[str, str],
     output: Path,
     leader: int,
-    path: list[str],
     script: str,
     argv: list[str],
     before: Callable[..., None] | None,
@@ -161,7 +160,6 @@ def _rank(
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.path[:] = path
     with _output_to(output):
         from megatron.errors import exit_on_user_error
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 import megatron.hf  # noqa: F401 - registers the architectures
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
+from megatron.kernels.pattention.theta import THETAS
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
 UNEQUAL = {"qkv": 24, "proj": 16, "ffn": 40}
-THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
 def grown_tokens(theta: str = "l2_norm_gelu") -> ParamTokenConfig:

@@ -1,4 +1,4 @@
-"""Times the saves and loads that training waits for, on one rank.
+"""Times what training waits for when it saves and loads, on one rank.
 
     python tools/benchmarks/benchmark_checkpoints.py configs/tokenformer/150M.yml precision=fp32 seq_length=128 \\
         train_batch_size=1 train_micro_batch_size_per_gpu=1 --vocab-size 50277 --output checkpoints.json
@@ -10,22 +10,19 @@ comes from memory where the machine has enough of it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
-from megatron.errors import exit_on_user_error
 from megatron.monitor.format_quantities import format_count
+from tools.benchmarks.benchmark_command import benchmark_parser, write_report
 from tools.benchmarks.benchmark_training import Settings, require_one_rank
 
 MEANINGS = {
@@ -43,17 +40,10 @@ MEANINGS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints the table, writes the JSON file. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Time saves, loads and conversions of checkpoints on one rank.",
-        usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured (default: 3)")
-    parser.add_argument("--vocab-size", type=int, help="ids of the vocabulary, in place of the tokenizer's")
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints the table, and writes the JSON file."""
+    parser = benchmark_parser(__doc__, rounds=3)
     parser.add_argument("--folder", type=Path, default=Path(), help="where to write (default: the current folder)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     args, words = parser.parse_known_args(argv)
     settings = Settings(parse_command_line(words), steps=1, rounds=args.rounds, vocab_size=args.vocab_size)
     require_one_rank(load_config(settings.command.files, settings.command.overrides))
@@ -67,13 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
         report = measure(settings, Path(folder).resolve())
     print(table(report))
-    if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(report, args.output)
     return 0
 
 
 def table(report: dict[str, Any]) -> str:
-    """Formats the report for people: medians, and the range over the rounds."""
+    """Formats the report as a table: medians, and the range over the rounds."""
     rounds = len(report["seconds"]["step"])
     lines = [
         f"{' '.join(report['config'])}: {format_count(report['parameters'])} parameters, {report['dtype']}, "
@@ -92,4 +81,4 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

@@ -1,4 +1,4 @@
-"""Time eval.py's adapter against lm-eval's own `hf` on the same weights and requests in the same process.
+"""Times eval.py's adapter against lm-eval's own `hf` on the same weights and requests in the same process.
 
     python tools/benchmarks/benchmark_evaluation.py configs/demo.yml --output evaluation.json
     python tools/benchmarks/benchmark_evaluation.py -d configs tokenformer/150M data/pile --vocab-size 50277
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -32,39 +31,38 @@ from megatron.config.load_config import load_config
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
-from megatron.errors import exit_on_user_error
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches
 from megatron.inference.evaluation.harness.continuation_scores import score_batch
 from megatron.inference.evaluation.harness.harness_model import HarnessModel
 from megatron.inference.evaluation.harness.response_cache import ResponseCache
 from megatron.loaded_model.loaded_model import LoadedModel
+from tools.benchmarks.benchmark_command import benchmark_parser, write_report
 from tools.benchmarks.transformers_model import transformers_model
 from tools.benchmarks.turns import (
-    benchmark_parser,
     machine_line,
     machine_report,
-    positive,
     take_turns,
     untrained_model,
-    write_report,
 )
+from tools.command_line import positive
 
 Request = tuple[None, list[int], list[int]]
-"""Text that is not looked at, context, continuation."""
+"""Text that no adapter looks at, context, continuation."""
 BYTES = TokenizerConfig(type="CharLevelTokenizer")
-"""Both adapters need a tokenizer, which has nothing to do here."""
+"""Tokenizer for adapters that insist on one; nothing is tokenized here."""
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = benchmark_parser("Time log-likelihoods against lm-eval's own adapter.")
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the options; returns the remaining words too, which are YAML files and overrides."""
+    parser = benchmark_parser(__doc__, rounds=5)
     parser.add_argument("--questions", type=positive, default=50, help="questions of each kind (default: 50)")
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences at a time (default: 8)")
     return parser.parse_known_args(argv)
 
 
 def make_requests(questions: int, vocab_size: int, context_length: int, seed: int) -> dict[str, list[Request]]:
-    """Requests by kind: endings of a shared context, single tokens after a shared context, whole windows."""
+    """Makes requests of three kinds: endings of a shared context, single tokens after it, and whole windows."""
     rng = random.Random(seed)  # noqa: S311 - test data
 
     def tokens(low: float, high: float) -> list[int]:
@@ -80,7 +78,7 @@ def make_requests(questions: int, vocab_size: int, context_length: int, seed: in
 
 
 def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Both adapters' seconds by kind and round, and what was measured."""
+    """Measures both adapters by kind and round. Returns what the JSON file holds."""
     model = untrained_model(config, args.vocab_size)
     adapters = {
         "ours": our_adapter(model, args.batch_size),
@@ -122,7 +120,7 @@ def their_adapter(model: Any, config: RunConfig, batch_size: int) -> Callable[..
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Formats the report as a table."""
     lines = [
         machine_line(report),
         f"batches of {report['batch_size']}, median of {report['rounds']} rounds",
@@ -139,8 +137,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write the JSON file. Returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints the table, and writes the JSON file."""
     args, words = parse_args(argv)
     command = parse_command_line(words)
     report = {"config": words} | benchmark(load_config(command.files, command.overrides).run, args)
@@ -150,4 +148,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

@@ -1,4 +1,4 @@
-"""Time greedy generation, with a cache, against `transformers` running the same weights in the same process.
+"""Times greedy generation, with a cache, against `transformers` running the same weights in the same process.
 
     python tools/benchmarks/benchmark_generation.py configs/demo.yml --output generation.json
     python tools/benchmarks/benchmark_generation.py -d configs tokenformer/150M data/pile --vocab-size 50277
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 import torch
 import transformers
@@ -27,26 +25,26 @@ import megatron.hf  # noqa: F401 - registers what transformers is to know
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.config.sections.run_config import RunConfig
-from megatron.errors import ConfigError, exit_on_user_error
+from megatron.errors import ConfigError
 from megatron.loaded_model.generate_tokens import generate_tokens
 from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.loaded_model.sampling import SamplingSettings
+from tools.benchmarks.benchmark_command import benchmark_parser, write_report
 from tools.benchmarks.transformers_model import transformers_model
 from tools.benchmarks.turns import (
-    benchmark_parser,
     machine_line,
     machine_report,
-    positive,
     take_turns,
     untrained_model,
-    write_report,
 )
+from tools.command_line import positive
 
 NewTokens = list[list[int]]
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = benchmark_parser("Time cached greedy generation against transformers.")
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the options; returns the remaining words too, which are YAML files and overrides."""
+    parser = benchmark_parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=positive, default=1, help="prompts at a time (default: 1)")
     parser.add_argument("--prompt-tokens", type=positive, default=32, help="tokens of each prompt (default: 32)")
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens that follow each (default: 64)")
@@ -54,7 +52,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 
 def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Both contenders' seconds by round, and what was measured. Raises ConfigError for lengths beyond the context."""
+    """Measures both contenders by round. Returns what the JSON file holds.
+
+    Raises ConfigError for lengths beyond the context.
+    """
     if args.prompt_tokens + args.new_tokens > config.model.seq_length:
         raise ConfigError(
             f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more than seq_length "
@@ -106,7 +107,7 @@ def their_generate(ours: LoadedModel, config: RunConfig, prompts: Tensor, new_to
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Formats the report as a table."""
     ratios = report["ratios"]
     same = "the same tokens" if report["same_tokens"] else "tokens that differ"
     return "\n".join(
@@ -122,8 +123,8 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write the JSON file. Returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints the table, and writes the JSON file."""
     args, words = parse_args(argv)
     command = parse_command_line(words)
     report = {"config": words} | benchmark(load_config(command.files, command.overrides).run, args)
@@ -133,4 +134,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

@@ -10,12 +10,9 @@ of steps, so that a machine that gets slower or faster does so for both.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,19 +20,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config
-from megatron.errors import ConfigError, EnvironmentSetupError, UserError, exit_on_user_error
+from megatron.errors import ConfigError, EnvironmentSetupError, UserError
 from megatron.monitor.format_quantities import format_count
+from tools.benchmarks.benchmark_command import benchmark_parser, write_report
+from tools.command_line import positive
 
 NAMES = ("engine", "plain torch")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a measurement."""
+    """Extent of a measurement."""
 
     command: CommandLine
     steps: int
@@ -46,29 +45,16 @@ class Settings:
     """Ids of the vocabulary; None asks the tokenizer."""
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[Settings, Path | None]:
-    parser = argparse.ArgumentParser(
-        description="Time training against a plain torch loop of the same model.",
-        usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--steps", type=_positive, default=5, help="optimizer steps per block (default: 5)")
-    parser.add_argument("--rounds", type=_positive, default=8, help="timed blocks each (default: 8)")
-    parser.add_argument("--vocab-size", type=_positive, help="ids of the vocabulary, in place of the tokenizer's")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+def parse_args(argv: Sequence[str]) -> tuple[Settings, Path | None]:
+    """Parses the settings, and the path of the report."""
+    parser = benchmark_parser(__doc__, rounds=8)
+    parser.add_argument("--steps", type=positive, default=5, help="optimizer steps per block (default: 5)")
     args, words = parser.parse_known_args(argv)
     return Settings(parse_command_line(words), args.steps, args.rounds, args.vocab_size), args.output
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return value
-
-
 def benchmark(settings: Settings) -> dict[str, Any]:
-    """Runs both contenders in turn. Returns the content of the JSON file.
+    """Runs both contenders in turn. Returns what the JSON file holds.
 
     Raises ConfigError for a configuration that needs more than one rank, and what training itself would raise.
     """
@@ -87,6 +73,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
 
 
 def require_one_rank(loaded: LoadedConfig) -> None:
+    """Raises ConfigError for a configuration that needs more than one rank."""
     parallel = loaded.run.parallel
     if parallel.model_parallel_size * parallel.pipe_parallel_size != 1:
         raise ConfigError(
@@ -119,7 +106,7 @@ class Worker:
         return self.receive()
 
     def receive(self) -> Any:
-        """Returns the answer; raises the worker's UserError, or EnvironmentSetupError when it has died."""
+        """Returns the worker's answer. Raises its UserError, or EnvironmentSetupError when it has died."""
         try:
             answer = self._connection.recv()
         except EOFError as error:
@@ -130,7 +117,7 @@ class Worker:
 
 
 def serve(name: str, settings: Settings, connection: Connection) -> None:
-    """Answers a worker's requests in the process that is its own."""
+    """Prepares the environment of a worker's own process, then answers requests until the connection closes."""
     # Whatever launcher started the benchmark, each worker is alone in its world.
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)
@@ -150,7 +137,7 @@ def serve(name: str, settings: Settings, connection: Connection) -> None:
 def summarize(
     description: dict[str, Any], blocks: dict[str, list[dict[str, Any]]], memory: dict[str, float], steps: int
 ) -> dict[str, Any]:
-    """Computes rates from the timed blocks, and the largest difference between the losses of the two.
+    """Computes rates from the timed blocks, and how far the two trainings agree.
 
     The ratio is taken round by round, within which little drifts, and its median over the rounds.
     """
@@ -182,7 +169,7 @@ def summarize(
 
 
 def table(report: dict[str, Any]) -> str:
-    """Formats the report for people."""
+    """Formats the report as a table."""
     where = f"{report['cpu_threads']} CPU threads" if report["device"] == "cpu" else report["device"]
     memory = "peak resident memory" if report["device"] == "cpu" else "peak GPU memory"
     lines = [
@@ -214,17 +201,14 @@ def table(report: dict[str, Any]) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints the table, writes the JSON file. Returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Measures, prints the table, and writes the JSON file."""
     settings, output = parse_args(argv)
     report = benchmark(settings)
     print(table(report))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(output)
+    write_report(report, output)
     return 0
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

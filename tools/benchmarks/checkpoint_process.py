@@ -1,4 +1,4 @@
-"""Saves, loads and converts in the one rank of the benchmark of checkpoints; imported once the rank is prepared."""
+"""Times saves, loads and conversions of checkpoints, in the process of the one rank, which must be prepared first."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tools.benchmarks.contenders import Task, random_batches
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Returns the seconds of each operation in every round, and sizes. What is written to `folder` stays there."""
+    """Measures the seconds of everything in each round, and sizes. Leaves in `folder` what it writes there."""
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
@@ -58,7 +58,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
-    """Writes global_step1 while training waits, and global_step2 while it goes on. Returns seconds."""
+    """Writes global_step1 while training waits, and global_step2 while it goes on."""
     state = initial_run_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
     seconds = {"step": timed(lambda: engine.train_batch(batches))}
     saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
@@ -75,7 +75,7 @@ def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Pa
 
 
 def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
-    """Verifies and loads global_step1. Returns seconds."""
+    """Verifies and loads global_step1."""
     checkpoint, config = read_checkpoint(folder / "global_step1"), saving_to(task.config, folder)
     context = ParallelContext.single()
     return {
@@ -85,7 +85,7 @@ def loads(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
 
 
 def conversions(engine: PipelineEngine, task: Task, folder: Path) -> dict[str, float]:
-    """Converts global_step1, loads the result, and rewrites the checkpoint for four ranks. Returns seconds."""
+    """Converts global_step1, loads the result, and rewrites the checkpoint for four ranks."""
     checkpoint = read_checkpoint(folder / "global_step1")
     section = task.config.training.optimizer
     load = partial(load_universal, context=ParallelContext.single(), section=section, vocab_size=task.vocab.actual)
@@ -106,7 +106,7 @@ def saving_to(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def folder_size(folder: Path) -> int:
-    """Returns the bytes of all files in a folder."""
+    """Sums the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -1,8 +1,7 @@
-"""Builds one contender of the training benchmark and takes its steps, in a process of its own."""
+"""Builds one contender of the training benchmark and takes its steps, in the process that it has to itself."""
 
 from __future__ import annotations
 
-import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,14 @@ from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import require_hardware
 from megatron.training.stability.deepspeed_patches import join_process_group
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
+from tools.benchmarks.turns import synchronized_seconds
 
 if TYPE_CHECKING:
     from tools.benchmarks.benchmark_training import Settings
 
 
 def answer_requests(name: str, settings: Settings, connection: Connection) -> None:
-    """Builds the contender, sends a description of the task, then answers until the connection closes.
+    """Builds the contender, sends a description of the task, then answers requests until the connection closes.
 
     "run" takes a block of steps and is answered by its seconds and losses, "memory" by the peak so far [GiB].
     Raises what training raises for a configuration that cannot run here.
@@ -44,7 +44,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
 
 
 def build_task(settings: Settings) -> Task:
-    """Builds the task of both, on one rank; the tokenizer is read only where its vocabulary size is not given."""
+    """Builds the task of both contenders, on one rank; reads the tokenizer only without --vocab-size."""
     loaded = load_config(settings.command.files, settings.command.overrides)
     require_hardware(loaded.run)
     actual = settings.vocab_size or build_tokenizer(loaded.run.data.tokenizer).vocab_size
@@ -70,14 +70,8 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
 
 
 def run_block(contender: Contender, steps: int) -> dict[str, Any]:
-    """Takes `steps` optimizer steps. Returns their seconds and losses."""
-    start = _synchronized_seconds()
+    """Takes `steps` optimizer steps; returns their seconds and losses."""
+    start = synchronized_seconds()
     losses = [contender.step() for _ in range(steps)]
-    seconds = _synchronized_seconds() - start
+    seconds = synchronized_seconds() - start
     return {"seconds": seconds, "losses": torch.stack(losses).tolist()}
-
-
-def _synchronized_seconds() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -31,7 +31,7 @@ FP16_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class Task:
-    """Model and batch that both contenders train."""
+    """Training that both contenders do."""
 
     config: RunConfig
     batch: BatchConfig
@@ -44,7 +44,7 @@ class Contender(Protocol):
     def __init__(self, task: Task) -> None: ...
 
     def step(self) -> Tensor:
-        """Takes an optimizer step. Returns its loss, the mean over the micro batches, still on the device."""
+        """Takes one optimizer step; returns its loss, mean over the micro batches, still on the device."""
         ...
 
 
@@ -70,7 +70,8 @@ class Engine:
     def step(self) -> Tensor:
         seed_dropout(self._seed, self._steps, self._context)
         self._steps += 1
-        return self._engine.train_batch(self._batches).detach()
+        loss: Tensor = self._engine.train_batch(self._batches)
+        return loss.detach()
 
 
 class PlainTorch:
@@ -104,7 +105,7 @@ class PlainTorch:
         for _ in range(num_micro_batches):
             inputs, (labels, _) = next(self._batches)
             loss = self._loss(inputs.to(self._device), labels.to(self._device))
-            (loss * (self._loss_scale / num_micro_batches)).backward()
+            torch.autograd.backward(loss * (self._loss_scale / num_micro_batches))
             losses.append(loss.detach())
         self._update()
         return torch.stack(losses).mean()
@@ -151,7 +152,8 @@ class Recomputed(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return checkpoint(self.layers, x_BSD, use_reentrant=False)
+        y_BSD: Tensor = checkpoint(self.layers, x_BSD, use_reentrant=False)
+        return y_BSD
 
 
 def recompute_layers(model: LocalCausalLM, settings: CheckpointedActivations) -> None:

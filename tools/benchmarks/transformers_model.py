@@ -1,4 +1,4 @@
-"""Our weights in the form that `transformers` runs."""
+"""Puts our weights into a model of `transformers`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.model.causal_lm import LocalCausalLM, VocabSize
 
 
 def transformers_model(ours: LocalCausalLM, config: RunConfig, vocab: VocabSize) -> PreTrainedModel:
-    """GPT-NeoX of transformers, or the TokenFormer of megatron/hf that ships with exports, with the weights of `ours`.
+    """Builds transformers' GPT-NeoX, or the TokenFormer of megatron/hf that ships with exports, from our weights.
 
     Raises ConfigError for a model that it cannot be.
     """

@@ -1,13 +1,10 @@
-"""What benchmarks of trained models share: contenders that take turns in one process, arguments, and the report."""
+"""Times two contenders that take turns in one process, on an untrained model, and describes the machine."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,27 +20,8 @@ from megatron.monitor.provenance import device_name
 from megatron.mpu.process_group import local_device
 
 
-def benchmark_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of YAML files, overrides and the options that every benchmark of two contenders has."""
-    parser = argparse.ArgumentParser(
-        description=description, usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]", allow_abbrev=False
-    )
-    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds of each (default: 5)")
-    parser.add_argument("--vocab-size", type=positive, help="ids of the vocabulary, in place of the tokenizer's")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    return parser
-
-
-def positive(text: str) -> int:
-    """The value of an argument that counts something."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return value
-
-
 def untrained_model(config: RunConfig, vocab_size: int | None) -> LoadedModel:
-    """A model with the weights that training starts from: what they are makes no difference to the time.
+    """Builds a model with the weights that training starts from, for they make no difference to the time.
 
     The tokenizer is read only where the vocabulary's size is not given.
     """
@@ -55,7 +33,7 @@ def untrained_model(config: RunConfig, vocab_size: int | None) -> LoadedModel:
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, Any], list[Any]]:
-    """Seconds of two calls by round, the second's over the first's; and what each has returned last.
+    """Times two calls by round: returns seconds and ratios, the second's over the first's, and their last results.
 
     The first round of each is for waking up and does not count. The ratio is taken round by round, within which little
     drifts, and its median over the rounds.
@@ -65,23 +43,24 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dic
     for number in range(rounds + 1):
         # Whoever goes first in one round goes last in the next: a steady drift then favours neither.
         for name in list(calls)[:: 1 if number % 2 else -1]:
-            start = _synchronized_seconds()
+            start = synchronized_seconds()
             answers[name] = calls[name]()
-            seconds[name].append(_synchronized_seconds() - start)
+            seconds[name].append(synchronized_seconds() - start)
     timed = {name: values[1:] for name, values in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(*timed.values(), strict=True)]
     report = {"seconds": timed, "ratios": ratios, "ratio": statistics.median(ratios)}
     return report, [answers[name] for name in calls]
 
 
-def _synchronized_seconds() -> float:
+def synchronized_seconds() -> float:
+    """Returns the clock's time when the device has done all that was asked of it [s]."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def machine_report(model: LoadedModel, versions: Mapping[str, str]) -> dict[str, Any]:
-    """What is measured, and where."""
+    """Describes the model and the machine."""
     return {
         "parameters": count_parameters(model.config, model.vocab.padded),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -92,15 +71,7 @@ def machine_report(model: LoadedModel, versions: Mapping[str, str]) -> dict[str,
 
 
 def machine_line(report: Mapping[str, Any]) -> str:
-    """`machine_report` for people."""
+    """Formats `machine_report` as a line of text."""
     where = f"{report['cpu_threads']} CPU threads" if report["device"] == "cpu" else report["device"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return f"{format_count(report['parameters'])} parameters, {report['dtype']}, {where}, {versions}"
-
-
-def write_report(report: Mapping[str, Any], output: Path | None) -> None:
-    """Write the JSON file that was asked for, if any, and say where it is."""
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        print(output)

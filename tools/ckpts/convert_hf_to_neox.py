@@ -1,4 +1,4 @@
-"""Turn a Hugging Face folder of TokenFormer or GPTNeoX (Pythia) into a checkpoint.
+"""Turns a Hugging Face folder of TokenFormer or GPTNeoX (Pythia) into a checkpoint.
 
     python tools/ckpts/convert_hf_to_neox.py --input_dir exports/150M --config_file configs/tokenformer/150M.yml \\
         --output_dir runs/imported
@@ -13,49 +13,38 @@ logits of the checkpoint are compared with those of transformers; when anything 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
-from megatron.config.load_config import load_words
-from megatron.errors import exit_on_user_error
-from megatron.registry import require
+from megatron.registry import install_extra, require
+from tools.command_line import add_config_source, read_config_source, stay_on_cpu, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Import as asked, then say what was written and how well it agrees."""
+    """Imports the folder, then prints what was written and how well it agrees with transformers."""
     args = parse_args(argv)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
-    require("transformers", "convert_hf_to_neox.py", "Install it with `pip install -r requirements/hf.txt`.")
+    stay_on_cpu()
+    require("transformers", "convert_hf_to_neox.py", install_extra("hf"))
     from megatron.hf.import_config import write_config
     from megatron.hf.import_folder import import_folder
 
-    if args.write_config is not None:
-        made = Path(args.write_config[0])
-        write_config(args.input_dir, made)
-        print(f"{made}: the folder's model as a configuration")
-    difference = import_folder(args.input_dir, load_words(args.config_file or args.write_config).run, args.output_dir)
+    run = read_config_source(args, "folder", partial(write_config, args.input_dir))
+    difference = import_folder(args.input_dir, run, args.output_dir)
     print(f"{args.output_dir}/global_step0: {args.input_dir}, logits within {difference:.1e} of transformers'")
     return 0
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """NeoX's names of the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parses the command line, with NeoX's names of the flags."""
+    parser = tool_parser(__doc__)
     parser.add_argument("--input_dir", type=Path, required=True, help="the Hugging Face folder")
-    config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument(
-        "--config_file", nargs="+", metavar="a.yml key=value", help="YAML files that describe the folder's model"
-    )
-    config.add_argument(
-        "--write-config", nargs="+", metavar="new.yml key=value", help="YAML file to make from the folder, and to use"
-    )
+    add_config_source(parser, "folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a Hugging Face folder that transformers loads; NeoX's flags, --trim-vocab, --max-shard-size.
+"""Turns a checkpoint into a Hugging Face folder that transformers loads; NeoX's flags, --trim-vocab, --max-shard-size.
 
     python tools/ckpts/convert_neox_to_hf.py --input_dir runs/150M/global_step143000 \\
         --config_file configs/tokenformer/150M.yml --output_dir exports/150M
@@ -11,24 +11,22 @@ the folder and its logits are compared with ours; when they differ, or anything 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 from megatron.config.load_config import load_words
-from megatron.errors import exit_on_user_error
-from megatron.registry import require
+from megatron.registry import install_extra, require
+from tools.command_line import add_config_file, stay_on_cpu, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export as asked, then say what was written and how well it agrees."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
-    require("transformers", "convert_neox_to_hf.py", "Install it with `pip install -r requirements/hf.txt`.")
+    """Exports the checkpoint, then prints what was written and how well transformers agrees with it."""
+    stay_on_cpu()
+    require("transformers", "convert_neox_to_hf.py", install_extra("hf"))
     from megatron.hf.export_checkpoint import ExportOptions, export_checkpoint
 
     args = parse_args(argv)
@@ -46,14 +44,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """NeoX's flags, with its defaults."""
+    """Parses NeoX's flags, with its defaults."""
     from megatron.hf.export_checkpoint import DEFAULT_SHARD_BYTES, Precision
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
-    parser.add_argument(
-        "--config_file", nargs="+", required=True, metavar="a.yml key=value", help="the run's YAML files"
-    )
+    add_config_file(parser, "the run's YAML files", required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="auto keeps the checkpoint's")
     parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")
@@ -69,4 +65,4 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

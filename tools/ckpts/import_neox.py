@@ -1,4 +1,4 @@
-"""Turn a checkpoint of GPT-NeoX, or the published TokenFormer weights, into a checkpoint.
+"""Turns a checkpoint of GPT-NeoX, or the published TokenFormer weights, into a checkpoint.
 
     python tools/ckpts/import_neox.py --input pytorch_model.bin --config_file configs/tokenformer/150M.yml \\
         configs/data/pile.yml vocab_file=20B_tokenizer.json --output_dir runs/published-150M
@@ -14,63 +14,53 @@ of reading one. When anything fails, no output folder is left.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.convert.neox.import_neox import ImportedNeox, import_neox
 from megatron.checkpointing.convert.neox.neox_config import write_config
-from megatron.config.load_config import load_words
-from megatron.errors import exit_on_user_error
 from megatron.io.progress import PeriodicReport
+from tools.command_line import add_config_source, read_config_source, stay_on_cpu, tool_parser
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.convert.neox.import_neox import ImportedNeox
 
 SECONDS_BETWEEN_LINES = 2.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Import as asked, then say what was written, and what is not as it was."""
+    """Imports the checkpoint, then prints what was written and what differs from its source."""
     args = parse_args(argv)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
-    if args.write_config is not None:
-        made = Path(args.write_config[0])
-        write_config(args.input, made)
-        print(f"{made}: the checkpoint's model as a configuration")
-    run = load_words(args.config_file or args.write_config).run
+    stay_on_cpu()
+    from megatron.checkpointing.convert.neox.import_neox import import_neox
+
+    run = read_config_source(args, "checkpoint", partial(write_config, args.input))
     imported = import_neox(args.input, run, args.output_dir, progress_lines())
     print("\n".join(summary(imported, args.output_dir)))
     return 0
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """--input, a configuration or where to write one, --output_dir."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parses the command line."""
+    parser = tool_parser(__doc__)
     parser.add_argument("--input", type=Path, required=True, help="file of weights, global_stepN folder, or run folder")
-    config = parser.add_mutually_exclusive_group(required=True)
-    config.add_argument(
-        "--config_file", nargs="+", metavar="a.yml key=value", help="YAML files that describe the checkpoint's model"
-    )
-    config.add_argument(
-        "--write-config",
-        nargs="+",
-        metavar="new.yml key=value",
-        help="YAML file to make from the checkpoint's own, and to use",
-    )
+    add_config_source(parser, "checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
     return parser.parse_args(argv)
 
 
 def progress_lines() -> Callable[[int, int], None]:
-    """Prints how far it is, on standard error, once it takes long enough to be asked."""
+    """Builds a function that prints on standard error how many layers are done, once this takes long."""
     report = PeriodicReport(partial(print, file=sys.stderr, flush=True), SECONDS_BETWEEN_LINES)
     return lambda done, total: report(f"{done} of {total} layers")
 
 
 def summary(imported: ImportedNeox, output: Path) -> list[str]:
-    """What was written where, and what differs from the source."""
+    """Describes what was written where, and what differs from the source."""
     ranks, dtype = imported.tensor_parallel_size, str(imported.dtype).removeprefix("torch.")
     split = f", merged from {ranks} tensor-parallel ranks" if ranks > 1 else ""
     lines = [f"{output}/global_step0: {imported.source}, {imported.num_parameters:,} parameters in {dtype}{split}"]
@@ -88,4 +78,4 @@ def summary(imported: ImportedNeox, output: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -1,8 +1,8 @@
-"""Show what a checkpoint holds, whether it is whole, and how its configuration differs from YAML files.
+"""Shows what a checkpoint holds, whether it is whole, and how its configuration differs from YAML files.
 
     python tools/ckpts/inspect_checkpoint.py runs/150M
     python tools/ckpts/inspect_checkpoint.py runs/150M/global_step1000 --optimizer --json
-    python tools/ckpts/inspect_checkpoint.py runs/150M --iteration 1000 --config configs/tokenformer/150M.yml lr=1e-3
+    python tools/ckpts/inspect_checkpoint.py runs/150M --iteration 1000 --config_file configs/tokenformer/150M.yml
 
 A run's folder stands for its newest checkpoint, whose files are compared with their hashes (--verify); of the others,
 the sizes. Parameters have their global names and are merged over tensor-parallel ranks. The exit code is 1 when
@@ -14,18 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
 from megatron.checkpointing.states.parameter_layout import layer_layouts
@@ -36,20 +31,21 @@ from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
 from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
-from megatron.errors import CheckpointError, exit_on_user_error
+from megatron.errors import CheckpointError
+from tools.command_line import add_config_file, progress_bar, stay_on_cpu, tool_parser
 
 Advance = Callable[[int], None]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report; 1 when something is damaged."""
+    """Prints the report. Returns 1 when something is damaged."""
     args = parse_args(argv)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed writes to standard output that it looks for one
+    stay_on_cpu()
     checkpoint, others = locate(args.path, args.iteration)
     problems = verify(checkpoint, args.verify)
     report = describe(checkpoint) | {"verified": args.verify, "problems": problems, "others": others}
-    if args.config:
-        report["differences"] = compare(checkpoint, args.config)
+    if args.config_file:
+        report["differences"] = compare(checkpoint, args.config_file)
     if not problems and not args.no_tensors:
         report["tensors"] = [asdict(summary) for summary in summarize(checkpoint, args.optimizer)]
         report["parameters"] = sum(math.prod(tensor["shape"]) for tensor in report["tensors"])
@@ -58,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """What to inspect, and how much of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parses which checkpoint to inspect, and how much of it."""
+    parser = tool_parser(__doc__)
     parser.add_argument("path", type=Path, help="a run's folder, or a global_stepN folder")
     parser.add_argument("--iteration", type=int, help="step of the checkpoint in a run's folder (the newest)")
-    parser.add_argument("--config", nargs="+", metavar="a.yml key=value", help="configuration to compare with")
+    add_config_file(parser, "configuration to compare with")
     parser.add_argument("--verify", choices=get_args(Verification), default="full", help="hashes too, or sizes (full)")
     parser.add_argument("--optimizer", action="store_true", help="norms of the optimizer's state as well")
     parser.add_argument("--no-tensors", action="store_true", help="leave the parameters out")
@@ -71,7 +67,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str, Any]]]:
-    """The checkpoint that is asked for, and what else lies in a run's folder.
+    """Finds the checkpoint that is asked for, and what else lies in a run's folder.
 
     Raises CheckpointError when there is none, or it cannot be read.
     """
@@ -89,7 +85,7 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
 
 
 def readable(path: Path) -> Checkpoint:
-    """The checkpoint in a folder of its own. Raises CheckpointError, with the path."""
+    """Reads the checkpoint in a folder. Raises CheckpointError, with the path, when it cannot be read."""
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
@@ -97,7 +93,7 @@ def readable(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, level: Verification) -> list[str]:
-    """What is damaged, one sentence each."""
+    """Compares the files with the manifest, and describes each that is damaged in a sentence."""
     files = checkpoint.manifest.files
     problems = [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
     with shown_progress("verifying", sum(entry.size for entry in files.values())) as advance:
@@ -108,7 +104,7 @@ def verify(checkpoint: Checkpoint, level: Verification) -> list[str]:
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """State, manifest and sizes."""
+    """Collects state, manifest and sizes."""
     files = checkpoint.manifest.files
     weights = sum(entry.size for name, entry in files.items() if name.startswith("layer_"))
     return {
@@ -126,14 +122,17 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def compare(checkpoint: Checkpoint, words: Sequence[str]) -> list[dict[str, Any]]:
-    """What differs between the checkpoint's configuration and that of YAML files and overrides."""
+    """Lists the keys whose values differ between the checkpoint's configuration and YAML files and overrides."""
     given = load_words(words).run
     found = changed_values(checkpoint.config, given)
     return [{"key": each.key, "checkpoint": each.first, "given": each.second} for each in found]
 
 
 def summarize(checkpoint: Checkpoint, optimizer: bool) -> Iterator[TensorSummary]:
-    """Every parameter, with progress by the layer."""
+    """Yields a summary of every parameter, with a progress bar.
+
+    Raises CheckpointError for an optimizer's state that a checkpoint of weights alone does not have.
+    """
     if optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(f"{checkpoint.path} holds weights alone. Leave --optimizer out.")
     layouts = layer_layouts(checkpoint.config.model, checkpoint.vocab)
@@ -145,16 +144,14 @@ def summarize(checkpoint: Checkpoint, optimizer: bool) -> Iterator[TensorSummary
 
 @contextmanager
 def shown_progress(what: str, total: int) -> Iterator[Advance]:
-    """A progress bar on standard error that goes when it is full; none where nobody looks at it."""
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    """Shows a progress bar that disappears at the end; yields the function that advances it."""
+    with progress_bar(transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda amount: bar.advance(task, amount)
 
 
 def finite(value: Any) -> Any:
-    """A report that JSON can hold."""
+    """Replaces numbers that JSON cannot hold by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -163,7 +160,7 @@ def finite(value: Any) -> Any:
 
 
 def text_of(report: dict[str, Any]) -> Iterator[str]:
-    """The lines of a report."""
+    """Yields the lines of a report."""
     state, layout, versions = report["state"], report["layout"], report["versions"]
     yield report["path"]
     yield f"  step            {state['iteration']:,}"
@@ -190,7 +187,7 @@ def text_of(report: dict[str, Any]) -> Iterator[str]:
 
 
 def table_of(tensors: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each parameter."""
+    """Yields a heading, then a line for each parameter."""
     states = list(tensors[0]["optimizer_norms"])
     width = max(len(tensor["name"]) for tensor in tensors)
     heads = ("norm", "largest", *(f"{state} norm" for state in states))
@@ -204,9 +201,9 @@ def table_of(tensors: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def mebibytes(size: int) -> str:
-    """A size with one decimal."""
+    """Formats a size of bytes in MiB, with one decimal."""
     return f"{size / 2**20:,.1f}"
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -1,4 +1,4 @@
-"""Upload an exported folder, or all checkpoints of a run, to the Hugging Face hub.
+"""Uploads an exported folder, or all checkpoints of a run, to the Hugging Face hub.
 
     python tools/ckpts/upload.py exports/150M my-org/tokenformer-150m [BRANCH]
     python tools/ckpts/upload.py runs/150M my-org/tokenformer-150m --config_file configs/tokenformer/150M.yml --dry-run
@@ -10,23 +10,23 @@ started again, it goes on where it was interrupted. The token is that of HF_TOKE
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
 from megatron.config.load_config import load_words
-from megatron.errors import CheckpointError, exit_on_user_error
-from megatron.registry import require
+from megatron.errors import CheckpointError
+from megatron.registry import install_extra, require
+from tools.command_line import add_config_file, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Upload as asked, or say what would be uploaded."""
+    """Uploads what the command line names, or prints what would be uploaded."""
     for package in ("transformers", "huggingface_hub"):
-        require(package, "upload.py", "Install it with `pip install -r requirements/hf.txt`.")
+        require(package, "upload.py", install_extra("hf"))
     args = parse_args(argv)
     if args.config_file is None:
         upload_export(args)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def upload_export(args: argparse.Namespace) -> None:
-    """Upload one exported folder."""
+    """Uploads one exported folder."""
     from megatron.hf.upload import LAST_FILE, MAIN, describe_folder, repository, upload_folder
 
     if not (args.folder / LAST_FILE).is_file():
@@ -52,7 +52,7 @@ def upload_export(args: argparse.Namespace) -> None:
 
 
 def upload_checkpoints(args: argparse.Namespace) -> None:
-    """Export and upload every checkpoint of a run."""
+    """Exports and uploads every checkpoint of a run."""
     from megatron.hf.export_checkpoint import ExportOptions
     from megatron.hf.upload import planned_branches, repository, upload_run
 
@@ -70,15 +70,15 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Folder, repository and branch as in NeoX; what an export needs."""
+    """Parses folder, repository and branch as in NeoX, and the options of an export."""
     from megatron.hf.export_checkpoint import Precision
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("folder", type=Path, help="an exported folder, or with --config_file a run's folder")
     parser.add_argument("repo", help="repository, as in my-org/my-model; made if it is not there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("branch", nargs="?", help="branch for an exported folder (main)")
-    which.add_argument("--config_file", nargs="+", metavar="a.yml key=value", help="the run's YAML files")
+    add_config_file(which, "the run's YAML files")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="of a run's exports (auto)")
     parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows out of a run's exports")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -87,4 +87,4 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
 import numpy as np
 import numpy.typing as npt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.run_state import RunState
@@ -31,7 +31,7 @@ from megatron.config.load_config import LoadedConfig, load_config
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
-from megatron.errors import CheckpointError, ConfigError, exit_on_user_error
+from megatron.errors import CheckpointError, ConfigError
 from megatron.io.durable import atomic_write
 
 
@@ -138,4 +138,4 @@ def print_text(step: int, samples: npt.NDArray[np.int64], tokenizer: Tokenizer) 
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

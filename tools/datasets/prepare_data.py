@@ -14,7 +14,6 @@ the held-out tokens under the frequencies of the training tokens.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import json
@@ -26,6 +25,8 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
@@ -34,15 +35,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
 from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
 from megatron.data.tokenizer import END_OF_DOCUMENT
-from megatron.errors import DataError, exit_on_user_error
+from megatron.errors import DataError
 from megatron.io.durable import atomic_write
+from tools.command_line import tool_parser
 
 HELD_OUT = 0.05  # share of the characters
 SMALLEST_TEXT = 20_000  # characters
@@ -59,7 +59,7 @@ Group = list[str]
 
 def main(argv: Sequence[str]) -> int:
     """Prepares the data in the given folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for all files")
     parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (2048)")
@@ -229,4 +229,4 @@ def unigram_loss(train: npt.NDArray[np.int64], valid: npt.NDArray[np.int64]) -> 
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

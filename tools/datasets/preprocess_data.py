@@ -10,21 +10,17 @@ Reads .jsonl, .jsonl.gz and .jsonl.zst (one document per line) and .txt (one doc
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from megatron_tokenformer import run_tool
 
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
-from megatron.errors import exit_on_user_error
+from tools.command_line import positive, progress_bar, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses NeoX's flags, with its defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     text = parser.add_argument_group("input")
     text.add_argument("--input", action="append", required=True, help="a file, or several with commas; may be repeated")
     text.add_argument("--jsonl-keys", nargs="+", default=["text"], help="keys of the texts; a dataset each (text)")
@@ -79,13 +75,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def positive(text: str) -> int:
-    """Parses a whole number above 0 for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def split_paths(given: str) -> list[Path]:
     """Splits a comma-separated list of files; a file whose own name has a comma is taken whole."""
     return [Path(given)] if Path(given).exists() else [Path(part.strip()) for part in given.split(",")]
@@ -97,15 +86,8 @@ def shown_progress(
 ) -> Iterator[Callable[[Tally], None]]:
     """Shows a progress bar on standard error, by documents when their number is known, else by bytes of the input."""
     total = num_docs or sum(path.stat().st_size for path in inputs if path.is_file())
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     shown = 0
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("tokenizing", total=total)
 
         def report(tally: Tally) -> None:
@@ -120,4 +102,4 @@ def shown_progress(
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

@@ -1,4 +1,4 @@
-"""Draw the packages by floor, and the way of one batch through them: docs/architecture.svg.
+"""Draws the packages by floor, and the way of one batch through them: docs/architecture.svg.
 
     python tools/plots/draw_architecture.py [--output docs/architecture.svg]
 
@@ -8,7 +8,6 @@ docstrings; so the picture says what is so. A test compares it with the file.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import textwrap
@@ -16,10 +15,14 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tokenformer import run_tool
+
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+
+from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "docs" / "architecture.svg"
@@ -42,9 +45,9 @@ ONE_BATCH = (
 """Packages in the order in which one batch meets them."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (docs/architecture.svg)")
     options = parser.parse_args(argv)
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +131,8 @@ def draw_package(
     axes.text(x + 0.8, top - 0.32, "\n".join(lines), fontsize=8.8, color="#333333", va="top", linespacing=1.25)
     if number is not None:
         circle = {"boxstyle": "circle,pad=0.25", "fc": BATCH, "ec": "none"}
-        style = {"fontsize": 9, "color": "white", "va": "center", "ha": "center"}
-        axes.text(x + width - 1.3, top - 0.17, str(number), bbox=circle, **style)
+        place_of_number = (x + width - 1.3, top - 0.17)
+        axes.text(*place_of_number, str(number), bbox=circle, fontsize=9, color="white", va="center", ha="center")
     inner = rooms(name)
     step = (width - 1.2) / max(len(inner), 1)
     if step < NARROW:
@@ -141,8 +144,8 @@ def draw_package(
         _box(axes, (left, y + 0.06, step - 0.4, 0.5), ROOM, "#b5b5b5")
         axes.text(left + 0.4, y + 0.44, room, fontsize=8.6, fontweight="bold", color="#333333", va="center")
         lines = textwrap.wrap(what, width=int(step * LETTERS_PER_UNIT * 1.12), break_on_hyphens=False)[:2]
-        style = {"fontsize": 7.6, "color": "#555555", "va": "top", "linespacing": 1.2}
-        axes.text(left + 0.4, y + 0.34, "\n".join(lines), **style)
+        text = "\n".join(lines)
+        axes.text(left + 0.4, y + 0.34, text, fontsize=7.6, color="#555555", va="top", linespacing=1.2)
 
 
 def _box(axes: Axes, place: tuple[float, float, float, float], face: str, edge: str) -> None:
@@ -154,4 +157,4 @@ def _box(axes: Axes, place: tuple[float, float, float, float], face: str, edge: 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_tool(main)

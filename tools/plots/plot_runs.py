@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_tokenformer import run_tool
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,10 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from megatron.errors import DataError, EnvironmentSetupError, exit_on_user_error
+from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
+from tools.command_line import tool_parser
 from tools.plots.run_records import RunRecord, load_runs, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -240,9 +240,9 @@ def _name_lines(axes: Sequence[Axes], runs: Sequence[RunRecord], panels: Sequenc
             return
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the runs, panels and output of the command line."""
-    parser = argparse.ArgumentParser(description="Draw the curves of one or many runs.")
+    parser = tool_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help=".png, .pdf or .svg to write")
@@ -269,7 +269,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Draws the picture and prints its path. Returns the exit code; raises UserError for what the user can repair."""
     args = parse_args(argv)
     figure = draw(
@@ -292,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

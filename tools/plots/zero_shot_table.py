@@ -8,23 +8,22 @@ the default ones are those of the TokenFormer paper. Files about the same model 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tokenformer import run_tool
+
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from megatron.errors import ConfigError, DataError, exit_on_user_error
+from megatron.errors import ConfigError, DataError
 from megatron.inference.evaluation.results_file import metrics_of
 from megatron.monitor.format_quantities import format_count
+from tools.command_line import tool_parser
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (
@@ -199,9 +198,9 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Writes the three files. Raises DataError for files that are no results, ConfigError for a malformed column."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC")
@@ -223,4 +222,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    run_tool(main)

@@ -51,19 +51,20 @@ OPTIMIZERS.register("adamw")(
         ),
         implementations={
             "torch AdamW": Implementation("torch.optim:AdamW", lambda section: _arguments(section, fused=False)),
-            "apex FusedAdam": Implementation(
-                "apex.optimizers:FusedAdam",
-                lambda section: _arguments(section, adam_w_mode=True),
-                step_count="group",
-                switch="apex_fused_adam",
-                runs_on_cpu=False,
-                how_to_get_it="Install apex, or set the key to auto or off.",
-            ),
             "torch fused AdamW": Implementation(
                 "torch.optim:AdamW",
                 lambda section: _arguments(section, fused=True),
                 step_on_device=True,
                 switch="torch_fused_adamw",
+                gpu="preferred",
+            ),
+            "apex FusedAdam": Implementation(
+                "apex.optimizers:FusedAdam",
+                lambda section: _arguments(section, adam_w_mode=True),
+                step_count="group",
+                switch="apex_fused_adam",
+                gpu="required",
+                how_to_get_it="Install apex, or set the key to auto or off.",
             ),
         },
         known_to_deepspeed=True,

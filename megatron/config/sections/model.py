@@ -11,7 +11,7 @@ from megatron.config.sections.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
 Architecture = Annotated[str, OneOf(partial(variant_names, "megatron.config.architectures"))]
-Theta = Literal["softmax", "gelu_l2_norm", "l2_norm_gelu"]
+Theta = Annotated[str, OneOf(partial(variant_names, "megatron.kernels.pattention.thetas"))]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh"]
 InitMethod = Literal[

@@ -1,4 +1,4 @@
-"""GPT-NeoX, and Pythia as an instance of it, to and from transformers' GPTNeoXForCausalLM."""
+"""Map of GPT-NeoX, and of Pythia as an instance of it, to transformers' GPTNeoXForCausalLM and back."""
 
 from __future__ import annotations
 
@@ -44,17 +44,18 @@ FIELDS = FieldMap(
 )
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""Ours to theirs. The older names gelu_new and gelu_fast are the same tanh formula, and are read too."""
+"""Ours to theirs."""
 THEIR_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
+"""Theirs to ours: the older names gelu_new and gelu_fast are the same tanh formula."""
 
 
 def to_config(model: ModelConfig, vocab_rows: int) -> GPTNeoXConfig:
-    """Their configuration of our model. Raises ConfigError for a model that GPTNeoXForCausalLM cannot be."""
+    """Returns their configuration of our model. Raises ConfigError for a model that GPTNeoXForCausalLM cannot be."""
     if model.final_norm not in (None, "layernorm"):
         raise ConfigError(
             f"final_norm: GPTNeoXForCausalLM always has 'layernorm', and this model {model.final_norm!r}."
@@ -73,7 +74,7 @@ def to_config(model: ModelConfig, vocab_rows: int) -> GPTNeoXConfig:
 
 
 def to_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Our settings of their configuration. Raises ConfigError for one that our gpt_neox cannot be."""
+    """Returns our settings of their configuration. Raises ConfigError for one that our gpt_neox cannot be."""
     if config.intermediate_size != 4 * config.hidden_size:
         raise ConfigError(
             f"intermediate_size: {config.intermediate_size}; our MLP has 4 x hidden_size = {4 * config.hidden_size}."

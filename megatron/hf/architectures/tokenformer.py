@@ -1,4 +1,4 @@
-"""TokenFormer to and from its Hugging Face form, which megatron/hf/modeling_tokenformer.py defines."""
+"""Map of TokenFormer to its Hugging Face form, which megatron/hf/modeling_tokenformer.py defines, and back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FIELDS = FieldMap(
 
 
 def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
-    """Their configuration of our model."""
+    """Returns their configuration of our model."""
     return TokenFormerConfig(
         vocab_size=vocab_rows,
         final_norm=model.final_norm or model.norm,
@@ -58,7 +58,7 @@ def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
 
 
 def to_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Our settings of their configuration."""
+    """Returns our settings of their configuration."""
     positions = {"pos_emb": "rotary", "rotary_pct": config.rotary_pct} if config.rotary_pct else {"pos_emb": "none"}
     return FIELDS.to_ours(config) | positions | {"final_norm": config.final_norm}
 

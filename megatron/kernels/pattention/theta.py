@@ -1,7 +1,8 @@
-"""The three normalizations of Pattention scores, forward and backward in closed form, over tokens that may be split.
+"""Theta, the normalization of Pattention scores: its definition, and its gradient in closed form.
 
-Each needs one row statistic forward and one row sum backward. Both run over all parameter tokens: where these are
-split over ranks, a RowReduction completes them. Dropping the backward one gives right outputs and wrong gradients.
+A Theta is one module in `thetas/`. Each needs one row statistic forward and one row sum backward. Both run over all
+parameter tokens: where these are split over ranks, a RowReduction completes them. Dropping the backward one gives right
+outputs and wrong gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.registry import Registry
@@ -31,101 +31,57 @@ class RowReduction:
 
 
 class Theta(Protocol):
-    """A normalization. a [..., p] scores of the tokens on this rank; statistic [..., k] in float32 or float64;
-    results in the statistic's dtype. `scale_base` is called s below; <., .> is a row's inner product."""
+    """A normalization of scores over the last dimension, which is a row's parameter tokens.
 
-    def statistic(self, a: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
-        """The row statistic that both other methods need."""
-
-    def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
-        """h = Theta(a)."""
-
-    def gradient(
-        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
-    ) -> tuple[Tensor, Tensor]:
-        """h once more, and da = dL/da from g = dL/dh."""
-
-
-THETAS: Registry[Theta] = Registry("normalization of Pattention scores")
-
-
-class _L2NormGelu:
-    """u = r a, h = gelu(u), r = sqrt(s) / ||a||;  with p = g gelu'(u):  da = r (p - u <p, u> / s)."""
-
-    def statistic(self, a: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
-        return _norm_factor(a, scale_base, rows)
-
-    def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
-        return F.gelu(a * statistic)
-
-    def gradient(
-        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
-    ) -> tuple[Tensor, Tensor]:
-        u = a * statistic
-        p = _gelu_backward(g, u)
-        projection = rows.sum((p * u).sum(-1, keepdim=True)) / scale_base
-        return F.gelu(u), p.addcmul_(u, projection, value=-1).mul_(statistic)
-
-
-class _GeluL2Norm:
-    """w = gelu(a), h = r w, r = sqrt(s) / ||w||;  da = r (g - h <g, h> / s) gelu'(a)."""
-
-    def statistic(self, a: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
-        return _norm_factor(F.gelu(a.to(_wide(a))), scale_base, rows)
-
-    def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
-        return F.gelu(a.to(statistic.dtype)) * statistic
-
-    def gradient(
-        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
-    ) -> tuple[Tensor, Tensor]:
-        h = self.weights(a, statistic, scale_base)
-        projection = rows.sum((g * h).sum(-1, keepdim=True)) / scale_base
-        return h, _gelu_backward((g - h * projection).mul_(statistic), a.to(statistic.dtype))
-
-
-class _Softmax:
-    """h = s exp(a - m) / z, with m the row's maximum and z = sum(exp(a - m));  da = h (g - <g, h> / s).
-
-    The statistic is (m, z).
+    `scale_base` is the token count that sets the scale: the current count unless growth has pinned it. The formulas
+    call it s, and the inner product of two rows <., .>. A row whose norm is zero, or too small to square, gives zero
+    and no gradient, where the published code divides by zero.
     """
 
-    def statistic(self, a: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
-        largest = rows.max(a.amax(-1, keepdim=True).to(_wide(a)))
-        total = rows.sum((a - largest).exp_().sum(-1, keepdim=True))
-        return torch.cat((largest, total), dim=-1)
+    def definition(self, scores: Tensor, scale_base: int) -> Tensor:
+        """Computes Theta(a) in plain torch over whole rows [..., P], for comparison; the gradient is autograd's."""
 
-    def weights(self, a: Tensor, statistic: Tensor, scale_base: int) -> Tensor:
-        largest, total = statistic.chunk(2, dim=-1)
-        return (a - largest).exp_().mul_(scale_base / total)
+    def statistic(self, a_RJp: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
+        """Computes the row statistic [R, J, k] that the other two methods need, in float32 (float64 for float64)."""
+
+    def weights(self, a_RJp: Tensor, statistic_RJk: Tensor, scale_base: int) -> Tensor:
+        """Computes h = Theta(a) [R, J, p], in the statistic's dtype."""
 
     def gradient(
-        self, g: Tensor, a: Tensor, statistic: Tensor, *, scale_base: int, rows: RowReduction
+        self, g_RJp: Tensor, a_RJp: Tensor, statistic_RJk: Tensor, *, scale_base: int, rows: RowReduction
     ) -> tuple[Tensor, Tensor]:
-        h = self.weights(a, statistic, scale_base)
-        projection = rows.sum((g * h).sum(-1, keepdim=True)) / scale_base
-        return h, (g - projection).mul_(h)
+        """Computes h once more, and da = dL/da from g = dL/dh, both in the statistic's dtype."""
 
 
-THETAS.register("l2_norm_gelu")(_L2NormGelu())
-THETAS.register("gelu_l2_norm")(_GeluL2Norm())
-THETAS.register("softmax")(_Softmax())
+THETAS: Registry[Theta] = Registry("normalization of Pattention scores", package="megatron.kernels.pattention.thetas")
 
 
-def _wide(scores: Tensor) -> torch.dtype:
-    return torch.promote_types(scores.dtype, torch.float32)
+def scaled_to_norm(rows: Tensor, norm: float) -> Tensor:
+    """Scales whole rows to the Euclidean length `norm`; rows that vanish become zero."""
+    sum_of_squares = rows.square().sum(-1, keepdim=True)
+    vanishing = sum_of_squares < torch.finfo(rows.dtype).tiny
+    factor = norm / sum_of_squares.masked_fill(vanishing, 1.0).sqrt()
+    return rows * factor.masked_fill(vanishing, 0.0)
 
 
-def _norm_factor(values: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
-    """sqrt(s) / ||values||, and 0 where the squares sum to zero or to less than the smallest normal number."""
-    local = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=_wide(values)).square()
+def norm_factor(values_RJp: Tensor, scale_base: int, rows: RowReduction) -> Tensor:
+    """Computes sqrt(s) / ||values|| [R, J, 1] over all ranks' tokens.
+
+    It is 0 where the squares sum to zero or to less than the smallest normal number.
+    """
+    local = torch.linalg.vector_norm(values_RJp, dim=-1, keepdim=True, dtype=wide_dtype(values_RJp)).square()
     sum_of_squares = rows.sum(local)
     vanishing = sum_of_squares < torch.finfo(sum_of_squares.dtype).tiny
     factor = math.sqrt(scale_base) * sum_of_squares.rsqrt()
     return factor.masked_fill_(vanishing, 0.0)
 
 
-def _gelu_backward(g: Tensor, u: Tensor) -> Tensor:
-    """g gelu'(u), a new tensor in u's dtype."""
+def wide_dtype(scores: Tensor) -> torch.dtype:
+    """Returns the number format of the normalization: float64 for float64, else float32."""
+    return torch.promote_types(scores.dtype, torch.float32)
+
+
+def gelu_gradient(g: Tensor, u: Tensor) -> Tensor:
+    """Computes g gelu'(u) for the exact erf GeLU: a new tensor in u's dtype."""
     gradient: Tensor = torch.ops.aten.gelu_backward(g.to(u.dtype), u)
     return gradient

@@ -11,5 +11,5 @@ from megatron.model.norms import NORMS
 
 @ARCHITECTURES.register("gpt_neox")
 def gpt_neox_layer(model: ModelConfig) -> TransformerLayerSpec:
-    """Linear projections and a two-matrix MLP."""
+    """Builds a layer of linear projections and a two-matrix MLP."""
     return TransformerLayerSpec(norm=NORMS[model.norm], attention=LinearSelfAttention, mlp=MLP)

@@ -12,7 +12,7 @@ from megatron.mpu.context import ParallelContext
 
 @ARCHITECTURES.register("tokenformer")
 def tokenformer_layer(model: ModelConfig) -> TransformerLayerSpec:
-    """Four Pattentions in attention, one as the MLP."""
+    """Builds a layer of four Pattentions in attention and one as the MLP."""
     return TransformerLayerSpec(norm=NORMS[model.norm], attention=PattentionSelfAttention, mlp=_mlp)
 
 

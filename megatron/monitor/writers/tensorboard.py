@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.monitor.metrics_writer import HOW_TO_GET_DASHBOARDS, WRITERS, MonitoredRun, lost_on
-from megatron.registry import require
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
+from megatron.registry import install_extra, require
 
 
 class TensorBoardWriter:
@@ -19,8 +19,8 @@ class TensorBoardWriter:
 
         Raises EnvironmentSetupError where the package is missing, BackendLostError where the folder cannot be written.
         """
-        require("tensorboard", "tensorboard_dir", HOW_TO_GET_DASHBOARDS)
-        summary = require("torch.utils.tensorboard", "tensorboard_dir", HOW_TO_GET_DASHBOARDS)
+        require("tensorboard", "tensorboard_dir", install_extra("monitor"))
+        summary = require("torch.utils.tensorboard", "tensorboard_dir", install_extra("monitor"))
         with self._guarded():
             self._writer = summary.SummaryWriter(log_dir=str(folder), purge_step=resume_iteration + 1)
 

@@ -11,9 +11,9 @@ from types import ModuleType
 
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
-from megatron.monitor.metrics_writer import HOW_TO_GET_DASHBOARDS, WRITERS, MonitoredRun, lost_on
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
 from megatron.monitor.redaction import redact
-from megatron.registry import require
+from megatron.registry import install_extra, require
 
 _logger = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class WandbWriter:
         Raises EnvironmentSetupError where the package or the credentials are missing, BackendLostError where the server
         cannot be reached.
         """
-        wandb = require("wandb", "use_wandb", HOW_TO_GET_DASHBOARDS)
-        mailbox = require("wandb.sdk.mailbox", "use_wandb", HOW_TO_GET_DASHBOARDS)
+        wandb = require("wandb", "use_wandb", install_extra("monitor"))
+        mailbox = require("wandb.sdk.mailbox", "use_wandb", install_extra("monitor"))
         # wandb talks to a process of its own: its errors, and those of a lost connection to that process.
         self._errors = (wandb.Error, mailbox.MailboxClosedError, mailbox.HandleAbandonedError, OSError)
         # Silent also means that wandb fails for want of a key instead of asking, while other ranks wait.

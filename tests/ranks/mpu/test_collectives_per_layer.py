@@ -25,7 +25,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.models import tiny_pythia, tiny_tokenformer
 
 BATCH, LENGTH, WIDTH = 2, 16, 32
-T, TD = BATCH * LENGTH, BATCH * LENGTH * WIDTH
+R, RD = BATCH * LENGTH, BATCH * LENGTH * WIDTH
 Sent = Counter[tuple[str, int]]
 """How often (kind, elements) was called; elements of the whole tensor, as every rank would hold it."""
 
@@ -76,32 +76,32 @@ def tokenformer(theta: str) -> ModelConfig:
     return tiny_tokenformer(tokens=ParamTokenConfig(qkv=24, proj=16, ffn=40, theta=theta))
 
 
-STATISTICS = reduced(3 * T, T, T)
+STATISTICS = reduced(3 * R, R, R)
 CASES = {  # model, sequence parallel, forward, backward
     "tokenformer": (
         tokenformer("l2_norm_gelu"),
         False,
-        STATISTICS + scattered(3 * TD) + gathered(TD) + reduced(TD, TD),
-        STATISTICS + gathered(3 * TD) + scattered(TD) + reduced(TD, TD),
+        STATISTICS + scattered(3 * RD) + gathered(RD) + reduced(RD, RD),
+        STATISTICS + gathered(3 * RD) + scattered(RD) + reduced(RD, RD),
     ),
     "tokenformer, sequence": (
         tokenformer("gelu_l2_norm"),
         True,
-        STATISTICS + gathered(TD, TD, TD) + scattered(3 * TD, TD, TD),
-        STATISTICS + scattered(TD, TD, TD) + gathered(3 * TD, TD, TD),
+        STATISTICS + gathered(RD, RD, RD) + scattered(3 * RD, RD, RD),
+        STATISTICS + scattered(RD, RD, RD) + gathered(3 * RD, RD, RD),
     ),
     "tokenformer, softmax": (
         tokenformer("softmax"),
         False,
-        STATISTICS + STATISTICS + scattered(3 * TD) + gathered(TD) + reduced(TD, TD),
-        STATISTICS + gathered(3 * TD) + scattered(TD) + reduced(TD, TD),
+        STATISTICS + STATISTICS + scattered(3 * RD) + gathered(RD) + reduced(RD, RD),
+        STATISTICS + gathered(3 * RD) + scattered(RD) + reduced(RD, RD),
     ),
-    "pythia": (tiny_pythia(), False, reduced(TD, TD), reduced(TD, TD)),
+    "pythia": (tiny_pythia(), False, reduced(RD, RD), reduced(RD, RD)),
     "pythia, sequence": (
         tiny_pythia(),
         True,
-        gathered(TD, TD) + scattered(TD, TD),
-        gathered(TD, TD) + scattered(TD, TD) + reduced(*[WIDTH] * 6),
+        gathered(RD, RD) + scattered(RD, RD),
+        gathered(RD, RD) + scattered(RD, RD) + reduced(*[WIDTH] * 6),
     ),
 }
 
@@ -115,13 +115,13 @@ def test_counts_equal_the_formula(case: str) -> None:
 
 
 KINDS = {"AG": (ALL_GATHER, 1), "RS": (REDUCE_SCATTER, 1), "AR": ("all_reduce", 2)}
-"""The table's words; how many u the exchange of one T x D tensor is, u = T D (tp - 1) / tp elements per rank."""
+"""The table's words; how many u the exchange of one R x D tensor is, u = R D (tp - 1) / tp elements per rank."""
 
 
 def volumes(sent: Sent) -> dict[str, Fraction]:
     """In units of u, by the table's words; row statistics and small gradients are not counted."""
     of_kind = {
-        word: sum(Fraction(u * n * times, TD) for (kind, n), times in sent.items() if kind == name and n >= TD)
+        word: sum(Fraction(u * n * times, RD) for (kind, n), times in sent.items() if kind == name and n >= RD)
         for word, (name, u) in KINDS.items()
     }
     return {word: volume for word, volume in of_kind.items() if volume}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
+from megatron.kernels.pattention.theta import THETAS
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.model.embedding import tied_logits
 from megatron.model.layer import TransformerLayer
@@ -16,7 +17,6 @@ from megatron.mpu.parameters import initialize_parameters, local_shard, paramete
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
-ALL_THETAS = ["softmax", "gelu_l2_norm", "l2_norm_gelu"]
 TOLERANCE = 1e-9
 
 
@@ -79,7 +79,7 @@ def tokenformer_with(theta: str) -> ModelConfig:
 
 
 BLOCKS = {
-    **{theta: tokenformer_with(theta) for theta in ALL_THETAS},
+    **{theta: tokenformer_with(theta) for theta in THETAS},
     "pythia": tiny_pythia(),
     "sequential": tiny_pythia(parallel_residual=False, norm="rmsnorm"),
 }

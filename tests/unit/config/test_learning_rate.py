@@ -130,3 +130,17 @@ def test_wsd_at_its_edges(warmup: float, decay_iters: int | None, wsd_decay_iter
     for step in range(120):
         expected = published_wsd(step, "exponential", int(warmup * end), end, wsd_decay_iters, 6e-4, 6e-5)
         assert lr_at(step, peak=6e-4, schedule=schedule, train_iters=100) == pytest.approx(expected, rel=1e-12)
+
+
+def test_other_styles_are_saved_as_before_wsd() -> None:
+    """In the words of the checkpoints that exist; what was set all the same is not lost."""
+    saved = (
+        '{"style":"cosine","warmup":0.01,"decay_iters":null,"min_lr":0.0,"override_lr_scheduler":false,'
+        '"use_checkpoint_lr_scheduler":false}'
+    )
+    schedule = LRScheduleConfig.model_validate_json(saved)
+    assert schedule.model_dump_json() == saved
+    for style in ("cosine", "WSD"):
+        annealed = LRScheduleConfig(style=style, wsd_decay_style="linear", wsd_decay_iters=3)
+        assert LRScheduleConfig.model_validate_json(annealed.model_dump_json()) == annealed
+    assert '"wsd_decay_style":"exponential"' in LRScheduleConfig(style="WSD", wsd_decay_iters=3).model_dump_json()

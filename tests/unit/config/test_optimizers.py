@@ -133,6 +133,12 @@ def test_one_implementation_of_an_optimizer_can_be_asked_for() -> None:
     assert load_config([PYTHIA], ["apex_fused_adam=off", "torch_fused_adamw=on"]).run.speedups.torch_fused_adamw == "on"
 
 
+@pytest.mark.usefixtures("sign")
+def test_an_unknown_type_is_answered_with_all_that_are_registered() -> None:
+    with pytest.raises(ConfigError, match=r"the optimizer Lion is not implemented; use Adam, .* as in NeoX, or Sign$"):
+        loaded("optimizer.type=Lion")
+
+
 def test_keys_that_adamw_does_not_have() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config([PYTHIA], ["optimizer.params.beta=1", "optimizer.params.momentum=0.9"])

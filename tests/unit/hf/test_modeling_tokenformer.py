@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from megatron.hf import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+from megatron.hf import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel, modeling_tokenformer
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
-from megatron.kernels.attention.reference import causal_attention_reference
+from megatron.kernels.attention.backends.reference import causal_attention_reference
+from megatron.kernels.pattention.theta import THETAS
 from tests.helpers.models import VOCAB, tiny_tokenformer
 from tests.helpers.transformers_pairs import TOKENFORMERS, VARIANTS, grown_tokens, pair, random_tokens
 
@@ -274,7 +275,7 @@ def test_scale_bases_are_saved_and_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-@pytest.mark.parametrize("variant", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+@pytest.mark.parametrize("variant", list(THETAS))
 def test_low_precision_stays_within_its_own_error(variant: str, dtype: torch.dtype, unit: float) -> None:
     """Weights and activations rounded to relative error `unit`: the logits' error is a small multiple of it."""
     model = pair(VARIANTS[variant])[1]
@@ -285,7 +286,16 @@ def test_low_precision_stays_within_its_own_error(variant: str, dtype: torch.dty
     assert 0 < (got - want).norm() / want.norm() < 8 * unit
 
 
-@pytest.mark.parametrize("theta", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+@pytest.mark.parametrize("theta", list(THETAS))
+def test_every_registered_theta_has_its_formula_in_the_modelling_file(theta: str) -> None:
+    """Exports carry that file alone, so it spells each Theta out once more."""
+    assert theta in modeling_tokenformer.THETAS, f"write {theta} into THETAS of megatron/hf/modeling_tokenformer.py"
+    scores = 3 * torch.randn(5, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    got, want = modeling_tokenformer.THETAS[theta](scores, 7), THETAS[theta].definition(scores, 7)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("theta", list(THETAS))
 @pytest.mark.parametrize("value", [0.0, 1e4])
 def test_extreme_scores_stay_finite(theta: str, value: float) -> None:
     model = pair(VARIANTS[theta])[1].to(torch.bfloat16)

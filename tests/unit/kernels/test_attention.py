@@ -1,31 +1,29 @@
-"""Causal attention: the fused kernel against the definition, the definition against hand-made cases."""
+"""Causal attention: every backend against the definition, the definition against hand-made cases."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from megatron.kernels.attention.op import cached_attention, causal_attention
-from megatron.kernels.attention.reference import causal_attention_reference
+from megatron.kernels.attention.backends.reference import causal_attention_reference
+from megatron.kernels.attention.causal_attention import CAUSAL_ATTENTION, cached_attention
+from tests.helpers.kernel_backends import assert_near, fast_backends, load_backend, outputs_and_gradients, seeded
+
+SHAPE = (2, 7, 3, 8)
 
 
-def random_qkv(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(2, 7, 3, 8, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
-
-
-def test_fused_equals_reference_in_outputs_and_gradients() -> None:
-    results = []
-    for function in (causal_attention, lambda *qkv: causal_attention_reference(*qkv)[0]):
-        leaves = [t.requires_grad_() for t in random_qkv()]
-        out = function(*leaves)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", fast_backends(CAUSAL_ATTENTION))
+def test_backend_computes_the_definition(name: str) -> None:
+    backend = load_backend(CAUSAL_ATTENTION, name)
+    *qkv, probe = backend.prepared(seeded(*[SHAPE] * 4))
+    got = outputs_and_gradients(lambda leaves: backend.function(*leaves, 0.0), qkv, probe)
+    *wide, wide_probe = [tensor.cpu().double() for tensor in (*qkv, probe)]
+    want = outputs_and_gradients(lambda leaves: causal_attention_reference(*leaves)[0], wide, wide_probe)
+    assert_near(got, want, backend.tolerance)
 
 
 def test_probabilities_are_causal_and_normalized() -> None:
-    _, probabilities = causal_attention_reference(*random_qkv(torch.bfloat16))
+    _, probabilities = causal_attention_reference(*seeded(*[SHAPE] * 3, dtype=torch.bfloat16))
     assert probabilities.dtype == torch.float32
     assert probabilities.shape == (2, 3, 7, 7)
     assert (probabilities.triu(1) == 0).all()
@@ -33,21 +31,26 @@ def test_probabilities_are_causal_and_normalized() -> None:
 
 
 def test_equal_scores_average_the_past() -> None:
-    q, k, v = random_qkv()
+    q, k, v = seeded(*[SHAPE] * 3)
     out, _ = causal_attention_reference(torch.zeros_like(q), k, v)
     counts = torch.arange(1, 8, dtype=v.dtype).view(1, -1, 1, 1)
     torch.testing.assert_close(out, v.cumsum(1) / counts, rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_drops() -> None:
+@pytest.mark.parametrize("name", list(CAUSAL_ATTENTION))
+def test_dropout_drops(name: str) -> None:
+    backend = load_backend(CAUSAL_ATTENTION, name)
     torch.manual_seed(0)
-    q, k, v = random_qkv(torch.float32)
-    assert not torch.equal(causal_attention(q, k, v, dropout=0.5), causal_attention(q, k, v, dropout=0.5))
-    assert torch.equal(causal_attention(q, k, v), causal_attention(q, k, v))
+    qkv = backend.prepared(seeded(*[SHAPE] * 3))
+    plain = backend.function(*qkv, 0.0)
+    assert not torch.equal(backend.function(*qkv, 0.5), backend.function(*qkv, 0.5))
+    assert torch.equal(backend.function(*qkv, 0.0), plain)
+    mean = torch.stack([backend.function(*qkv, 0.5).double() for _ in range(2000)]).mean(0)
+    assert float((mean - plain).abs().max()) < 0.2  # three standard deviations of the mean
 
 
 def test_new_queries_over_cached_keys_are_the_last_rows() -> None:
-    q, k, v = random_qkv()
+    q, k, v = seeded(*[SHAPE] * 3)
     want = causal_attention_reference(q, k, v)[0]
     cached = [x.transpose(1, 2) for x in (k, v)]
     got = cached_attention(q[:, -1:], *cached, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,14 +16,36 @@ from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
+from megatron.kernels.attention.causal_attention import CAUSAL_ATTENTION
+from megatron.kernels.backends import Backend
+from megatron.kernels.layer_norm.layer_norm import LAYER_NORM
+from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.model.causal_lm import build_local
-from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
+from megatron.model.speedups import SLOTS, Speedups, apply_speedups, choose_speedups
 from megatron.training.optimizer import build_optimizer
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
-FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
 ADAMW = AdamWConfig(lr=1e-2, betas=[0.9, 0.95])
-PLAIN = Speedups("torch SDPA", "torch", "torch AdamW", compile=False)
+FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
+
+
+def speedups(
+    attention: str = "sdpa",
+    layer_norm: str = "native",
+    optimizer: str = "torch AdamW",
+    *,
+    compile: bool = False,  # noqa: A002 - the field's name
+) -> Speedups:
+    """Names the backends by their names in the registries."""
+    kernels = {
+        "attention": CAUSAL_ATTENTION[attention],
+        "pattention": PATTENTION["autograd"],
+        "layer norm": LAYER_NORM[layer_norm],
+    }
+    return Speedups(kernels, optimizer, compile)
+
+
+PLAIN = speedups()
 
 
 @pytest.fixture
@@ -73,13 +96,13 @@ def test_a_cpu_without_packages_uses_torch_alone() -> None:
 
 def test_a_gpu_uses_torchs_fused_adam_without_packages() -> None:
     chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
-    assert chosen == Speedups("torch SDPA", "torch", "torch fused AdamW", compile=False)
+    assert chosen == speedups(optimizer="torch fused AdamW")
 
 
 def test_auto_takes_what_is_installed_and_fits(packages: dict[str, list[Any]]) -> None:
     chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
-    assert chosen == Speedups("flash-attn", "apex", "apex FusedAdam", compile=False)
-    assert choose_speedups(SpeedupsConfig(), FP32, ADAMW, on_gpu=True).attention == "torch SDPA"
+    assert chosen == speedups("flash_attn", "apex", "apex FusedAdam")
+    assert choose_speedups(SpeedupsConfig(), FP32, ADAMW, on_gpu=True).kernels["attention"].label == "torch SDPA"
     assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
     assert str(chosen) == "attention flash-attn | layer norm apex | optimizer apex FusedAdam | not compiled"
 
@@ -110,12 +133,28 @@ def test_on_where_it_cannot_work(packages: dict[str, list[Any]], monkeypatch: py
 @pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
 def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, list[Any]]) -> None:
     plain, fast = build_local(model, VOCAB, seed=1), build_local(model, VOCAB, seed=1)
-    apply_speedups(fast, Speedups("flash-attn", "apex", "torch AdamW", compile=False))
+    apply_speedups(fast, speedups("flash_attn", "apex"))
     tokens = torch.randint(0, VOCAB.actual, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(fast(tokens), plain(tokens), rtol=0, atol=0)
     assert packages["flash"] == [(0.0, True)] * model.num_layers
     inside = "plain" if model.norm == "layernorm_nonparam" else "affine"
     assert packages["norm"] == [inside] * (2 * model.num_layers) + ["affine"]
+
+
+@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+def test_every_operation_can_be_replaced_by_its_reference(model: Any) -> None:
+    plain, spelled_out = (build_local(model, VOCAB, seed=1).double() for _ in range(2))
+    references = {slot.operation.kind: slot.operation["reference"] for slot in SLOTS}
+    calls = []
+
+    def counted(operation: str) -> Backend[Any]:
+        function = references[operation].load()
+        return replace(references[operation], load=lambda: lambda *a, **k: calls.append(operation) or function(*a, **k))
+
+    apply_speedups(spelled_out, Speedups({kind: counted(kind) for kind in references}, "torch AdamW", compile=False))
+    tokens = torch.randint(0, VOCAB.actual, (2, 8), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(spelled_out(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
+    assert set(calls) == {*references} - ({"pattention"} if model.param_tokens is None else set())
 
 
 def test_optimizers_take_the_same_step(packages: dict[str, list[Any]]) -> None:
@@ -136,14 +175,14 @@ def test_optimizers_take_the_same_step(packages: dict[str, list[Any]]) -> None:
 
 def test_compiled_layers_keep_names_and_weights() -> None:
     plain, compiled = build_local(tiny_tokenformer(), VOCAB, 1), build_local(tiny_tokenformer(), VOCAB, 1)
-    apply_speedups(compiled, Speedups("torch SDPA", "torch", "torch AdamW", compile=True))
+    apply_speedups(compiled, speedups(compile=True))
     assert list(compiled.state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.full
 def test_compiled_layers_compute_the_same() -> None:
     plain, compiled = build_local(tiny_tokenformer(), VOCAB, 1), build_local(tiny_tokenformer(), VOCAB, 1)
-    apply_speedups(compiled, Speedups("torch SDPA", "torch", "torch AdamW", compile=True))
+    apply_speedups(compiled, speedups(compile=True))
     tokens = torch.randint(0, VOCAB.actual, (2, 8), generator=torch.Generator().manual_seed(0))
     for module in (plain, compiled):
         module(tokens).logsumexp(-1).mean().backward()

@@ -106,7 +106,7 @@ def test_a_missing_package_that_was_asked_for_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "is_installed", lambda name: name != package)
-    with pytest.raises(EnvironmentSetupError, match=rf"'{package}'.*requirements/monitor\.txt"):
+    with pytest.raises(EnvironmentSetupError, match=rf"'{package}'.*pip install -e '\.\[monitor\]'"):
         _build(config, tmp_path / "run")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
+from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES
 from megatron.checkpointing.convert.neox.neox_files import NeoxFiles, open_neox
 from megatron.checkpointing.convert.neox.neox_merge import NeoxMerger
 from megatron.checkpointing.convert.neox.neox_model import model_of, require_same_model
@@ -68,7 +69,7 @@ class NeoxStates:
         require_same_model(self.files, found, run.model)
         self.source_rows = found.vocabulary_rows
         self.vocab = imported_vocabulary(self.source_rows, run, str(self.files.path))
-        self._merger = NeoxMerger(self.source_rows, parallel_residual=run.model.parallel_residual)
+        self._merger = NeoxMerger(self.source_rows, NEOX_ARCHITECTURES[run.model.architecture].summed_biases(run.model))
         self._layouts = layer_layouts(run.model, self.vocab)
         self._num_parameters = 0
         self._theirs = _names_of(self.files, run.model, self._layouts)

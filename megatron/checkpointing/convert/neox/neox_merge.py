@@ -13,15 +13,13 @@ from megatron.checkpointing.states.parameter_layout import merge
 from megatron.errors import CheckpointError
 from megatron.mpu.parameters import ParameterSpec
 
-ROW_PARALLEL_BIASES = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
-
 
 class NeoxMerger:
     """Merges the parameters of one checkpoint, and keeps in mind which of their replicas differed."""
 
-    def __init__(self, vocabulary_rows: int, *, parallel_residual: bool) -> None:
+    def __init__(self, vocabulary_rows: int, summed_biases: tuple[str, ...]) -> None:
         self.vocabulary_rows = vocabulary_rows
-        self.parallel_residual = parallel_residual
+        self.summed_biases = summed_biases
         self.differing: dict[str, float] = {}
         """Name of a replicated parameter whose ranks did not agree -> their largest difference; it was averaged."""
 
@@ -47,7 +45,7 @@ class NeoxMerger:
         if len(parts) == 1:
             return parts[0]
         together = torch.stack([part.double() for part in parts])
-        if self.parallel_residual and name.endswith(ROW_PARALLEL_BIASES):
+        if name.endswith(self.summed_biases):
             return together.sum(0).to(parts[0].dtype)
         apart = float((together - together[0]).abs().max())
         if apart == 0.0:

@@ -1,21 +1,23 @@
-"""What the tensors of a NeoX checkpoint say of their model, by YAML key."""
+"""Reads the model off the tensors of a NeoX checkpoint, by YAML key.
+
+The keys of one architecture are in `architectures/`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from megatron.checkpointing.convert.neox.neox_files import NeoxFiles, StoredTensor
+from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES, LayerTensors
+from megatron.checkpointing.convert.neox.neox_files import NeoxFiles
+from megatron.config.architecture import DEFAULT_ARCHITECTURE
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import CheckpointError, ConfigError
 
 EMBEDDING = "0.word_embeddings.weight"
 FIRST = "2."
-"""What the names of the first transformer layer begin with."""
+"""Prefix of the names in the first transformer layer."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ class NeoxModel:
 
 
 def model_of(files: NeoxFiles) -> NeoxModel:
-    """Read it off. Raises CheckpointError when these are no tensors of GPT-NeoX, or a layer is missing."""
+    """Reads the model off names and shapes.
+
+    Raises CheckpointError when these are no tensors of GPT-NeoX, or a layer is missing.
+    """
     blocks = sorted({int(match[1]) for name in files.tensors if (match := re.match(r"(\d+)\.(attention|mlp)\.", name))})
     if EMBEDDING not in files.tensors or not blocks:
         names = ", ".join(sorted(files.tensors)[:3])
@@ -42,27 +47,24 @@ def model_of(files: NeoxFiles) -> NeoxModel:
     embedding = [part.read() for part in files.tensors[EMBEDDING]]
     if any(part.dim() != 2 for part in embedding):
         raise CheckpointError(f"{files.path}: {files.describe(EMBEDDING)} is no matrix of vocabulary rows.")
+    first = {name.removeprefix(FIRST): parts for name, parts in files.tensors.items() if name.startswith(FIRST)}
+    architecture = _architecture_of(first)
     settings = {
-        "architecture": "gpt_neox",
+        "architecture": architecture,
         "num_layers": len(blocks),
         "hidden_size": embedding[0].shape[1],
         "no_weight_tying": f"{blocks[-1] + 3}.final_linear.weight" in files.tensors,
         "norm": _norm(files, f"{FIRST}input_layernorm."),
         "final_norm": _norm(files, f"{blocks[-1] + 2}.norm."),
     }
-    tokens = {"qkv_slot_num": "attention.query", "proj_slot_num": "attention.proj", "ffn_slot_num": "mlp"}
-    keys = {key: files.tensors.get(f"{FIRST}{where}.key_param_tokens") for key, where in tokens.items()}
-    if any(keys.values()):
-        settings["architecture"] = "tokenformer"
-        settings |= {key: _num_tokens(parts) for key, parts in keys.items() if parts is not None}
-    else:
-        settings["use_bias_in_attn_linear"] = f"{FIRST}attention.query_key_value.bias" in files.tensors
+    own = {name: key.read(first) for name, key in NEOX_ARCHITECTURES[architecture].keys.items()}
+    settings |= {name: value for name, value in own.items() if value is not None}
     return NeoxModel(settings, sum(map(len, embedding)))
 
 
 def require_same_model(files: NeoxFiles, found: NeoxModel, model: ModelConfig) -> None:
-    """Raise ConfigError, by YAML key, when the configuration describes another model than was found."""
-    tokens = model.param_tokens
+    """Raises ConfigError, by YAML key, when the configuration describes another model than was found."""
+    own = NEOX_ARCHITECTURES[found.settings["architecture"]].keys
     configured = {
         "architecture": model.architecture,
         "num_layers": model.num_layers,
@@ -70,11 +72,7 @@ def require_same_model(files: NeoxFiles, found: NeoxModel, model: ModelConfig) -
         "no_weight_tying": not model.tie_embeddings,
         "norm": model.norm,
         "final_norm": model.final_norm or model.norm,
-        "use_bias_in_attn_linear": model.use_bias_in_attn_linear,
-        "qkv_slot_num": tokens and tokens.qkv,
-        "proj_slot_num": tokens and tokens.proj,
-        "ffn_slot_num": tokens and tokens.ffn,
-    }
+    } | {name: key.configured(model) for name, key in own.items()}
     differences = [
         f"{key}: checkpoint {value}, configuration {configured[key]}"
         for key, value in found.settings.items()
@@ -87,15 +85,16 @@ def require_same_model(files: NeoxFiles, found: NeoxModel, model: ModelConfig) -
         )
 
 
+def _architecture_of(first: LayerTensors) -> str:
+    """Returns the architecture that claims a name of the first transformer layer, or else GPT-NeoX."""
+    for name in NEOX_ARCHITECTURES:
+        pattern = NEOX_ARCHITECTURES[name].recognized_by
+        if pattern is not None and any(map(pattern.match, first)):
+            return name
+    return DEFAULT_ARCHITECTURE
+
+
 def _norm(files: NeoxFiles, prefix: str) -> str:
     if f"{prefix}bias" in files.tensors:
         return "layernorm"
     return "rmsnorm" if f"{prefix}scale" in files.tensors else "layernorm_nonparam"
-
-
-def _num_tokens(parts: Sequence[StoredTensor]) -> int:
-    """Tokens over all ranks, which hold shares of them or, in the release, all."""
-    first, *others = [part.read() for part in parts]
-    if all(torch.equal(first, other) for other in others):
-        return len(first)
-    return len(first) + sum(map(len, others))

@@ -18,7 +18,7 @@ from megatron.config.neox.keys.entries import (
     TableEntry,
     absent_flag,
 )
-from megatron.config.optimizer import optimizer_facts
+from megatron.config.optimizer import optimizer_facts, registered_optimizers
 from megatron.config.yaml.problems import YamlValue
 
 _DTYPES = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
@@ -50,7 +50,10 @@ def _fp16_type(value: YamlValue, flat: Flat) -> Converted:
 def _optimizer_type(value: YamlValue, flat: Flat) -> Converted:
     facts = optimizer_facts(value)
     if facts is None:
-        raise RefusedError(f"the optimizer {value} is not implemented; use Adam, which is decoupled AdamW as in NeoX")
+        others = "".join(f", or {'/'.join(other.names)}" for other in registered_optimizers()[1:])
+        raise RefusedError(
+            f"the optimizer {value} is not implemented; use Adam, which is decoupled AdamW as in NeoX{others}"
+        )
     return next(name for name in facts.names if name.lower() == str(value).lower())
 
 

@@ -1,6 +1,6 @@
 """lm-eval's interface to a model of ours: text in, likelihoods and generated text out.
 
-Needs lm-eval (requirements/eval.txt).
+Needs lm-eval (the extra `eval`).
 """
 
 from __future__ import annotations

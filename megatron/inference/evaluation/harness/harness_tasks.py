@@ -1,6 +1,6 @@
 """Loads tasks of lm-eval by name, and reports whatever is wrong with them before a model is loaded.
 
-Needs lm-eval (requirements/eval.txt).
+Needs lm-eval (the extra `eval`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Names of each architecture's parameters in NeoX's checkpoints, one module each."""

@@ -1,0 +1,30 @@
+"""GPT-NeoX, and Pythia as an instance of it: our names are NeoX's own."""
+
+from __future__ import annotations
+
+from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES, NeoxArchitecture, TensorKey
+from megatron.config.sections.model import ModelConfig
+
+
+def summed_biases(model: ModelConfig) -> tuple[str, ...]:
+    """Returns the biases of row-parallel matrices under `gpt_j_residual`; elsewhere these are replicas."""
+    return ("attention.dense.bias", "mlp.dense_4h_to_h.bias") if model.parallel_residual else ()
+
+
+NEOX_ARCHITECTURES.register("gpt_neox")(
+    NeoxArchitecture(
+        keys={
+            "use_bias_in_attn_linear": TensorKey(
+                read=lambda layer: "attention.query_key_value.bias" in layer,
+                configured=lambda model: model.use_bias_in_attn_linear,
+            )
+        },
+        deciding_keys=(
+            (r"attention\.\w+\.bias", "use_bias_in_attn_linear"),
+            (r"mlp\.\w+\.bias", "use_bias_in_mlp"),
+        ),
+        # Newer versions of GPT-NeoX call the matrices of the MLP by their order.
+        also_read=(("mlp.linear1.", "mlp.dense_h_to_4h."), ("mlp.linear2.", "mlp.dense_4h_to_h.")),
+        summed_biases=summed_biases,
+    )
+)

@@ -1,0 +1,57 @@
+"""Names of an architecture's parameters in NeoX's checkpoints, and the YAML keys that their tensors tell, as data.
+
+An architecture is one module in `architectures/`. Names are those within a layer, such as `attention.dense.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.checkpointing.convert.neox.neox_files import StoredTensor
+from megatron.config.sections.model import ModelConfig
+from megatron.registry import Registry
+
+LayerTensors = Mapping[str, Sequence[StoredTensor]]
+"""The tensors of one layer by name: the parts of all tensor-parallel ranks, in their order."""
+
+
+@dataclass(frozen=True)
+class TensorKey:
+    """A YAML key whose value can be told from the tensors of a transformer layer."""
+
+    read: Callable[[LayerTensors], Any]
+    """Reads the value off the tensors; None where they do not tell it."""
+    configured: Callable[[ModelConfig], Any]
+    """Returns the value that a configuration has."""
+
+
+@dataclass(frozen=True)
+class NeoxArchitecture:
+    """One architecture in NeoX's checkpoints."""
+
+    keys: Mapping[str, TensorKey]
+    """Its own YAML keys that the tensors tell; those of every architecture are in neox_model.py."""
+
+    deciding_keys: tuple[tuple[str, str], ...]
+    """Beginning of a parameter's name, as a pattern, and the YAML key that decides about its existence and rows. Those
+    of every architecture are in neox_names.py."""
+
+    recognized_by: re.Pattern[str] | None = None
+    """Matches the beginning of names that no other architecture has. None for GPT-NeoX itself: what no other claims."""
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Pattern in our names, and its replacement in NeoX's, where the two differ."""
+
+    also_read: tuple[tuple[str, str], ...] = ()
+    """Beginning of a name in other versions of NeoX, and the usual one."""
+
+    summed_biases: Callable[[ModelConfig], tuple[str, ...]] = lambda model: ()
+    """Ends of the names of biases of which each tensor-parallel rank adds its own, so that the model's is their sum."""
+
+
+NEOX_ARCHITECTURES: Registry[NeoxArchitecture] = Registry(
+    "architecture of NeoX's checkpoints", package="megatron.checkpointing.convert.neox.architectures"
+)

@@ -1,0 +1,1 @@
+"""Backends of causal attention, one module each."""

@@ -1,0 +1,38 @@
+"""Causal attention spelled out, for comparison and for those who want to see the probabilities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from megatron.kernels.attention.causal_attention import CAUSAL_ATTENTION
+from megatron.kernels.backends import Backend
+
+
+def causal_attention_reference(
+    q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Computes softmax(q k^T / sqrt(E)) v over earlier and equal positions.
+
+    Returns the output [B, S, H, E] in the dtype of v and the probabilities [B, H, S, S], before dropout, in float32
+    (float64 for float64); their rows are queries.
+    """
+    q_BHSE, k_BHSE, v_BHSE = (
+        rearrange(x, "B S H E -> B H S E").to(torch.promote_types(x.dtype, torch.float32))
+        for x in (q_BSHE, k_BSHE, v_BSHE)
+    )
+    scores_BHSS = q_BHSE @ rearrange(k_BHSE, "B H S E -> B H E S") / q_BHSE.shape[-1] ** 0.5
+    later_SS = torch.ones(scores_BHSS.shape[-2:], dtype=torch.bool, device=scores_BHSS.device).triu(1)
+    probabilities_BHSS = scores_BHSS.masked_fill(later_SS, -torch.inf).softmax(-1)
+    output_BHSE = F.dropout(probabilities_BHSS, dropout) @ v_BHSE
+    return rearrange(output_BHSE, "B H S E -> B S H E").to(v_BSHE.dtype), probabilities_BHSS
+
+
+def causal_attention(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: float = 0.0) -> Tensor:
+    """Computes causal attention [B, S, H, E]; `dropout` acts on the probabilities."""
+    return causal_attention_reference(q_BSHE, k_BSHE, v_BSHE, dropout)[0]
+
+
+CAUSAL_ATTENTION.register("reference")(Backend(label="reference", rank=None, load=lambda: causal_attention))

@@ -1,0 +1,1 @@
+"""Backends of layer normalization, one module each."""

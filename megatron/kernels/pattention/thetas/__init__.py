@@ -1,0 +1,1 @@
+"""Normalizations of Pattention scores, one module each."""

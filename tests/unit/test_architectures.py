@@ -1,0 +1,46 @@
+"""Every architecture has a file on every floor that needs one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES
+from megatron.config.architecture import ARCHITECTURES as ARCHITECTURE_FACTS
+from megatron.hf.hf_architecture import HF_ARCHITECTURES
+from megatron.model.layer_spec import ARCHITECTURES as ARCHITECTURE_LAYERS
+from megatron.registry import Registry
+
+REGISTRIES: tuple[Registry[Any], ...] = (
+    ARCHITECTURE_FACTS,
+    ARCHITECTURE_LAYERS,
+    HF_ARCHITECTURES,
+    NEOX_ARCHITECTURES,
+)
+
+
+def missing_files() -> list[str]:
+    """Lists the files to write: for each architecture that any registry has, those of the registries that lack it."""
+    names = sorted({name for registry in REGISTRIES for name in registry})
+    return [
+        f"{registry.package}.{name}".replace(".", "/") + ".py"
+        for name in names
+        for registry in REGISTRIES
+        if name not in registry
+    ]
+
+
+def test_every_architecture_has_its_files() -> None:
+    missing = missing_files()
+    assert not missing, f"write {', '.join(missing)}"
+
+
+def test_the_files_that_an_architecture_lacks_are_named() -> None:
+    ARCHITECTURE_FACTS.register("llama")(ARCHITECTURE_FACTS["gpt_neox"])
+    try:
+        assert missing_files() == [
+            "megatron/model/architectures/llama.py",
+            "megatron/hf/architectures/llama.py",
+            "megatron/checkpointing/convert/neox/architectures/llama.py",
+        ]
+    finally:
+        ARCHITECTURE_FACTS.unregister("llama")

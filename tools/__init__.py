@@ -1,0 +1,1 @@
+"""Commands beside training, generation and evaluation: data, checkpoints, plots, benchmarks, checks of this code."""

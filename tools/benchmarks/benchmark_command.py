@@ -1,0 +1,36 @@
+"""Options and report file that every benchmark has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tools.command_line import positive
+
+
+def benchmark_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """Builds a parser of the options; it leaves YAML files and overrides to `parse_command_line`.
+
+    `rounds` is the default of --rounds.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s a.yml [b.yml ...] [key=value ...] [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=positive, default=rounds, help=f"timed rounds of each (default: {rounds})")
+    parser.add_argument("--vocab-size", type=positive, help="ids of the vocabulary, in place of the tokenizer's")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser
+
+
+def write_report(report: Mapping[str, Any], output: Path | None) -> None:
+    """Writes the JSON file that was asked for, if any, and prints its path."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        print(output)

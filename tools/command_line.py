@@ -1,0 +1,76 @@
+"""Arguments that several tools take, and the progress bar that they show."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from megatron.config.sections.run_config import RunConfig
+
+
+def tool_parser(description: str | None) -> argparse.ArgumentParser:
+    """Builds a parser whose help shows the docstring of a tool as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_config_file(parser: argparse._ActionsContainer, meaning: str, *, required: bool = False) -> None:
+    """Adds `--config_file a.yml b.yml key=value`: YAML files and overrides in one list, which `load_words` reads."""
+    parser.add_argument("--config_file", nargs="+", required=required, metavar="a.yml key=value", help=meaning)
+
+
+def add_config_source(parser: argparse.ArgumentParser, source: str) -> None:
+    """Adds `--config_file`, which describes the model of a `source`, and `--write-config`, which derives it from there.
+
+    One of them must be given; `read_config_source` reads either.
+    """
+    group = parser.add_mutually_exclusive_group(required=True)
+    add_config_file(group, f"YAML files that describe the {source}'s model")
+    group.add_argument(
+        "--write-config",
+        nargs="+",
+        metavar="new.yml key=value",
+        help=f"YAML file to make from the {source}, and to use",
+    )
+
+
+def read_config_source(args: argparse.Namespace, source: str, write_config: Callable[[Path], None]) -> RunConfig:
+    """Reads the configuration that the arguments name; with --write-config, `write_config` writes it first."""
+    from megatron.config.load_config import load_words
+
+    if args.write_config is not None:
+        path = Path(args.write_config[0])
+        write_config(path)
+        print(f"{path}: the {source}'s model as a configuration")
+    return load_words(args.config_file or args.write_config).run
+
+
+def positive(text: str) -> int:
+    """Converts an argument that counts something. Raises ArgumentTypeError unless it is a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def stay_on_cpu() -> None:
+    """Keeps DeepSpeed on the CPU, and from writing to standard output that it looks for an accelerator."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def progress_bar(*, transient: bool = False) -> Progress:
+    """Builds a progress bar on standard error; a `transient` one disappears at the end."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=transient,
+    )
