@@ -28,7 +28,7 @@ class Callback:
         """Prepares for the steps; called once, before the first."""
 
     def after_step(self, step: Step) -> None:
-        """Reacts to a step; called after every one that is not rolled back."""
+        """Handles a step; called after every one that is not rolled back."""
 
     def finish(self) -> None:
         """Completes pending work; called once when the steps have ended without an error.
@@ -37,7 +37,7 @@ class Callback:
         """
 
     def on_error(self, error: UserError) -> None:
-        """Reacts to the error that has ended the steps; called once, before it is raised again.
+        """Handles the error that has ended the steps; called once, before it is raised again.
 
         A NonFiniteError is raised on all ranks. Any other may be this rank's alone, so that a collective operation
         would wait for the others in vain.
