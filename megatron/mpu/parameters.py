@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.mpu.context import ParallelContext
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats of parameters by their names in the configuration (`precision.dtype`)."""
+
 Initializer = Callable[[Tensor, torch.Generator], object]
 """Fills a whole float32 tensor in place from a generator."""
 

@@ -17,8 +17,8 @@ from megatron.config.sections.training import BatchConfig, CheckpointedActivatio
 from megatron.data.micro_batch import MicroBatch, to_inputs_and_labels
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
-from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import DTYPES
 from megatron.mpu.random import seed_dropout
 from megatron.training.build_engine import build_engine
 from megatron.training.lr_scheduler import LRScheduler

@@ -30,7 +30,7 @@ from megatron.config.deepspeed_json import precision_section
 from megatron.config.optimizer import facts_of
 from megatron.config.sections.training import PrecisionConfig, TrainingConfig
 from megatron.errors import CheckpointError
-from megatron.model.number_formats import DTYPES
+from megatron.mpu.parameters import DTYPES
 
 ALIGNMENT = 2  # elements: pieces begin at multiples of four bytes in every precision
 

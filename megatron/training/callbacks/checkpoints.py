@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpointing.engine.save_schedule import save_iterations
-from megatron.checkpointing.engine.saving import Saver
+from megatron.checkpointing.engine.saving import Saver, save_iterations
 from megatron.errors import NonFiniteError, UserError
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
