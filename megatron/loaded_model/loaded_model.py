@@ -134,7 +134,9 @@ def load_model(
     `context`; CheckpointError for weights that are damaged or not finite; EnvironmentSetupError for a speed-up that is
     on and cannot be had.
     """
-    speedups = choose_speedups(config.speedups, config.training.precision, on_gpu=device.type == "cuda")
+    speedups = choose_speedups(
+        config.speedups, config.training.precision, config.training.optimizer, on_gpu=device.type == "cuda"
+    )
     differences = model_differences(checkpoint.config.model, config.model)
     if differences:
         raise ConfigError(

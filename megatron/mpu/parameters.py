@@ -81,11 +81,6 @@ def parameter_spec(parameter: nn.Parameter) -> ParameterSpec:
     return cast(ParameterSpec, parameter.__dict__["spec"])
 
 
-def decays(parameter: nn.Parameter) -> bool:
-    """Tells whether weight decay applies to a parameter: not to norms and biases."""
-    return parameter_spec(parameter).decays
-
-
 def initialize_parameters(named: Iterator[tuple[str, nn.Parameter]], seed: int, context: ParallelContext) -> None:
     """Sets parameters from their global names, so that every layout starts from the same full weights."""
     for name, parameter in named:

@@ -1,1 +1,1 @@
-"""Assembly, loop, callbacks, optimizer, stability."""
+"""Training: assembly of a run, loop, callbacks, optimizer, learning rate, stability."""

@@ -32,7 +32,7 @@ def run(config: Path, *overrides: str, kind: str = "loss", steps: tuple[int, ...
 
 
 def some_in_the_cover(*cases: tuple[Any, ...]) -> list[Any]:
-    """Every clipping and precision with each of `cases`; a few of them in `make test`."""
+    """Combines every clipping and precision with each of `cases`; a few of them run in `make test`."""
     combinations = [(*case, clip, dtype) for case in cases for clip in (1.0, 0.0) for dtype in ("fp32", "bfloat16")]
     return [
         pytest.param(*values, marks=[] if number % 3 == 0 else [pytest.mark.full])
