@@ -26,6 +26,7 @@ checks: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PY) tools/checks/check_docstrings.py
 	$(PY) tools/checks/check_lone_importers.py
 
 format: $(VENV)/dev.installed
