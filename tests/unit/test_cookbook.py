@@ -184,9 +184,7 @@ def test_a_key_is_declared_once(registered: Any) -> None:
     assert loaded.run.training.optimizer.patience == 3  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"optimizer\.params\.patience: 0: expected a whole number above 0"):
         load_config([TOKENFORMER], ["optimizer.type=PatientAdamW", "optimizer.params.patience=0"])
-    with pytest.raises(
     with pytest.raises(ConfigError, match="it has lr, betas, eps, patience; did you mean patience"):
-    ):
         load_config([TOKENFORMER], ["optimizer.type=PatientAdamW", "optimizer.params.patients=3"])
     described = flat_schema()["properties"]["optimizer"]["properties"]["params"]["properties"]["patience"]
     assert described["default"] == 7 and described["description"].startswith("Steps to wait")
