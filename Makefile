@@ -1,6 +1,6 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
 # make test     run the tests (make test-full: the whole of every big matrix)
-# make checks   lint, types, floors, circles, modules with a single importer
+# make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,6 +26,7 @@ checks: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PY) tools/checks/check_docstrings.py
 	$(PY) tools/checks/check_lone_importers.py
 
 format: $(VENV)/dev.installed
