@@ -1,6 +1,6 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
 # make test     run the tests (make test-full: the whole of every big matrix)
-# make checks   lint, types, floors, circles, modules with a single importer
+# make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
