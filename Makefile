@@ -36,7 +36,6 @@ format: $(VENV)/dev.installed
 docs: $(VENV)/base.installed
 	$(PY) tools/generate_config_docs.py
 	$(PY) tools/plots/draw_architecture.py
-	$(PY) tools/plots/draw_architecture.py
 
 clean:
 	rm -rf demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
