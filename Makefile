@@ -1,6 +1,6 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
 # make test     run the tests (make test-full: the whole of every big matrix)
-# make checks   lint, types, floors
+# make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,6 +26,8 @@ checks: $(VENV)/dev.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PY) tools/checks/check_docstrings.py
+	$(PY) tools/checks/check_lone_importers.py
 
 format: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check --fix .
@@ -33,6 +35,7 @@ format: $(VENV)/dev.installed
 
 docs: $(VENV)/base.installed
 	$(PY) tools/generate_config_docs.py
+	$(PY) tools/plots/draw_architecture.py
 
 clean:
 	rm -rf demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -15,8 +15,8 @@ from typing import Any
 from megatron_tokenformer import run_tool
 
 from megatron.config.architecture import ARCHITECTURES, optional_sections, owners_of
-from megatron.config.neox.keys.entries import Entry, Inert, MapsTo, Rejected
 from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_keys, nested_keys
+from megatron.config.neox_entries import Entry, Inert, MapsTo, Rejected
 from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import Schema, describe, schema_of
 from megatron.config.yaml.problems import YamlValue, show

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.config.architecture import ARCHITECTURES
 from megatron.config.batch_triangle import NEITHER_GIVEN
-from megatron.config.optimizer import facts_of
+from megatron.config.optimizer import facts_of, registered_optimizers
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 
@@ -287,9 +287,16 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _one_optimizer(run: RunConfig) -> Iterator[Finding]:
-    if run.speedups.apex_fused_adam == "on" and run.speedups.torch_fused_adamw == "on":
-        yield Finding("speedups.torch_fused_adamw", "cannot be on together with apex_fused_adam; choose one of them")
+def _optimizer_switches(run: RunConfig) -> Iterator[Finding]:
+    own = facts_of(run.training.optimizer).switches
+    others = {switch for facts in registered_optimizers() for switch in facts.switches}.difference(own)
+    for switch in sorted(others):
+        if getattr(run.speedups, switch) == "on":
+            name = run.training.optimizer.type
+            yield Finding(f"speedups.{switch}", f"the optimizer {name} has no such implementation; use auto or off")
+    chosen = [switch for switch in own if getattr(run.speedups, switch) == "on"]
+    if len(chosen) > 1:
+        yield Finding(f"speedups.{chosen[0]}", f"cannot be on together with {chosen[1]}; choose one of them")
 
 
 def _flash_attention(run: RunConfig) -> Iterator[Finding]:
@@ -335,7 +342,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _split,
     _one_kind_of_dataset,
     _dataset_lists,
-    _one_optimizer,
+    _optimizer_switches,
     _tokenizer_files,
     _checkpoint_steps,
     _checkpoint_to_load,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.config.effective_config import effective_text, summary
 from megatron.config.load_config import LoadedConfig, load_config
-from megatron.config.yaml.merge_files import split_words
+from megatron.config.merge_files import split_words
 
 SUFFIXES = (".yml", ".yaml", ".json")
 

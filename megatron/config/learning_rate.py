@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
-from megatron.config.sections.section import Key, OneOf, Section
+from megatron.config.section import Key, OneOf, Section
 from megatron.registry import Registry
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron.config.batch_triangle import data_parallel_size, resolve_batch
 from megatron.config.build_config import build, origins
+from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
-from megatron.config.yaml.merge_files import gather, split_words
 from megatron.config.yaml.problems import Origin, report
 from megatron.errors import ConfigError
 

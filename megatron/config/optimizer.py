@@ -12,8 +12,8 @@ from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, get_args
 
 from pydantic import NonNegativeFloat, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
 
-from megatron.config.neox.keys.entries import Inert, Rejected
-from megatron.config.sections.section import Key, Section
+from megatron.config.neox_entries import Inert, Rejected
+from megatron.config.section import Key, Section
 from megatron.registry import Registry, is_installed, require
 
 
@@ -79,10 +79,17 @@ class Implementation(Generic[S]):
     parameter group, as an int; or nowhere."""
     step_on_device: bool = False
     """Whether that tensor lies on the parameter's device, as a fused kernel reads it, instead of in host memory."""
-    wanted_by: str = ""
-    """Setting that asks for a class of an optional package, such as `apex_fused_adam: on`."""
+    switch: str = ""
+    """Key of the section `speedups` (auto, on or off) that switches the class. Without one it is always auto."""
+    gpu: Literal["required", "preferred", "irrelevant"] = "irrelevant"
+    """Whether the class needs a GPU, or auto leaves it out on a CPU though it would run there."""
     how_to_get_it: str = ""
-    """What to do when that package is missing."""
+    """Advice for when its package is missing."""
+
+    @property
+    def package(self) -> str:
+        """Returns the name of the package that the class comes from."""
+        return self.factory.partition(":")[0].partition(".")[0]
 
     @property
     def is_installed(self) -> bool:
@@ -92,7 +99,7 @@ class Implementation(Generic[S]):
     def load_factory(self) -> type:
         """Imports the class. Raises EnvironmentSetupError when its package is missing."""
         module, _, name = self.factory.partition(":")
-        factory: type = getattr(require(module, self.wanted_by, self.how_to_get_it), name)
+        factory: type = getattr(require(module, self.switch or self.factory, self.how_to_get_it), name)
         return factory
 
 
@@ -110,7 +117,11 @@ class OptimizerFacts(Generic[S]):
     """Groups of its parameters, in the order of torch's `param_groups`. A group without parameters is left out."""
 
     implementations: Mapping[str, Implementation[S]]
-    """Classes that compute the same step, by the name that a run's log shows; the first is the reference."""
+    """Classes that compute the same step, by the name that a run's log shows. The first is the reference; of
+    those that fit a run, the last is used."""
+
+    known_to_deepspeed: bool = False
+    """Whether all these classes are on DeepSpeed's list of those tested under ZeRO, so that it needs no permission."""
 
     check: Callable[[S], Iterator[tuple[str, str]]] = lambda section: iter(())
     """Yields (field, what is wrong with its value) for what types cannot say."""
@@ -137,6 +148,11 @@ class OptimizerFacts(Generic[S]):
             ):
                 return implementation
         raise ValueError(f"{type(built).__name__} is no implementation of the optimizer {section.type}")
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """Returns the keys of the section `speedups` that choose an implementation."""
+        return tuple(one.switch for one in self.implementations.values() if one.switch)
 
     @property
     def names(self) -> tuple[str, ...]:

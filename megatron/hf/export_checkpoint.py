@@ -27,7 +27,7 @@ from megatron.hf.model_card import Publication, model_card
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize, build_local
-from megatron.model.number_formats import DTYPES
+from megatron.mpu.parameters import DTYPES
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DEFAULT_SHARD_BYTES = 1_000_000_000

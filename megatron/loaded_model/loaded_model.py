@@ -22,11 +22,11 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.kv_cache import KeyValueCache
-from megatron.model.number_formats import DTYPES
 from megatron.model.speedups import apply_speedups, choose_speedups
 from megatron.mpu.collectives import gather_output, max_over_ranks
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.parameters import DTYPES
 
 LOGITS_AT_A_TIME = 2**26
 """Logits that scoring holds at a time, over all tensor-parallel ranks."""
@@ -134,7 +134,9 @@ def load_model(
     `context`; CheckpointError for weights that are damaged or not finite; EnvironmentSetupError for a speed-up that is
     on and cannot be had.
     """
-    speedups = choose_speedups(config.speedups, config.training.precision, on_gpu=device.type == "cuda")
+    speedups = choose_speedups(
+        config.speedups, config.training.precision, config.training.optimizer, on_gpu=device.type == "cuda"
+    )
     differences = model_differences(checkpoint.config.model, config.model)
     if differences:
         raise ConfigError(

@@ -10,10 +10,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 from torch import nn
 
+from megatron.config.optimizer import OptimizerConfig, facts_of
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
@@ -43,14 +44,6 @@ SLOTS = (
     KernelSlot(LAYER_NORM, (LayerNorm, NonParametricLayerNorm), "normalize"),
 )
 
-OptimizerName = Literal["torch AdamW", "torch fused AdamW", "apex FusedAdam"]
-ADAMW_IMPLEMENTATIONS = (
-    Candidate(label="torch AdamW", rank=0),
-    Candidate(label="torch fused AdamW", rank=1, key="torch_fused_adamw", gpu="preferred"),
-    Candidate(label="apex FusedAdam", rank=2, key="apex_fused_adam", package="apex", gpu="required"),
-)
-"""Each takes the same step."""
-
 
 @dataclass(frozen=True)
 class Speedups:
@@ -58,7 +51,8 @@ class Speedups:
 
     kernels: Mapping[str, Backend[Any]]
     """Backend of each operation, by the operation's name."""
-    optimizer: OptimizerName
+    optimizer: str
+    """Name of one of the implementations that the optimizer declares (megatron/config/optimizers)."""
     compile: bool
 
     def __str__(self) -> str:
@@ -68,17 +62,23 @@ class Speedups:
         return " | ".join([*kernels, f"optimizer {self.optimizer}", compiled])
 
 
-def choose_speedups(config: SpeedupsConfig, precision: PrecisionConfig, *, on_gpu: bool) -> Speedups:
+def choose_speedups(
+    config: SpeedupsConfig, precision: PrecisionConfig, optimizer: OptimizerConfig, *, on_gpu: bool
+) -> Speedups:
     """Decides every `auto`.
 
     Raises EnvironmentSetupError for an `on` that this machine or number format cannot have.
     """
     machine = Machine(on_gpu, precision.dtype)
     kernels = {slot.operation.kind: slot.operation.choose(config, machine) for slot in SLOTS}
-    optimizer = cast(OptimizerName, choose(ADAMW_IMPLEMENTATIONS, config, machine).label)
+    implementations = [
+        Candidate(label=name, rank=rank, key=one.switch, package=one.package, gpu=one.gpu)
+        for rank, (name, one) in enumerate(facts_of(optimizer).implementations.items())
+    ]
+    implementation = choose(implementations, config, machine).label
     if config.torch_compile == "on":
         _require_compiler(on_gpu)
-    return Speedups(kernels, optimizer, compile=config.torch_compile == "on")
+    return Speedups(kernels, implementation, compile=config.torch_compile == "on")
 
 
 def _require_compiler(on_gpu: bool) -> None:

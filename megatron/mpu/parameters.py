@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.mpu.context import ParallelContext
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats of parameters by their names in the configuration (`precision.dtype`)."""
+
 Initializer = Callable[[Tensor, torch.Generator], object]
 """Fills a whole float32 tensor in place from a generator."""
 
@@ -76,11 +79,6 @@ def new_parameter(
 def parameter_spec(parameter: nn.Parameter) -> ParameterSpec:
     """Returns the specification that `new_parameter` attached; it survives changes of dtype and device in place."""
     return cast(ParameterSpec, parameter.__dict__["spec"])
-
-
-def decays(parameter: nn.Parameter) -> bool:
-    """Tells whether weight decay applies to a parameter: not to norms and biases."""
-    return parameter_spec(parameter).decays
 
 
 def initialize_parameters(named: Iterator[tuple[str, nn.Parameter]], seed: int, context: ParallelContext) -> None:

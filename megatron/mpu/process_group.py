@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,18 +40,6 @@ def process_group() -> Iterator[None]:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
-
-
-def share_with_deepspeed() -> None:
-    """Lets DeepSpeed communicate through the default process group, which must exist."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed compiles a shared-memory collective for CPU ranks while it starts. gloo does the same work without
-    # a compiler, and a user's first run should not need one.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Assembly, loop, callbacks, optimizer, stability."""
+"""Assembly of a run, loop, callbacks, optimizer, learning rate, stability."""

@@ -17,7 +17,7 @@ from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.mpu.context import ParallelContext
-from megatron.training.lr_schedules import LRScheduler
+from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer
 from megatron.training.stability.deepspeed_patches import install
 from megatron.training.stability.step_guard import StepGuard
@@ -40,7 +40,7 @@ def require_hardware(config: RunConfig) -> Speedups:
             "fp16 needs a GPU, and torch sees none. On a CPU use `precision: bfloat16` or `precision: fp32` in place "
             "of the `fp16` block."
         )
-    return choose_speedups(config.speedups, config.training.precision, on_gpu=on_gpu)
+    return choose_speedups(config.speedups, config.training.precision, config.training.optimizer, on_gpu=on_gpu)
 
 
 def build_engine(

@@ -1,4 +1,4 @@
-"""The base of everything that happens around the training steps."""
+"""Base class of the callbacks around the training steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.training.training_context import TrainingContext
 
 
 class Callback:
-    """One concern around the training steps, on every rank. A subclass overrides the moments that it needs."""
+    """One concern around the training steps, on every rank. Each method does nothing unless a subclass overrides it."""
 
     def __init__(self, context: TrainingContext) -> None:
         self.context = context
@@ -20,21 +20,24 @@ class Callback:
     def wrap_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Returns the training micro batches as the engine is to read them; called once, before `start`.
 
-        What a callback returns is what the next one wraps.
+        Callbacks wrap one after the other: the last one sees what all others have returned.
         """
         return batches
 
     def start(self) -> None:
-        """Called once, before the first step."""
+        """Prepares for the steps; called once, before the first."""
 
     def after_step(self, step: Step) -> None:
-        """Called after every step but one that is rolled back."""
+        """Handles a step; called after every one that is not rolled back."""
 
     def finish(self) -> None:
-        """Called once when the steps have ended without an error: with the last, a request to stop or a rollback."""
+        """Completes pending work; called once when the steps have ended without an error.
+
+        They end with the last step, a request to stop or a rollback.
+        """
 
     def on_error(self, error: UserError) -> None:
-        """Called once when the steps have ended with `error`, which is raised again afterwards.
+        """Handles the error that has ended the steps; called once, before it is raised again.
 
         A NonFiniteError is raised on all ranks. Any other may be this rank's alone, so that a collective operation
         would wait for the others in vain.

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Takes the steps of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.training.training_context import TrainingContext
 
 
 class Ending(Enum):
-    """The reason for which the loop has ended."""
+    """Reason for which the loop has ended."""
 
     FINISHED = "all steps are taken"
     STOPPED = "a signal or a limit has ended the run, and what it did is saved"

@@ -1,49 +1,36 @@
-"""Parameter groups and AdamW."""
+"""Builds the optimizer that the configuration names, as its facts declare it (megatron/config/optimizers)."""
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from megatron.config.optimizer import OptimizerConfig
-from megatron.config.optimizers.adamw import AdamWConfig
-from megatron.mpu.parameters import decays
-from megatron.registry import require
-
-Implementation = Literal["torch AdamW", "torch fused AdamW", "apex FusedAdam"]
+from megatron.config.optimizer import OptimizerConfig, facts_of
+from megatron.mpu.parameters import parameter_spec
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters of `module` into those with weight decay and those without (norms and biases).
+def parameter_groups(module: nn.Module, section: OptimizerConfig) -> list[dict[str, Any]]:
+    """Splits the trainable parameters of `module` into the optimizer's groups, with their options.
 
-    A group without parameters is left out: a middle pipeline stage of a model without biases has only one.
+    A group without parameters is left out: a middle pipeline stage of a model without biases has only one of AdamW's.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if decays(p)], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    facts = facts_of(section)
+    members: dict[str, list[nn.Parameter]] = {group.name: [] for group in facts.groups}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            members[facts.group_of(parameter_spec(parameter)).name].append(parameter)
+    return [{"params": members[group.name], **group.options(section)} for group in facts.groups if members[group.name]]
 
 
-def build_optimizer(
-    module: nn.Module, config: OptimizerConfig, implementation: Implementation = "torch AdamW"
-) -> torch.optim.Optimizer:
-    """AdamW with decoupled weight decay and bias correction (Loshchilov & Hutter 2019), as in the published runs.
+def build_optimizer(module: nn.Module, section: OptimizerConfig, implementation: str) -> torch.optim.Optimizer:
+    """Builds one of the optimizer's implementations, by its name in the facts; all compute the same.
 
-    Every implementation computes the same; apex's needs its package. Raises EnvironmentSetupError without it.
+    Raises EnvironmentSetupError when its package is missing.
     """
-    groups = parameter_groups(module, config.weight_decay)
-    config = cast(AdamWConfig, config)
-    beta1, beta2 = config.betas
-    if implementation == "apex FusedAdam":
-        optimizers = require("apex.optimizers", "apex_fused_adam: on", "Install apex, or set the key to auto or off.")
-        fused: torch.optim.Optimizer = optimizers.FusedAdam(
-            groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, adam_w_mode=True
-        )
-        return fused
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=implementation == "torch fused AdamW"
+    chosen = facts_of(section).implementations[implementation]
+    optimizer: torch.optim.Optimizer = chosen.load_factory()(
+        parameter_groups(module, section), **chosen.arguments(section)
     )
+    return optimizer

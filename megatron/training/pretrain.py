@@ -14,7 +14,7 @@ from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group, share_with_deepspeed
+from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import build_engine, require_hardware
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
@@ -24,8 +24,9 @@ from megatron.training.callbacks.metrics import Metrics
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, roll_back
+from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stop_request import StopRequest, signals_request
-from megatron.training.training_context import TrainingContext, TrainingRun, training_context
+from megatron.training.training_context import TrainingContext, TrainingRun, open_training_context
 from megatron.training.training_data import build_training_data
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
         if config.checkpoint.save is not None:
             require_writable(Path(config.checkpoint.save))
         with process_group():
-            share_with_deepspeed()
+            join_process_group()
             ending = pretrain_in_group(config, batch, run_folder, stop)
     if ending is not Ending.STOPPED:
         return 0
@@ -71,7 +72,7 @@ def pretrain_in_group(
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
-        with training_context(run, progress) as context:
+        with open_training_context(run, progress) as context:
             ending = train_steps(context, build_callbacks(context))
         if ending is not Ending.ROLL_BACK:
             return ending

@@ -1,4 +1,4 @@
-"""The place of a run among its steps, and the step that it has just taken."""
+"""Place of a run among its steps, and the step that it has just taken."""
 
 from __future__ import annotations
 

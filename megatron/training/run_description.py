@@ -1,4 +1,4 @@
-"""The description that a run writes of itself, to run.json: sizes, work per token, machine, code and configuration."""
+"""Describes a run for run.json: sizes, work per token, machine, code and configuration."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunStart:
-    """The state that a run begins with."""
+    """State that a run begins with."""
 
     run_id: str
     """The run that the checkpoints to come belong to."""
@@ -223,12 +223,5 @@ def adopt_schedule(config: RunConfig, start: RunStart) -> RunConfig:
 
 def _described_schedule(training: TrainingConfig) -> dict[str, object]:
     schedule = training.lr_schedule
-    return {
-        "lr": training.optimizer.lr,
-        "style": schedule.style,
-        "warmup": schedule.warmup,
-        "decay_iters": schedule.decay_iters or training.train_iters,
-        "wsd_decay_style": schedule.wsd_decay_style,
-        "wsd_decay_iters": schedule.wsd_decay_iters,
-        "min_lr": schedule.min_lr,
-    }
+    values = schedule.model_dump(exclude={"override_lr_scheduler", "use_checkpoint_lr_scheduler"})
+    return {"lr": training.optimizer.lr, **values, "decay_iters": schedule.decay_iters or training.train_iters}

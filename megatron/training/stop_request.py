@@ -28,25 +28,25 @@ _END = b"\0"  # no signal has this number
 
 
 class StopRequest:
-    """Whether the run should end. `requested` is this rank's own view, `agreed` is common to all ranks."""
+    """Request to end the run. `requested` is this rank's own view, `agreed` is common to all ranks."""
 
     def __init__(self, duration_in_mins: float | None = None) -> None:
-        """The duration counts from here."""
+        """Starts the clock of the duration, if there is one."""
         self.agreed = False
         self._signalled = threading.Event()
         self._deadline = None if duration_in_mins is None else time.monotonic() + 60.0 * duration_in_mins
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come, or the time is over."""
+        """Tells whether a signal has come, or the time is over."""
         return self._signalled.is_set() or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     def signal(self) -> None:
-        """Record that a signal has come."""
+        """Records that a signal has come."""
         self._signalled.set()
 
     def agree(self, device: torch.device) -> bool:
-        """Let all ranks learn of each other's requests; true when there is any. Collective."""
+        """Tells all ranks of each other's requests; returns whether there is any. Collective."""
         flag = torch.tensor(int(self.requested), device=device)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
         self.agreed = self.agreed or bool(flag)
@@ -55,7 +55,7 @@ class StopRequest:
 
 @contextmanager
 def signals_request(stop: StopRequest) -> Iterator[None]:
-    """Turn stop signals into requests while the body runs. Call it in the main thread.
+    """Turns stop signals into requests while the body runs. Call it in the main thread.
 
     They are handled in a thread of their own: the main thread may be waiting for another rank inside a collective,
     where Python's handlers do not run, and a second signal must end the process there too.
@@ -80,7 +80,7 @@ def signals_request(stop: StopRequest) -> Iterator[None]:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """A Python handler must be there for the listener to be told."""
+    """Does nothing; without a Python handler, the listener would not be told of the signal."""
 
 
 def _listen(source: socket.socket, stop: StopRequest) -> None:

@@ -1,4 +1,4 @@
-"""An assembled run, and the context that its callbacks share."""
+"""Assembled run, and the context that its callbacks share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The parts of a run that stay the same from its first step to its last."""
+    """Parts of a run that stay the same from its first step to its last."""
 
     config: RunConfig
     batch: BatchConfig
@@ -52,7 +52,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """The run as callbacks see it, from a start to the end or to a rollback."""
+    """Run as callbacks see it, from a start to the end or to a rollback."""
 
     run: TrainingRun
     progress: Progress
@@ -75,7 +75,7 @@ class TrainingContext:
 
 
 @contextmanager
-def training_context(run: TrainingRun, progress: Progress) -> Iterator[TrainingContext]:
+def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[TrainingContext]:
     """Opens the metric writers and writes run.json, on rank 0, starts the clock, and closes the writers at the end."""
     description, training = run.description, run.config.training
     rank = distributed.get_rank()

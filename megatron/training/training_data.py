@@ -1,4 +1,4 @@
-"""The tokens of a run: its datasets, the order of their samples, and this rank's micro batches."""
+"""Reads the tokens of a run: datasets, their order, and this rank's micro batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The datasets of a run, read by one data-parallel rank."""
+    """Datasets of a run, read by one data-parallel rank."""
 
     datasets: Datasets
     counts: SampleCounts

@@ -152,9 +152,11 @@ def hang_at_step(step: int, rank: int) -> None:
 
 
 def not_finite(kind: str, steps: list[int], rank: int) -> None:
-    """In these steps of `rank`, counted from 1 in this process: "loss", its second micro batch's loss is NaN and its
-    gradients are not; "infinite loss", the same with infinity; "gradient", an element of a gradient is NaN and the
-    losses are not."""
+    """Makes `steps` of `rank`, counted from 1 in this process, not finite.
+
+    "loss": the loss of the second micro batch is NaN, and its gradients are finite; "infinite loss": the same with
+    infinity; "gradient": an element of a gradient is NaN, and the losses are finite.
+    """
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     if this_rank() != rank:

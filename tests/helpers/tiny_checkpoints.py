@@ -19,9 +19,8 @@ from megatron.checkpointing.store.checkpoint import Checkpoint, read_checkpoint
 from megatron.config.load_config import load_config
 from megatron.config.sections.run_config import RunConfig
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
-from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.parameters import local_shard, parameter_spec
+from megatron.mpu.parameters import DTYPES, local_shard, parameter_spec
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 
 VOCAB = VocabSize(actual=512, padded=600)

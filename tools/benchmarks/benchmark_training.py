@@ -83,7 +83,7 @@ def require_one_rank(loaded: LoadedConfig) -> None:
 
 
 class Worker:
-    """A contender in a process of its own."""
+    """Contender in a process of its own."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")

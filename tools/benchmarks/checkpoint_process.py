@@ -23,8 +23,9 @@ from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.datasets import SampleCounts
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group, share_with_deepspeed
+from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import build_engine
+from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_context import initial_run_state
 from tools.benchmarks.benchmark_training import Settings
@@ -37,7 +38,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     task = build_task(settings)
     context = ParallelContext.single()
     with process_group():
-        share_with_deepspeed()
+        join_process_group()
         engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
         batches = random_batches(task)
         # The first step makes the moments.

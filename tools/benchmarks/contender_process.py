@@ -14,8 +14,9 @@ from megatron.model.causal_lm import VocabSize
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
-from megatron.mpu.process_group import process_group, share_with_deepspeed
+from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import require_hardware
+from megatron.training.stability.deepspeed_patches import join_process_group
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
 from tools.benchmarks.turns import synchronized_seconds
 
@@ -31,7 +32,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
     """
     task = build_task(settings)
     with process_group():
-        share_with_deepspeed()
+        join_process_group()
         contender = CONTENDERS[name](task)
         connection.send(describe(task, settings))
         while True:

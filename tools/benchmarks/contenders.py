@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig, CheckpointedActivations
-from megatron.data.micro_batch import to_inputs_and_labels
+from megatron.data.micro_batch import MicroBatch, to_inputs_and_labels
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
-from megatron.model.number_formats import DTYPES
 from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import DTYPES
 from megatron.mpu.random import seed_dropout
 from megatron.training.build_engine import build_engine
-from megatron.training.lr_schedules import LRScheduler
+from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import parameter_groups
 from megatron.training.stop_request import StopRequest
 
@@ -48,8 +48,8 @@ class Contender(Protocol):
         ...
 
 
-def random_batches(task: Task) -> Iterator[Any]:
-    """Yields endless micro batches (inputs, (labels, loss mask)) of uniformly random tokens, the same on every call."""
+def random_batches(task: Task) -> Iterator[MicroBatch]:
+    """Yields micro batches of uniformly random tokens without end, the same ones on every call."""
     generator = torch.Generator().manual_seed(task.config.training.seed)
     shape = (task.batch.micro_batch_size, task.config.model.seq_length + 1)
     while True:
@@ -58,7 +58,7 @@ def random_batches(task: Task) -> Iterator[Any]:
 
 
 class Engine:
-    """The project's own training step. Needs an initialized process group of one rank."""
+    """This project's own training step. Needs an initialized process group of one rank."""
 
     def __init__(self, task: Task) -> None:
         self._seed = task.config.training.seed
@@ -137,7 +137,7 @@ class PlainTorch:
         if not isinstance(section, AdamWConfig):
             raise ConfigError(f"optimizer.type: {section.type}: the plain loop is written for AdamW. Choose AdamW.")
         master_of = {weight: master for master, weight in self.weight_pairs}
-        groups: list[dict[str, Any]] = parameter_groups(self._model, section.weight_decay)
+        groups: list[dict[str, Any]] = parameter_groups(self._model, section)
         for group in groups:
             group["params"] = [master_of[weight] for weight in group["params"]]
         beta1, beta2 = section.betas

@@ -14,9 +14,9 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.model.causal_lm import VocabSize, build_local
-from megatron.model.number_formats import DTYPES
 from megatron.monitor.format_quantities import format_count
 from megatron.monitor.provenance import device_name
+from megatron.mpu.parameters import DTYPES
 from megatron.mpu.process_group import local_device
 
 

@@ -3,9 +3,10 @@
     python tools/checks/check_lone_importers.py            fail on a module without a reason, and on a stale reason
     python tools/checks/check_lone_importers.py --list     show all of them with their reasons, and end with 0
 
-Modules of megatron/ count, and as importers megatron/, tools/ and the scripts beside them; tests do not. A variant that
-a registry finds in its folder needs no importer, nor does a module that is run. A module without importers is dead, or
-has a reason as well. The reasons stand in lone_importers.toml.
+Modules of megatron/ count, and as importers megatron/, tools/ and the scripts beside them; tests do not. Left out are a
+registered variant, which its registry finds in its folder; a module that is run; and one that a tool or a script calls,
+which is that command's entry into the library. A module without importers is dead, or has a reason as well. The reasons
+stand in lone_importers.toml.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("--list", action="store_true", help="show every module with at most one importer")
     options = parser.parse_args(argv)
-    lone = {module: importers for module, importers in importers_of(ROOT, PACKAGE).items() if len(importers) < 2}
-    reasons: dict[str, str] = tomllib.loads(REASONS.read_text("utf-8"))
+    lone = lone_modules(importers_of(ROOT, PACKAGE))
+    reasons: dict[str, str] = tomllib.loads(REASONS.read_text("utf-8"))["reasons"]
     if options.list:
         for module, importers in lone.items():
             print(f"{module} <- {' '.join(importers) or 'nobody'}: {reasons.get(module, '-')}")
@@ -40,6 +41,15 @@ def main(argv: Sequence[str]) -> int:
     problems = list(missing_and_stale(lone, reasons))
     print("\n".join(problems) if problems else f"{len(lone)} modules with a single importer, each with its reason")
     return int(bool(problems))
+
+
+def lone_modules(importers: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Selects the modules with at most one importer, unless that is a file outside of the package."""
+    return {
+        module: users
+        for module, users in importers.items()
+        if len(users) < 2 and not any(user.endswith(".py") for user in users)
+    }
 
 
 def missing_and_stale(lone: Mapping[str, Sequence[str]], reasons: Mapping[str, str]) -> Iterator[str]:

@@ -117,7 +117,7 @@ class SnapshotFiles(EngineFiles):
 
 
 def _copied(content: Any, before: Any) -> Any:
-    """Tensors on the CPU and everything else, in dictionaries and lists, as they are now.
+    """Copies tensors to the CPU, and everything else in dictionaries and lists, as they are now.
 
     The memory of the copy `before` is used again where tensors have the same size and type.
     """

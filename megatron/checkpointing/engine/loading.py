@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from megatron.checkpointing.engine.hyperparameters import configured_hyperparameters
 from megatron.checkpointing.engine.load_universal import load_universal
-from megatron.checkpointing.engine.same_layout import layout_differences
 from megatron.checkpointing.engine.universal import universal_form
 from megatron.checkpointing.states.load_parameters import load_parameters
 from megatron.checkpointing.store.checkpoint import Checkpoint
@@ -42,7 +41,7 @@ def load_checkpoint(
 def _load(
     engine: PipelineEngine, checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, vocab: VocabSize
 ) -> None:
-    differences = layout_differences(checkpoint, config, context, vocab.padded)
+    differences = _layout_differences(checkpoint, config, context, vocab.padded)
     if differences:
         logger.info("%s was written in another layout: %s", checkpoint.path, "; ".join(differences))
         universal = universal_form(checkpoint, config.checkpoint.verify_checkpoint)
@@ -59,6 +58,24 @@ def _load(
     loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
+
+
+def _layout_differences(
+    checkpoint: Checkpoint, config: RunConfig, context: ParallelContext, padded_vocab_size: int
+) -> list[str]:
+    """Lists the differences between the layout that wrote a checkpoint and a run's, one sentence each."""
+    state, theirs = checkpoint.state, checkpoint.config
+    pairs: dict[str, tuple[object, object]] = {
+        "tensor-parallel size": (state.tensor_parallel_size, context.tensor_size),
+        "pipeline-parallel size": (state.pipe_parallel_size, context.pipe_size),
+        "data-parallel size": (state.data_parallel_size, context.data_size),
+        "padded vocabulary": (state.padded_vocab_size, padded_vocab_size),
+        "precision": (theirs.training.precision.dtype, config.training.precision.dtype),
+    }
+    if context.pipe_size > 1:
+        methods = (theirs.parallel.pipe_partition_method, config.parallel.pipe_partition_method)
+        pairs["pipe_partition_method"] = methods
+    return [f"{name} {before}, here {now}" for name, (before, now) in pairs.items() if before != now]
 
 
 def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:

@@ -1,7 +1,8 @@
-"""Saves a run through DeepSpeed's engine: while training waits, or from a copy while it goes on."""
+"""Saves a run through DeepSpeed's engine, at the steps of its schedule: while training waits, or beside it."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import threading
@@ -9,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from megatron.checkpointing.engine.engine_files import EngineFiles, SnapshotFile
 from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.publish import begin, complete, remove_old
 from megatron.checkpointing.store.run_state import RunState
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, os_errors_as
 from megatron.mpu.agreement import gather_objects, on_first_rank
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
 logger = logging.getLogger(__name__)
+
+
+def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int]:
+    """Returns the steps after which a checkpoint is written, spaced as in GPT-NeoX; 0 stands for the initial weights.
+
+    Pythia's 154 checkpoints are `checkpoint_factor: 1000` with `extra_save_iters: [0, 1, 2, 4, ..., 512]` over 143,000
+    steps. The last step is always among them.
+    """
+    iterations = {iteration for iteration in config.extra_save_iters if iteration <= train_iters}
+    factor = config.checkpoint_factor
+    if factor is not None:
+        spaced = range(1, train_iters) if config.checkpoint_scale == "linear" else itertools.count()
+        positions = (k * factor if config.checkpoint_scale == "linear" else float(factor) ** k for k in spaced)
+        iterations.update(int(position) for position in itertools.takewhile(lambda p: p < train_iters, positions))
+    return frozenset(iterations | {train_iters})
 
 
 def save_checkpoint(
@@ -172,4 +188,4 @@ def _gathered(files: EngineFiles) -> dict[str, FileEntry]:
     failures = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
     if failures:
         raise CheckpointError("; ".join(failures))
-    return dict(chain.from_iterable(report.items() for report in reports if not isinstance(report, str)))
+    return dict(itertools.chain.from_iterable(report.items() for report in reports if not isinstance(report, str)))

@@ -42,7 +42,7 @@ class StateReader:
 
     @property
     def engine_state(self) -> EngineState | None:
-        """Engine's part of the checkpoint, the same for all ranks; None for weights alone."""
+        """Returns the engine's part of the checkpoint, the same for all ranks; None for weights alone."""
         return None if self._zero_files is None else self._zero_files.engine_state()
 
     def read(self, layout: LayerLayout) -> LayerState:

@@ -73,7 +73,7 @@ class TensorFolder:
     """Read .bin files that hold more than tensors, which may run any code."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU. Raises CheckpointError for a damaged or unsafe file."""
+        """Reads tensors by name to the CPU. Raises CheckpointError for a damaged or unsafe file."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)

@@ -24,8 +24,7 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import VocabSize
-from megatron.model.number_formats import DTYPES
-from megatron.mpu.parameters import ParameterSpec
+from megatron.mpu.parameters import DTYPES, ParameterSpec
 
 
 @dataclass(frozen=True)

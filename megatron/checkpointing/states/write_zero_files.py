@@ -30,7 +30,7 @@ from megatron.config.deepspeed_json import precision_section
 from megatron.config.optimizer import facts_of
 from megatron.config.sections.training import PrecisionConfig, TrainingConfig
 from megatron.errors import CheckpointError
-from megatron.model.number_formats import DTYPES
+from megatron.mpu.parameters import DTYPES
 
 ALIGNMENT = 2  # elements: pieces begin at multiples of four bytes in every precision
 
@@ -179,7 +179,7 @@ class _FlatGroup:
 
     @cached_property
     def _extents(self) -> dict[str, tuple[int, int]]:
-        """First element and the one after the last of each parameter's share, by its name in the engine."""
+        """Returns the first element of each parameter's share and the one after its last, by name in the engine."""
         extents, start = {}, 0
         for name, shape in self.share_shapes().items():
             extents[name] = (start, start + shape.numel())
@@ -192,7 +192,7 @@ class _FlatGroup:
 
     @property
     def piece_size(self) -> int:
-        """Elements of one data-parallel rank's piece, padding included."""
+        """Returns the elements of one data-parallel rank's piece, padding included."""
         step = ALIGNMENT * self.sizes.data
         return -(-self._used // step) * step // self.sizes.data
 

@@ -40,7 +40,10 @@ class Checkpoint:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration of the run that wrote it. Raises CheckpointError when this version does not know it."""
+        """Reads the configuration of the run that wrote it.
+
+        Raises CheckpointError when this version does not know it.
+        """
         try:
             return RunConfig.model_validate_json((self.path / CONFIG_FILE).read_bytes())
         except (OSError, ValidationError) as error:
@@ -53,7 +56,7 @@ class Checkpoint:
 
     @property
     def vocab(self) -> VocabSize:
-        """The vocabulary that it was trained with."""
+        """Returns the vocabulary that it was trained with."""
         return VocabSize(self.state.vocab_size, self.state.padded_vocab_size)
 
     @property

@@ -108,7 +108,10 @@ def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: V
 
 
 def readable_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Checkpoints in `folder` whose manifest and state can be read, newest save first. Looks at no other file."""
+    """Lists the checkpoints in `folder` whose manifest and state can be read, newest save first.
+
+    Looks at no other file.
+    """
     return survey(folder)[0]
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.architecture import DEFAULT_ARCHITECTURE, architecture_facts, optional_sections, owners_of
-from megatron.config.neox.keys.entries import UNSET, Converted, Flat, Inert, MapsTo, RefusedError, Rejected
 from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, find_entry, mapped_keys, neox_keys
+from megatron.config.neox_entries import UNSET, Converted, Flat, Inert, MapsTo, RefusedError, Rejected
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, OptimizerFacts, optimizer_facts
 from megatron.config.value_types import did_you_mean, mistyped, schema_of
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, show

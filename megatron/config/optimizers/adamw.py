@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from megatron.config.neox.keys.entries import Rejected, absent_flag
+from megatron.config.neox_entries import Rejected, absent_flag
 from megatron.config.optimizer import OPTIMIZERS, Implementation, OptimizerConfig, OptimizerFacts, ParameterGroup
 
 
@@ -52,16 +52,22 @@ OPTIMIZERS.register("adamw")(
         implementations={
             "torch AdamW": Implementation("torch.optim:AdamW", lambda section: _arguments(section, fused=False)),
             "torch fused AdamW": Implementation(
-                "torch.optim:AdamW", lambda section: _arguments(section, fused=True), step_on_device=True
+                "torch.optim:AdamW",
+                lambda section: _arguments(section, fused=True),
+                step_on_device=True,
+                switch="torch_fused_adamw",
+                gpu="preferred",
             ),
             "apex FusedAdam": Implementation(
                 "apex.optimizers:FusedAdam",
                 lambda section: _arguments(section, adam_w_mode=True),
                 step_count="group",
-                wanted_by="apex_fused_adam: on",
+                switch="apex_fused_adam",
+                gpu="required",
                 how_to_get_it="Install apex, or set the key to auto or off.",
             ),
         },
+        known_to_deepspeed=True,
         check=_check,
         neox_keys={
             "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megatron.config.sections.section import Key, Section
+from megatron.config.section import Key, Section
 
 Verification = Literal["full", "sizes"]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import NonNegativeInt
 
-from megatron.config.sections.section import Key, OneOf, Section
+from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
 DatasetFormat = Annotated[str, OneOf(lambda: [*variant_names("megatron.data.formats"), "infer"])]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megatron.config.sections.section import Key, Section
+from megatron.config.section import Key, Section
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 

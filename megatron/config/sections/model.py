@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from megatron.config.sections.section import Key, OneOf, Section
+from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
 Architecture = Annotated[str, OneOf(partial(variant_names, "megatron.config.architectures"))]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from megatron.config.sections.section import Key, Section
+from megatron.config.section import Key, Section
 
 
 class ZeroConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.config.section import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
@@ -9,7 +10,6 @@ from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.monitor import MonitorConfig
 from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
-from megatron.config.sections.section import Section
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megatron.config.optimizer import OptimizerConfig, registered_optimizers
+from megatron.config.section import Key, OneOf, Section
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.section import Key, OneOf, Section
 from megatron.config.value_types import Schema
 from megatron.config.yaml.problems import YamlValue
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from megatron.config.sections.section import Key, Section
+from megatron.config.section import Key, Section
 
 Switch = Literal["auto", "on", "off"]
 

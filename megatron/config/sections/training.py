@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, Positive
 
 from megatron.config.learning_rate import LRScheduleConfig
 from megatron.config.optimizer import OptimizerConfig, read_optimizer_section
-from megatron.config.sections.section import Key, Section
+from megatron.config.section import Key, Section
 
 
 class BatchConfig(Section):

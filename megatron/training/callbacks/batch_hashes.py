@@ -1,4 +1,4 @@
-"""Records which tokens every step trained on, as one hash per step (`log_batch_hashes`)."""
+"""Records the tokens that every step trained on, as one hash per step (`log_batch_hashes`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ HASHES_FILE = "batch_hashes.jsonl"
 
 
 class BatchHashes(Callback):
-    """Hashes the micro batches that the engine reads, and after each step writes the hash of the global batch to
-    batch_hashes.jsonl.
+    """Hashes the samples that the engine reads and writes a hash of every global batch to batch_hashes.jsonl.
 
     The hash is the same for every layout with the same global batch: samples are taken in the order of the data,
     micro batch by micro batch, and in each by data-parallel rank. tools/datasets/batch_viewer.py shows the tokens.

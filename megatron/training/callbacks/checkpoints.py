@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpointing.engine.save_schedule import save_iterations
-from megatron.checkpointing.engine.saving import Saver
+from megatron.checkpointing.engine.saving import Saver, save_iterations
 from megatron.errors import NonFiniteError, UserError
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
@@ -12,8 +11,10 @@ from megatron.training.training_context import TrainingContext
 
 
 class Checkpoints(Callback):
-    """Saves after the steps of the schedule, when the run is to stop, and at its end; the initial weights as well when
-    the schedule has step 0."""
+    """Saves after the steps of the schedule, when the run is to stop, and at its end.
+
+    Saves the initial weights as well when the schedule has step 0.
+    """
 
     def __init__(self, context: TrainingContext) -> None:
         super().__init__(context)

@@ -1,1 +1,1 @@
-"""Steps that are not finite, and what DeepSpeed gets wrong."""
+"""Steps that are not finite, and patches of DeepSpeed."""

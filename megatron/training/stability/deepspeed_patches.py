@@ -1,23 +1,24 @@
-"""Everything that this project changes in an engine of DeepSpeed 0.19.8, in one place and in order.
+"""Everything that this project changes in DeepSpeed 0.19.8, in one place and in order.
 
-`install` changes the engine that `deepspeed.initialize` has made; nothing else sets an attribute of it afterwards. Two
-changes come earlier, because the engine is made from them, and two last for a single call:
+1. `join_process_group`, before the engine is made: quiet logs, and no shared-memory collective, which needs a compiler.
+2. `model/pipeline.py` subclasses PipelineModule, of which the engine is made: partition, recomputation, tied weights.
+3. `install` changes the engine that `deepspeed.initialize` has made. Nothing else sets an attribute of it afterwards,
+   except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the loader of the universal form,
+   which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters back.
 
-before the process group    `mpu/process_group.py` skips the shared-memory collective, which needs a compiler
-before the engine           `model/pipeline.py` subclasses PipelineModule: partition, recomputation, tied weights
-while a checkpoint loads    `checkpointing/engine/load_universal.py` replaces the loader of the universal form, which
-                            unpickles freely, and `hyperparameters.py` keeps the configured hyperparameters
-
-Tested in tests/parallel/test_agreement.py (norms, tied gradients: each case fails or waits for ever without its patch),
-tests/integration/test_non_finite.py (guard), test_deepspeed_patches.py (no compiler, no scripts) and
-tests/checkpointing/test_safe_files.py (files of checkpoints).
+Tested in tests/ranks/training: test_agreement.py (norms, tied gradients; each case fails or waits for ever without its
+patch), test_deepspeed_patches.py (no compiler, no scripts); in tests/faults/training/test_non_finite.py (guard) and
+tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
@@ -36,6 +37,15 @@ if TYPE_CHECKING:
 
 WIDENED_AT_ONCE = 2**24
 """Gradient elements of which a float64 copy is made at a time."""
+
+
+def join_process_group() -> None:
+    """Lets DeepSpeed communicate through the default process group, which must exist."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed compiles a shared-memory collective for CPU ranks while it starts. gloo does the same work without
+    # a compiler, and a user's first run should not need one.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
 
 
 def install(engine: PipelineEngine, context: ParallelContext, checkpoint: CheckpointConfig, guard: StepGuard) -> None:

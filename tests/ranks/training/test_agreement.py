@@ -34,7 +34,7 @@ EMBEDDING, FINAL_NORM = "embedding.word_embeddings.weight", "final_norm.weight"
 
 @dataclass
 class Steps:
-    """What a rank saw of its engine."""
+    """Observations of one rank's engine."""
 
     norms: list[float]
     rates: list[float]
@@ -44,7 +44,7 @@ class Steps:
 
 
 def micro_batches(rows: int, data_rank: int) -> Iterator[Any]:
-    """Random tokens, alike on the ranks that read the same samples."""
+    """Yields random tokens, alike on the ranks that read the same samples."""
     generator = torch.Generator().manual_seed(data_rank)
     while True:
         tokens = torch.randint(VOCAB_SIZE, (rows, SEQ_LENGTH + 1), generator=generator)

@@ -1,4 +1,4 @@
-"""Patches of DeepSpeed that show in a run's surroundings only; those of its numbers are in tests/parallel."""
+"""Patches of DeepSpeed that show in a run's surroundings only; those of its numbers are in test_agreement.py."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ SMALL = [
     "seq_length=32",
     "train_iters=2",
     "num_layers=2",
-    'attention_config=[[["flash"], 2]]',
     "log_interval=1",
     "eval_iters=0",
     "num_workers=0",
@@ -24,10 +23,10 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["tokenformer/150M", "pythia/14M"])
-def test_two_steps(recipe: str, dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "layer"), [("tokenformer/150M", "tokenformer"), ("pythia/14M", "flash")])
+def test_two_steps(recipe: str, layer: str, dataset: Path, tmp_path: Path) -> None:
     folders = [f"data_path={dataset}", f"log_dir={tmp_path}", f"index_cache_dir={tmp_path}"]
-    train(ROOT / "configs" / f"{recipe}.yml", *SMALL, *folders, output=tmp_path)
+    train(ROOT / "configs" / f"{recipe}.yml", *SMALL, f'attention_config=[[["{layer}"], 2]]', *folders, output=tmp_path)
     losses = records(tmp_path, "train/lm_loss")
     # Untrained models over 50,304 tokens: near ln 50304 = 10.83.
     assert list(losses) == [1, 2]

@@ -1,4 +1,4 @@
-"""What ranks hold and read: full weights and data order that no layout changes, shares of optimizer state."""
+"""Ranks hold and read what no layout changes: full weights, data order, replicas, shares of optimizer state."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ ADVICE = "fp16 gradients overflow although the loss scale is at its smallest.*bf
 
 
 class Run:
-    """What of an engine the guard sees, with steps that overflow or do not."""
+    """Stand-in for the engine as the guard sees it, with steps that overflow or do not."""
 
     def __init__(self, scale: float, *, loss_scale: float = 0.0) -> None:
         deepspeed.init_distributed("gloo", verbose=False)
@@ -44,7 +44,7 @@ class Run:
         self.progress = Progress()
 
     def step(self, *, overflows: bool, policy: str = "stop") -> bool:
-        """As the pipeline engine takes it, and then the loop; whether to roll back."""
+        """Takes a step as the pipeline engine and then the loop do; returns whether to roll back."""
         self.gradient = torch.full((2,), torch.inf if overflows else 1.0)
         self.guard.inspect()
         self.optimizer.overflow = not bool(torch.isfinite(self.gradient).all())

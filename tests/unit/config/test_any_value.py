@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron.config.build_config import build
+from megatron.config.merge_files import gather
 from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.neox.translate import translate
-from megatron.config.yaml.merge_files import gather
 from megatron.config.yaml.problems import Given, Origin, YamlValue
 
 BASES = [Path(__file__).parent / f"published_{name}.yml" for name in ("tokenformer", "pythia")]

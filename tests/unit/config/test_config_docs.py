@@ -6,8 +6,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from megatron.config.neox.keys.entries import MapsTo
 from megatron.config.neox.keys.table import neox_keys
+from megatron.config.neox_entries import MapsTo
 from megatron.config.yaml.yaml_files import read_yaml
 from tests.helpers.forkserver import ROOT
 from tools.generate_config_docs import flat_schema, generated, reference

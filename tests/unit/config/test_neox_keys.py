@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.neox.keys.entries import Inert, MapsTo, Rejected
 from megatron.config.neox.keys.table import find_entry, key_of, neox_keys, nested_keys
 from megatron.config.neox.translate import Translation, translate
+from megatron.config.neox_entries import Inert, MapsTo, Rejected
 from megatron.config.sections.section_fields import fields
 from megatron.config.value_types import mistyped
 from megatron.config.yaml.problems import Given, Origin, YamlValue

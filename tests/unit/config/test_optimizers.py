@@ -107,6 +107,10 @@ def test_a_registered_optimizer_is_configured_by_its_keys() -> None:
     [
         (["optimizer.params.period=0"], "command line optimizer.params.period: 0: expected a whole number above 0"),
         ([], "missing key optimizer.params.period: expected a whole number above 0"),
+        (
+            ["optimizer.params.period=1", "apex_fused_adam=on"],
+            "command line apex_fused_adam: on: the optimizer Sign has no such implementation; use auto or off",
+        ),
     ],
 )
 def test_a_registered_optimizer_refuses_in_the_words_of_its_keys(overrides: list[str], message: str) -> None:
@@ -121,6 +125,12 @@ def test_keys_of_another_optimizer_are_refused_where_they_stand() -> None:
         load_config([PYTHIA], ["optimizer.type=Sign", "optimizer.params.period=1", "optimizer.params.eps=null"])
     line = f"{PYTHIA}:12 optimizer.params.betas: [0.9, 0.95]"
     assert str(caught.value) == f"{line}: the optimizer Sign has no such key; it has lr, momentum, period"
+
+
+def test_one_implementation_of_an_optimizer_can_be_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"torch_fused_adamw.*: cannot be on together with apex_fused_adam"):
+        load_config([PYTHIA], ["apex_fused_adam=on", "torch_fused_adamw=on"])
+    assert load_config([PYTHIA], ["apex_fused_adam=off", "torch_fused_adamw=on"]).run.speedups.torch_fused_adamw == "on"
 
 
 @pytest.mark.usefixtures("sign")

@@ -19,7 +19,7 @@ from megatron.model.causal_lm import (
 )
 from megatron.model.init_methods import INIT_METHODS
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.parameters import decays, initialize_parameters, parameter_spec
+from megatron.mpu.parameters import initialize_parameters, parameter_spec
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
 PUBLISHED_SIZES = {  # layers, width, heads: parameters with 50,304 rows
@@ -95,7 +95,7 @@ def test_parameter_names_are_the_fields_words() -> None:
 def test_weight_decay_spares_norms_and_biases_only() -> None:
     for model in (tiny_tokenformer(), tiny_pythia(), tiny_pythia(norm="rmsnorm")):
         for name, parameter in build_local(model, VOCAB, seed=None).named_parameters():
-            assert decays(parameter) == (parameter.dim() == 2), name
+            assert parameter_spec(parameter).decays == (parameter.dim() == 2), name
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others() -> None:

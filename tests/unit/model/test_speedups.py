@@ -21,17 +21,18 @@ from megatron.kernels.backends import Backend
 from megatron.kernels.layer_norm.layer_norm import LAYER_NORM
 from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.model.causal_lm import build_local
-from megatron.model.speedups import SLOTS, OptimizerName, Speedups, apply_speedups, choose_speedups
+from megatron.model.speedups import SLOTS, Speedups, apply_speedups, choose_speedups
 from megatron.training.optimizer import build_optimizer
 from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 
+ADAMW = AdamWConfig(lr=1e-2, betas=[0.9, 0.95])
 FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
 
 
 def speedups(
     attention: str = "sdpa",
     layer_norm: str = "native",
-    optimizer: OptimizerName = "torch AdamW",
+    optimizer: str = "torch AdamW",
     *,
     compile: bool = False,  # noqa: A002 - the field's name
 ) -> Speedups:
@@ -90,19 +91,19 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
 
 
 def test_a_cpu_without_packages_uses_torch_alone() -> None:
-    assert choose_speedups(SpeedupsConfig(), BF16, on_gpu=False) == PLAIN
+    assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
 
 
 def test_a_gpu_uses_torchs_fused_adam_without_packages() -> None:
-    chosen = choose_speedups(SpeedupsConfig(), BF16, on_gpu=True)
+    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
     assert chosen == speedups(optimizer="torch fused AdamW")
 
 
 def test_auto_takes_what_is_installed_and_fits(packages: dict[str, list[Any]]) -> None:
-    chosen = choose_speedups(SpeedupsConfig(), BF16, on_gpu=True)
+    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
     assert chosen == speedups("flash_attn", "apex", "apex FusedAdam")
-    assert choose_speedups(SpeedupsConfig(), FP32, on_gpu=True).kernels["attention"].label == "torch SDPA"
-    assert choose_speedups(SpeedupsConfig(), BF16, on_gpu=False) == PLAIN
+    assert choose_speedups(SpeedupsConfig(), FP32, ADAMW, on_gpu=True).kernels["attention"].label == "torch SDPA"
+    assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
     assert str(chosen) == "attention flash-attn | layer norm apex | optimizer apex FusedAdam | not compiled"
 
 
@@ -110,23 +111,23 @@ def test_off_leaves_it_out(packages: dict[str, list[Any]]) -> None:
     off = SpeedupsConfig(
         flash_attention="off", apex_fused_adam="off", apex_fused_layernorm="off", torch_fused_adamw="off"
     )
-    assert choose_speedups(off, BF16, on_gpu=True) == PLAIN
+    assert choose_speedups(off, BF16, ADAMW, on_gpu=True) == PLAIN
 
 
 @pytest.mark.parametrize("key", ["flash_attention", "apex_fused_adam", "apex_fused_layernorm"])
 def test_on_without_the_package_says_how_to_get_it(key: str) -> None:
     with pytest.raises(EnvironmentSetupError, match=rf"{key}: on: .* not installed\. Install it with"):
-        choose_speedups(SpeedupsConfig(**{key: "on"}), BF16, on_gpu=True)
+        choose_speedups(SpeedupsConfig(**{key: "on"}), BF16, ADAMW, on_gpu=True)
 
 
 def test_on_where_it_cannot_work(packages: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EnvironmentSetupError, match="needs a GPU"):
-        choose_speedups(SpeedupsConfig(flash_attention="on"), BF16, on_gpu=False)
+        choose_speedups(SpeedupsConfig(flash_attention="on"), BF16, ADAMW, on_gpu=False)
     with pytest.raises(EnvironmentSetupError, match="this run is in fp32"):
-        choose_speedups(SpeedupsConfig(flash_attention="on"), FP32, on_gpu=True)
+        choose_speedups(SpeedupsConfig(flash_attention="on"), FP32, ADAMW, on_gpu=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(EnvironmentSetupError, match="there is no 'no-such-compiler'"):
-        choose_speedups(SpeedupsConfig(torch_compile="on"), FP32, on_gpu=False)
+        choose_speedups(SpeedupsConfig(torch_compile="on"), FP32, ADAMW, on_gpu=False)
 
 
 @pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.neox.keys.entries import (
+from megatron.config.neox_entries import (
     Conversion,
     Converted,
     Flat,

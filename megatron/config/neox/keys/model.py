@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megatron.config.architecture import attention_types
-from megatron.config.neox.keys.entries import (
+from megatron.config.neox_entries import (
     DELETED_EXPERIMENT,
     Conversion,
     Converted,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.neox.keys.entries import Inert, MapsTo, Rejected, TableEntry, absent_flag
+from megatron.config.neox_entries import Inert, MapsTo, Rejected, TableEntry, absent_flag
 
 _COMET = "only read with use_comet: true, which is refused"
 _NOISE_SCALE = "only read with log_gradient_noise_scale: true, which is refused"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt
 
-from megatron.config.neox.keys.entries import (
+from megatron.config.neox_entries import (
     Conversion,
     Converted,
     Flat,

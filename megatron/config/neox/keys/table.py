@@ -11,11 +11,11 @@ from functools import cache
 from typing import Any
 
 from megatron.config.neox.keys.data import DATA_KEYS
-from megatron.config.neox.keys.entries import Conversion, Entry, MapsTo, TableEntry
 from megatron.config.neox.keys.model import MODEL_KEYS
 from megatron.config.neox.keys.output import CHECKPOINT_KEYS, GENERATION_KEYS, MONITOR_KEYS
 from megatron.config.neox.keys.parallel import LAUNCH_KEYS, PARALLEL_KEYS
 from megatron.config.neox.keys.training import TRAINING_KEYS
+from megatron.config.neox_entries import Conversion, Entry, MapsTo, TableEntry
 from megatron.config.optimizer import OptimizerFacts, registered_optimizers
 from megatron.config.sections.section_fields import Field, fields
 

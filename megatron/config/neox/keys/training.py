@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from megatron.config.neox.keys.entries import (
+from megatron.config.neox_entries import (
     DELETED_EXPERIMENT,
     UNSET,
     Conversion,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.checks.check_lone_importers import importers_of, missing_and_stale
+from tools.checks.check_lone_importers import importers_of, lone_modules, missing_and_stale
 
 FILES = {
     "housing/__init__.py": "",
@@ -42,6 +42,10 @@ def test_importers_are_modules_tools_and_scripts(importers: dict[str, list[str]]
 
 def test_packages_variants_and_modules_that_are_run_do_not_count(importers: dict[str, list[str]]) -> None:
     assert not {"housing", "housing.variants", "housing.variants.first", "housing.command"} & set(importers)
+
+
+def test_a_module_with_one_importer_is_lone_unless_a_command_is_that_importer(importers: dict[str, list[str]]) -> None:
+    assert set(lone_modules(importers)) == {"housing.alone", "housing.dead"}
 
 
 def test_missing_and_stale_reasons_are_named() -> None:

@@ -1,4 +1,4 @@
-"""The learning-rate schedule as DeepSpeed steps it."""
+"""Sets the learning rate in step with DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class LRScheduler:
         self._apply()
 
     def step(self) -> None:
-        """Advance by one optimizer step."""
+        """Advances by one optimizer step."""
         self.num_steps += 1
         self._apply()
 
     def get_last_lr(self) -> list[float]:
-        """The learning rate that the next optimizer step uses, once per parameter group."""
+        """Returns the learning rate that the next optimizer step uses, once per parameter group."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps taken. The shape of the schedule is configuration, not state."""
+        """Returns the steps taken. The shape of the schedule is configuration, not state."""
         return {"num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the saved step with the schedule that this run configures."""
+        """Continues at the saved step with the schedule that this run configures."""
         self.num_steps = state["num_steps"]
         self._apply()
 

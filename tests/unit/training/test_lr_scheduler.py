@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.config.learning_rate import LRScheduleConfig
-from megatron.training.lr_schedules import LRScheduler
+from megatron.training.lr_scheduler import LRScheduler
 
 
 def test_scheduler_sets_every_group_and_resumes() -> None:

@@ -1,6 +1,6 @@
 """Statements about flat NeoX keys: a key sets a value, has no effect here, or is refused.
 
-A key of a section's value is declared in the section. The tables beside this module hold the rest: how such a key is
+A key of a section's value is declared in the section. The tables in neox/keys/ hold the rest: how such a key is
 written where that differs from the section's value, other names of the same values, and the keys that set nothing.
 """
 
