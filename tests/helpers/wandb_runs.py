@@ -10,12 +10,13 @@ from pathlib import Path
 PLANTED_KEY = "0123456789abcdef" * 2 + "planted0"
 
 WANDB_RUN = """
-import json, logging, os, sys
+import faulthandler, json, logging, os, sys
 from pathlib import Path
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.monitor.redaction import REDACTED
 from megatron.monitor.monitor import build_monitor
 
+faulthandler.dump_traceback_later(60, exit=True)
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 folder, resume_iteration, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 wandb_config = WandbConfig(enabled=True, project="tiny", group="tests", team="us", host="http://127.0.0.1:9")
