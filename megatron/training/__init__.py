@@ -1,1 +1,1 @@
-"""Training: assembly of a run, loop, callbacks, optimizer, learning rate, stability."""
+"""Assembly of a run, loop, callbacks, optimizer, learning rate, stability."""

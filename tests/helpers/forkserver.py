@@ -7,6 +7,7 @@ it can be killed, and nothing of DeepSpeed's outlives it.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,7 +15,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools" / "start"))),
 }
 """Must be set when a process is started, for the first start is also that of the process that is forked."""
 CONTEXT = multiprocessing.get_context("forkserver")

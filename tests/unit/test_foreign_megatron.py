@@ -20,7 +20,7 @@ SCRIPT = ("-c", "import train")
 
 def run(site: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of the checkout whose packages come after those in `site`."""
-    path = os.pathsep.join([str(site), str(ROOT)])
+    path = os.pathsep.join([str(site), str(ROOT), str(ROOT / "tools" / "start")])
     environment = os.environ | {"PYTHONPATH": path} | variables
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
@@ -88,7 +88,8 @@ def test_another_checkout_of_ours_is_installed(tmp_path: Path) -> None:
     for package in ("megatron", "tools"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
-    shutil.copy(ROOT / "megatron_tokenformer.py", tmp_path)
+    (tmp_path / "tools" / "start").mkdir()
+    shutil.copy(ROOT / "tools" / "start" / "megatron_tokenformer.py", tmp_path / "tools" / "start")
     ended = run(tmp_path, "tools/ckpts/reshape.py", "--help")
     assert ended.returncode == 1
     assert f"`megatron` is {tmp_path}/megatron, not {ROOT}/megatron. It is another checkout's: install" in ended.stderr

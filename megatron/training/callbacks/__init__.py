@@ -1,0 +1,1 @@
+"""Things that happen around the steps: evaluation, metrics, checkpoints, batch hashes."""

@@ -5,7 +5,6 @@ They come from the run's checkpoint of step 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.plain_torch import PlainRun, Weights
 from tests.helpers.records import records
-from tests.helpers.runs import train
 
 STEPS = 30
 
@@ -32,11 +30,9 @@ def initial_weights(run: Path, settings: dict[str, Any]) -> Weights:
 
 @pytest.mark.parametrize("settings", [TOKENFORMER, PYTHIA], ids=["tokenformer", "pythia"])
 def test_losses_and_norms_follow_a_float64_loop(
-    settings: dict[str, Any], write_config: Callable[..., Path], dataset: Path
+    settings: dict[str, Any], request: pytest.FixtureRequest, dataset: Path
 ) -> None:
-    config = write_config(settings, train_iters=STEPS, extra_save_iters=[0])
-    train(config)
-    run = config.with_suffix("")
+    run: Path = request.getfixturevalue("pythia_run" if settings is PYTHIA else "tokenformer_run")
     batch = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"]
     expected = list(PlainRun(settings, batch, STEPS).follow(initial_weights(run, settings), dataset))
     losses, norms = records(run, "train/lm_loss"), records(run, "train/grad_norm")

@@ -1,8 +1,9 @@
 """Starts the tools of this checkout, after a look at the packages that they are about to import.
 
-Our package is called `megatron`, as are NVIDIA's and GPT-NeoX's, and many projects have a folder `tools`. Scripts in
-this folder find their neighbours first. A script in tools/ finds what comes first on Python's path, where an editable
-install of this project stands last; so it imports this module, whose name nobody else has, before those packages.
+Our package is called `megatron`, as are NVIDIA's and GPT-NeoX's, and many projects have a folder `tools`. The scripts
+of the top level find their neighbours first. A script in tools/ finds what comes first on Python's path, where an
+editable install of this project stands last; so it imports this module, whose name nobody else has, before those
+packages. This folder is on the path of the install for that reason.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _checkout() -> Path:
     module = Path(__file__).resolve()
     script = Path(sys.argv[0]).resolve()
     tools = (folder for folder in script.parents if folder.name == "tools")
-    return next((folder.parent for folder in tools if (folder.parent / module.name).is_file()), module.parent)
+    return next((folder.parent for folder in tools if (folder / "start" / module.name).is_file()), module.parents[2])
 
 
 def _refuse_foreign(package: str, checkout: Path) -> None:
@@ -38,7 +39,7 @@ def _refuse_foreign(package: str, checkout: Path) -> None:
         return
     folder = Path(places[0]).resolve().parent
     owners = packages_distributions().get(package)
-    if (folder / Path(__file__).name).is_file():
+    if (folder / "tools" / "start" / Path(__file__).name).is_file():
         remedy = "It is another checkout's: install this one (pip install -e . -c requirements/constraints.txt)"
     elif owners:
         remedy = f"It is that of {owners[0]}: uninstall it (pip uninstall {owners[0]})"
