@@ -102,10 +102,12 @@ class Code:
 
     def run(self, *arguments: str) -> None:
         """Runs a command of the checkout. Raises RuntimeError with its output when it fails."""
+        # Stands for an install of the checkout, of which the environment has another one or none.
+        path = os.pathsep.join([str(self.folder), str(self.folder / "tools" / "start")])
         finished = subprocess.run(
             [sys.executable, *arguments],
             cwd=self.folder,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder)},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=False,

@@ -28,9 +28,10 @@ with build_monitor(
     for step in range(resume_iteration + 1, last + 1):
         if step == int(os.environ.get("KILL_SERVICE_AT", "-1")):
             import psutil
-            for child in psutil.Process().children(recursive=True):
-                child.kill()
-                child.wait()
+            # Its own child is waited for, and that child's own are not: without an init nobody would reap them.
+            (service,) = psutil.Process().children()
+            service.kill()
+            service.wait()
         monitor.write(step, {"consumed_tokens": step * 100, "train/lm_loss": 8.0 / step})
 print("finished")
 """
