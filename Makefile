@@ -1,5 +1,5 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
-# make test     run the tests (make test-full: the whole of every big matrix)
+# make test     run the tests (make test-full: the whole of every big matrix; ARGS="tests/unit -k loss": some of them)
 # make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
 SHELL := /bin/sh
 VENV := .venv
@@ -15,11 +15,14 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 demo: $(VENV)/base.installed
 	$(PY) tools/demo.py $(if $(TEXT),--text "$(TEXT)")
 
+# A worker for each core, up to four; tests that read the same runs stay together (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --durations 10
+
 test: $(VENV)/dev.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not full" $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
 
 test-full: $(VENV)/dev.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 checks: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check .

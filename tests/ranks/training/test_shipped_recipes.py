@@ -15,6 +15,7 @@ SMALL = [
     "seq_length=32",
     "train_iters=2",
     "num_layers=2",
+    "hidden_size=192",
     "log_interval=1",
     "eval_iters=0",
     "num_workers=0",
