@@ -45,7 +45,8 @@ _DTYPE_CODES: dict[int, np.dtype] = {
 _DATA_SUFFIX = ".bin"
 _INDEX_SUFFIX = ".idx"
 _LARGEST_UINT16_VOCABULARY = 65500
-_CHUNK = 1 << 20  # entries of an index handled at a time
+ENTRIES_AT_A_TIME = 1 << 20
+"""Entries of an index that are handled at once."""
 
 
 def data_file(prefix: Path) -> Path:
@@ -117,10 +118,10 @@ class IndexedDataset:
     def _check_positions(self, data_path: Path) -> None:
         """Raises DataError unless each sequence starts where its predecessor ends, up to the end of the data file."""
         position = 0
-        for start in range(0, len(self), _CHUNK):
-            sizes = self.sizes[start : start + _CHUNK].astype(np.int64)
+        for start in range(0, len(self), ENTRIES_AT_A_TIME):
+            sizes = self.sizes[start : start + ENTRIES_AT_A_TIME].astype(np.int64)
             pointers = position + _starts(sizes) * self.dtype.itemsize
-            if sizes.min() < 0 or not np.array_equal(pointers, self._pointers[start : start + _CHUNK]):
+            if sizes.min() < 0 or not np.array_equal(pointers, self._pointers[start : start + ENTRIES_AT_A_TIME]):
                 raise DataError(
                     f"{index_file(self.prefix)}: sequence lengths and positions contradict each other near sequence "
                     f"{start:,}. The file is damaged; tokenize the data again."
@@ -192,12 +193,12 @@ class IndexedDatasetWriter:
             file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(sizes) + 1))
             file.write(sizes.tobytes())
             position = 0
-            for start in range(0, len(sizes), _CHUNK):
-                chunk = sizes[start : start + _CHUNK].astype(np.int64)
+            for start in range(0, len(sizes), ENTRIES_AT_A_TIME):
+                chunk = sizes[start : start + ENTRIES_AT_A_TIME].astype(np.int64)
                 file.write((position + _starts(chunk) * self.dtype.itemsize).tobytes())
                 position += int(chunk.sum()) * self.dtype.itemsize
-            for start in range(0, len(sizes) + 1, _CHUNK):
-                file.write(np.arange(start, min(start + _CHUNK, len(sizes) + 1), dtype=np.int64).tobytes())
+            for start in range(0, len(sizes) + 1, ENTRIES_AT_A_TIME):
+                file.write(np.arange(start, min(start + ENTRIES_AT_A_TIME, len(sizes) + 1), dtype=np.int64).tobytes())
 
 
 DATASET_FORMATS.register("mmap")(

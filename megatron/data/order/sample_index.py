@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,8 @@ from megatron.errors import DataError
 
 _INT32_MAX = np.iinfo(np.int32).max
 _UINT32_MAX = np.iinfo(np.uint32).max
-_CHUNK = 1 << 18  # documents or samples handled at a time; bounds what is held beside the result
+CHUNK = 1 << 18
+"""Documents or samples that are handled at once; bounds what is held beside the result."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,13 @@ def num_epochs_for(num_tokens: int, num_samples: int, seq_length: int) -> int:
 
 
 def build_sample_index(
-    sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int
+    sizes: npt.NDArray[np.integer],
+    documents: range,
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    *,
+    chunk: int = CHUNK,
 ) -> SampleIndex:
     """Builds the index of at least `num_samples` samples of `seq_length` + 1 tokens from a range of documents.
 
@@ -66,36 +74,59 @@ def build_sample_index(
     generator = np.random.RandomState(seed)
     doc_idx = _repeated(documents, num_epochs)
     generator.shuffle(doc_idx)
-    sample_type: type[np.integer] = np.uint32 if num_built < _UINT32_MAX - 1 else np.int64
-    shuffle_idx = np.arange(num_built, dtype=sample_type)
+    types = index_types(documents.stop, len(doc_idx), num_built)
+    shuffle_idx = np.arange(num_built, dtype=types.shuffle)
     generator.shuffle(shuffle_idx)
-    return SampleIndex(doc_idx, _cut_samples(sizes, doc_idx, num_built, seq_length), shuffle_idx)
+    sample_idx = np.empty((num_built + 1, 2), dtype=types.sample)
+    _cut_samples(sizes, doc_idx, sample_idx, seq_length, chunk)
+    return SampleIndex(doc_idx, sample_idx, shuffle_idx)
 
 
 def _repeated(documents: range, num_epochs: int) -> npt.NDArray[np.integer]:
-    dtype: type[np.integer] = np.int32 if documents.stop <= _INT32_MAX else np.int64
+    dtype = index_types(documents.stop, 0, 0).doc
     doc_idx = np.empty((num_epochs, len(documents)), dtype=dtype)
     doc_idx[:] = np.arange(documents.start, documents.stop, dtype=dtype)
     return doc_idx.reshape(-1)
 
 
-def _cut_samples(
-    sizes: npt.NDArray[np.integer], doc_idx: npt.NDArray[np.integer], num_samples: int, seq_length: int
-) -> npt.NDArray[np.integer]:
-    """Finds every seq_length-th token of the stream: the first document that ends beyond it, and the offset in that.
+class IndexTypes(NamedTuple):
+    """Integer types of the arrays of an index, as NeoX chooses them."""
 
-    Returns [num_samples + 1, 2].
+    doc: type[np.integer]
+    sample: type[np.integer]
+    shuffle: type[np.integer]
+
+
+def index_types(num_documents: int, num_entries: int, num_samples: int) -> IndexTypes:
+    """Returns the types that count `num_documents` documents, `num_entries` entries of doc_idx and the samples."""
+    # NeoX picks the second by the number of samples alone and would overflow on more entries than an int32 counts.
+    small = 2 * (num_samples + 1) < _INT32_MAX and num_entries <= _INT32_MAX
+    return IndexTypes(
+        doc=np.int32 if num_documents <= _INT32_MAX else np.int64,
+        sample=np.int32 if small else np.int64,
+        shuffle=np.uint32 if num_samples < _UINT32_MAX - 1 else np.int64,
+    )
+
+
+def _cut_samples(
+    sizes: npt.NDArray[np.integer],
+    doc_idx: npt.NDArray[np.integer],
+    sample_idx: npt.NDArray[np.integer],
+    seq_length: int,
+    chunk: int,
+) -> None:
+    """Fills `sample_idx` [num_samples + 1, 2] with every seq_length-th token of the stream.
+
+    An entry is the first document that ends beyond the token, and the token's offset in that.
     """
-    # NeoX picks its type by the number of entries alone and would overflow on more documents than an int32 counts.
-    small = 2 * (num_samples + 1) < _INT32_MAX and len(doc_idx) <= _INT32_MAX
-    sample_idx = np.empty((num_samples + 1, 2), dtype=np.int32 if small else np.int64)
+    num_samples = len(sample_idx) - 1
     aligned_sizes = np.require(sizes, requirements="A")
     filled, stream_start = 0, 0
-    for first in range(0, len(doc_idx), _CHUNK):
-        ends = np.cumsum(aligned_sizes[doc_idx[first : first + _CHUNK]], dtype=np.int64)
+    for first in range(0, len(doc_idx), chunk):
+        ends = np.cumsum(aligned_sizes[doc_idx[first : first + chunk]], dtype=np.int64)
         stream_end = stream_start + int(ends[-1])
         last = min(num_samples, (stream_end - 1) // seq_length)
-        for start, stop in _pieces(filled, last + 1):
+        for start, stop in _pieces(filled, last + 1, chunk):
             tokens = np.arange(start, stop, dtype=np.int64) * seq_length - stream_start
             found = np.searchsorted(ends, tokens, side="right")
             sample_idx[start:stop, 0] = first + found
@@ -103,9 +134,8 @@ def _cut_samples(
         filled, stream_start = max(filled, last + 1), stream_end
     # NeoX starts at the first document even when that one is empty.
     sample_idx[0] = 0
-    return sample_idx
 
 
-def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, _CHUNK):
-        yield first, min(first + _CHUNK, stop)
+def _pieces(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, chunk):
+        yield first, min(first + chunk, stop)

@@ -15,7 +15,8 @@ import zstandard
 from megatron.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-_CHUNK = 1 << 20  # bytes read at a time
+BYTES_AT_A_TIME = 1 << 20
+"""Compressed bytes that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _decompressed(file: BinaryIO) -> Iterator[bytes]:
     """
     decompressor = zstandard.ZstdDecompressor()
     frame = None
-    while compressed := file.read(_CHUNK):
+    while compressed := file.read(BYTES_AT_A_TIME):
         while compressed:
             frame = frame or decompressor.decompressobj()
             yield frame.decompress(compressed)

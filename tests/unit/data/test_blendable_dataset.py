@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.order import blendable_dataset
 from megatron.data.order.blendable_dataset import BlendableDataset, blend_order
 from megatron.data.order.gpt_dataset import GPTDataset
 
@@ -39,9 +38,7 @@ weight_lists = st.one_of(
 @settings(max_examples=100, deadline=None)
 def test_equals_the_naive_loop(weights: list[float], num_items: int, blocks: int) -> None:
     shares = normalized(weights)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blendable_dataset, "_MIN_BLOCK_LENGTH", 1 + num_items // blocks)
-        order = blend_order(shares, num_items)
+    order = blend_order(shares, num_items, min_block_length=1 + num_items // blocks)
     assert [order[item] for item in range(num_items)] == blend_naively(shares.tolist(), num_items)
 
 

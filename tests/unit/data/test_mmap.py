@@ -73,7 +73,7 @@ def test_a_dataset_without_tokens_can_be_read(tmp_path: Path) -> None:
 
 
 def test_many_documents_cross_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.data.formats.mmap._CHUNK", 3)
+    monkeypatch.setattr("megatron.data.formats.mmap.ENTRIES_AT_A_TIME", 3)
     documents = [list(range(n % 5)) for n in range(10)]
     with IndexedDatasetWriter(tmp_path / "many", np.int32) as writer:
         for document in documents:

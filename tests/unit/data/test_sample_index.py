@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.order import sample_index
-from megatron.data.order.sample_index import SampleIndex, build_sample_index, num_epochs_for
+from megatron.data.order.sample_index import SampleIndex, build_sample_index, index_types, num_epochs_for
 from megatron.errors import DataError
 
 
@@ -53,9 +52,7 @@ def test_equals_the_naive_walk(
     documents = range(start, data.draw(st.integers(start + 1, len(sizes))))
     if sum(sizes[document] for document in documents) == 0:
         documents = range(len(sizes))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_index, "_CHUNK", chunk)
-        got = build_sample_index(np.array(sizes, dtype=np.int32), documents, num_samples, seq_length, seed)
+    got = build_sample_index(np.array(sizes, dtype=np.int32), documents, num_samples, seq_length, seed, chunk=chunk)
     assert_same(got, build_naively(sizes, documents, num_samples, seq_length, seed))
 
 
@@ -81,15 +78,21 @@ def test_unaligned_sizes() -> None:
     )
 
 
-def test_types_widen_when_counts_exceed_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_index, "_INT32_MAX", 200)
-    monkeypatch.setattr(sample_index, "_UINT32_MAX", 100)
-    arguments = range(10), 100, 4, 3
-    got = build_sample_index(np.full(10, 50, dtype=np.int32), *arguments)
-    naive = build_naively([50] * 10, *arguments)
-    assert (got.sample_idx.dtype, got.shuffle_idx.dtype) == (np.int64, np.int64)
-    np.testing.assert_array_equal(got.sample_idx, naive.sample_idx)
-    np.testing.assert_array_equal(got.shuffle_idx, naive.shuffle_idx)
+@pytest.mark.parametrize(
+    ("counts", "types"),
+    [
+        ((2**31 - 1, 2**31 - 1, 2**30 - 3), (np.int32, np.int32, np.uint32)),
+        ((2**31, 2**31 - 1, 2**30 - 3), (np.int64, np.int32, np.uint32)),
+        ((2**31 - 1, 2**31, 2**30 - 3), (np.int32, np.int64, np.uint32)),
+        ((2**31 - 1, 2**31 - 1, 2**30 - 1), (np.int32, np.int64, np.uint32)),
+        ((2**31 - 1, 2**31 - 1, 2**32 - 3), (np.int32, np.int64, np.uint32)),
+        ((2**31 - 1, 2**31 - 1, 2**32 - 2), (np.int32, np.int64, np.int64)),
+    ],
+)
+def test_types_widen_when_counts_exceed_them(counts: tuple[int, int, int], types: tuple[type, type, type]) -> None:
+    """Counts of documents, of entries of doc_idx, and of samples."""
+    assert index_types(*counts) == types
+    assert all(np.iinfo(kind).max >= count for kind, count in zip(types, counts, strict=True))
 
 
 @pytest.mark.parametrize(

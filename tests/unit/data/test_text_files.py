@@ -33,7 +33,7 @@ COMPRESSED = {
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("end", [b"", b"\n \n"], ids=["", "blank lines"])
 def test_lines_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, end: bytes) -> None:
-    monkeypatch.setattr(text_files, "_CHUNK", 50)
+    monkeypatch.setattr(text_files, "BYTES_AT_A_TIME", 50)
     path = tmp_path / f"corpus{suffix}"
     path.write_bytes(COMPRESSED[suffix](JSONL + end))
     documents = list(read_documents([path, path]))
