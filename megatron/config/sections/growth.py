@@ -28,7 +28,7 @@ class ModelSizes(Section):
 
 
 class GrowthRules(Section):
-    """Rules by which a model grows and trains on. The operator, the moments, the learning rate and the data are chosen apart."""
+    """Rules by which a model grows and trains on, chosen apart from each other."""
 
     key_prefix = "grow."
 
