@@ -47,6 +47,26 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line, record
 
 
+def sound_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads what can be read of a metrics file: the rows by rising iteration, and a sentence for each damaged line.
+
+    Where an iteration has several rows, as after a crash, the last one counts.
+    """
+    damaged: list[str] = []
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            damaged.append(f"{path}:{number}: left out, not JSON ({error.msg})")
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+            damaged.append(f"{path}:{number}: left out, no object with a whole-number 'iteration'")
+            continue
+        rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
+    return [rows[iteration] for iteration in sorted(rows)], damaged
+
+
 def _not_a_record(path: Path, number: int, why: str) -> DataError:
     return DataError(
         f"{path}:{number}: {why}, so this is no metrics file of a run, or it is damaged. "

@@ -1,0 +1,223 @@
+"""Loss of training runs over the cost of everything that led to it, growth included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.config.model_size import count_parameters
+from megatron.config.sections.model import ModelConfig
+from megatron.errors import DataError
+from megatron.monitor.metrics_file import METRICS_FILE, sound_records
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GrowthEvent:
+    """A growth in a run's course."""
+
+    step: int
+    tokens: float
+    """Training tokens that were read before it [tokens]."""
+    flops: float
+    """Cost of everything before it [FLOP]."""
+    factor: float
+    """Parameters beside the embedding after it, over those before."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of a run, where it was measured."""
+
+    steps: Values
+    tokens: Values
+    """Training tokens read so far, those of smaller models included [tokens]."""
+    flops: Values
+    """Cost of all training so far, the smaller models' included [FLOP]."""
+    values: Values
+
+    def until(self, step: float) -> Series:
+        """Returns the part that was measured up to `step`."""
+        return self.where(self.steps <= step)
+
+    def since(self, step: float) -> Series:
+        """Returns the part that was measured after `step`."""
+        return self.where(self.steps > step)
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Series:
+        """Returns the part that is chosen."""
+        return Series(self.steps[chosen], self.tokens[chosen], self.flops[chosen], self.values[chosen])
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A run from its first initial weights on: the run itself, and the smaller ones that it has grown from."""
+
+    name: str
+    seed: int
+    learning_rate: float
+    """Peak of the schedule."""
+    parameters: int
+    """Of the model that it ends with, embedding included."""
+    first_parameters: int
+    """Of the model that it began with."""
+    valid: Series
+    """Validation loss [nat/token]."""
+    train: Series
+    """Training loss, a mean over the steps since the row before [nat/token]."""
+    rates: Series
+    """Learning rates."""
+    growths: tuple[GrowthEvent, ...] = ()
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    """Rules of the last growth."""
+
+    @property
+    def loss(self) -> float:
+        """Returns the last validation loss [nat/token]."""
+        return float(self.valid.values[-1])
+
+    @property
+    def flops(self) -> float:
+        """Returns the cost of the whole [FLOP]."""
+        return float(self.valid.flops[-1])
+
+    @property
+    def tokens(self) -> float:
+        """Returns the training tokens of the whole [tokens]."""
+        return float(self.valid.tokens[-1])
+
+
+def read_curve(words: str) -> tuple[LossCurve, list[str]]:
+    """Reads the run FOLDER, or FOLDER+FOLDER+… of which each has grown from the one before.
+
+    Returns with the curve what was left out because it could not be read, a sentence for each line. Of a run from which
+    the next one has branched off, what came later does not count. Raises DataError for a folder without a run, or a run
+    without a validation loss.
+    """
+    runs = [_read_run(Path(name)) for name in words.split("+")]
+    rows: list[_Row] = []
+    events: list[GrowthEvent] = []
+    for index, run in enumerate(runs):
+        start = 0
+        if index > 0:
+            start = 0 if run.restarts else run.first_step
+            kept = [row for row in rows if run.restarts or row.own_step < start]
+            if not kept:
+                raise DataError(f"{run.folder} does not go on from {runs[index - 1].folder}: its steps begin before.")
+            rows = kept
+            before, last = runs[index - 1], rows[-1]
+            if before.inner_parameters != run.inner_parameters:
+                factor = run.inner_parameters / before.inner_parameters
+                events.append(GrowthEvent(last.step, last.tokens, last.flops, factor))
+        rows += run.after(rows[-1] if rows else None)
+    last_run = runs[-1]
+    curve = LossCurve(
+        name=words,
+        seed=int(last_run.training["seed"]),
+        learning_rate=float(last_run.training["optimizer"]["lr"]),
+        parameters=last_run.parameters,
+        first_parameters=runs[0].parameters,
+        valid=_series(rows, "valid/lm_loss"),
+        train=_series(rows, "train/lm_loss"),
+        rates=_series(rows, "train/learning_rate"),
+        growths=tuple(events),
+        rules=last_run.rules,
+    )
+    if len(curve.valid.values) == 0:
+        raise DataError(
+            f"{words}: no validation loss. A report needs runs with validation data and eval_iters above 0."
+        )
+    return curve, [line for run in runs for line in run.damaged]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of metrics.jsonl with what led to it."""
+
+    own_step: int
+    """As the run counts it."""
+    step: float
+    """Counted from the first run's start."""
+    tokens: float
+    flops: float
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run's folder, as far as it can be read."""
+
+    folder: Path
+    records: Sequence[Mapping[str, Any]]
+    damaged: Sequence[str]
+    parameters: int
+    inner_parameters: int
+    """Without the embedding."""
+    flops_per_token: float
+    tokens_per_step: int
+    training: Mapping[str, Any]
+    restarts: bool
+    """Whether it took weights alone, and counts its steps from 0."""
+    rules: Mapping[str, Any]
+
+    @property
+    def first_step(self) -> int:
+        """Returns the first step that it has recorded."""
+        return int(self.records[0]["iteration"])
+
+    def after(self, before: _Row | None) -> list[_Row]:
+        """Returns its rows with the costs of what was there before it."""
+        offset = 0 if before is None or not self.restarts else before.step
+        own = 0 if before is None or self.restarts else before.own_step
+        tokens, flops = (0.0, 0.0) if before is None else (before.tokens, before.flops)
+        rows = []
+        for record in self.records:
+            step = int(record["iteration"])
+            read = (step - own) * self.tokens_per_step
+            rows.append(_Row(step, offset + step, tokens + read, flops + read * self.flops_per_token, record))
+        return rows
+
+
+def _read_run(folder: Path) -> _Run:
+    file, described = folder / METRICS_FILE, folder / "run.json"
+    for path in (file, described):
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file. Give a run's folder (log_dir, or save), which training has written."
+            )
+    records, damaged = sound_records(file)
+    if not records:
+        raise DataError(f"{file}: no rows that can be read.")
+    try:
+        description = json.loads(described.read_text(encoding="utf-8"))
+        config = description["config"]
+        model = ModelConfig.model_validate_json(json.dumps(config["model"]))
+        return _Run(
+            folder=folder,
+            records=records,
+            damaged=damaged,
+            parameters=description["parameters"],
+            inner_parameters=count_parameters(model, 0),
+            flops_per_token=description["flops_per_token"],
+            tokens_per_step=description["tokens_per_step"],
+            training=config["training"],
+            restarts=bool(config["checkpoint"]["finetune"])
+            or config["checkpoint"]["pretrain_partial_init"] is not None,
+            rules=config.get("grow") or {},
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{described}: damaged, or written by another version ({error}).") from error
+
+
+def _series(rows: Sequence[_Row], metric: str) -> Series:
+    measured = [row for row in rows if isinstance(row.record.get(metric), int | float)]
+    columns = [[row.step, row.tokens, row.flops, float(row.record[metric])] for row in measured]
+    steps, tokens, flops, values = np.array(columns, dtype=np.float64).reshape(-1, 4).T
+    return Series(steps, tokens, flops, values)
