@@ -4,10 +4,10 @@
     python tools/run_stages.py configs/growth/wsd.yml train_data_paths=[data/owt_text_document] num_gpus=8
 
 Every stage is a difference to the one before, with a budget (megatron/growth/staged_plan.py has the format). The plan
-is shown first, with parameters, FLOPs and tokens, and refused where a stage cannot follow the one before. Each step is a
-command that a user could type, and is printed before it runs: tools/ckpts/grow.py makes the larger model of a stage's
-last checkpoint, `deepy.py train.py` trains it. A stage whose newest checkpoint is of its last step is done. SIGTERM and
-other requests to stop are passed on; the exit code is then that of the training, 75, which asks to be started again.
+is shown first, with parameters, FLOPs and tokens, and refused where a stage cannot follow the one before. Each step is
+a command that a user could type, and is printed before it runs: tools/ckpts/grow.py makes the larger model of a stage's
+last checkpoint, `deepy.py train.py` trains it. A stage whose newest checkpoint is of its last step is done. Signals are
+passed on; the exit code is then that of the training: 75 asks to be started again.
 """
 
 from __future__ import annotations

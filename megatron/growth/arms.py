@@ -1,25 +1,16 @@
-"""Arms of an experiment on growth: runs that differ in their seed alone, each against runs that never grew."""
+"""Arms of an experiment on growth: runs that differ in their seed alone, at the learning rate that suits them best."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron.config.sections.growth import GrowthRules
+from megatron.growth.compare_curves import Estimate, mean_of
 from megatron.growth.loss_curves import LossCurve
-from megatron.growth.verdict import (
-    Estimate,
-    Recovery,
-    Saving,
-    difference,
-    equal_loss_saving,
-    mean_of,
-    recovery,
-    same_cost,
-)
 from megatron.monitor.format_quantities import format_count
 
 
@@ -29,9 +20,14 @@ class Arm:
 
     name: str
     runs: tuple[LossCurve, ...]
-    """One for each seed."""
-    rates_tried: int
-    """Learning rates among which the best was chosen."""
+    """One for each seed, at the best learning rate."""
+    all_runs: tuple[LossCurve, ...]
+    """Those of all learning rates."""
+
+    @property
+    def rates_tried(self) -> int:
+        """Returns the number of learning rates among which the best was chosen."""
+        return len({run.learning_rate for run in self.all_runs})
 
     @property
     def first(self) -> LossCurve:
@@ -62,31 +58,6 @@ class Arm:
     def loss(self) -> Estimate:
         """Estimates the final loss [nat/token]."""
         return mean_of([run.loss for run in self.runs])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A grown arm against runs that never grew; None where there are none of that kind."""
-
-    arm: Arm
-    scratch: Arm | None
-    """The final model from scratch, at equal cost."""
-    small: Arm | None
-    """The first model alone, at equal cost."""
-    scratch_full: Arm | None
-    """The final model from scratch, on as many tokens."""
-    against: Mapping[str, Estimate]
-    """Final loss above that of the three, by their names here [nat/token]."""
-    savings: tuple[Saving, ...]
-    """Share of the cost from scratch for the same loss, by run."""
-    recoveries: tuple[Recovery, ...]
-
-    @property
-    def control(self) -> str | None:
-        """Returns the name of the better one of the two at equal cost."""
-        arms = {"scratch": self.scratch, "small": self.small}
-        present = {name: arm.loss.mean for name, arm in arms.items() if arm is not None}
-        return min(present, key=lambda name: present[name]) if present else None
 
 
 def make_arms(runs: Sequence[tuple[str | None, LossCurve]]) -> list[Arm]:
@@ -124,111 +95,4 @@ def _with_best_rate(name: str, runs: Sequence[LossCurve]) -> Arm:
         return float(np.mean(counted))
 
     chosen = by_rate[min(by_rate, key=mean_loss)]
-    return Arm(name, tuple(sorted(chosen, key=lambda run: run.seed)), len(by_rate))
-
-
-def judge(arms: Sequence[Arm], twins: Sequence[LossCurve] = ()) -> list[Outcome]:
-    """Compares every grown arm with the arms that never grew, and its runs with those of `twins` that did not grow.
-
-    The intervals hold for all grown arms at once.
-    """
-    grown = [arm for arm in arms if arm.has_grown]
-    ungrown = [arm for arm in arms if not arm.has_grown]
-    return [_outcome(arm, ungrown, twins, len(grown)) for arm in grown]
-
-
-def _outcome(arm: Arm, ungrown: Sequence[Arm], twins: Sequence[LossCurve], comparisons: int) -> Outcome:
-    run = arm.first
-    final = [other for other in ungrown if other.first.parameters == run.parameters]
-    first = [other for other in ungrown if other.first.parameters == run.first_parameters]
-    chosen = {
-        "scratch": _best(other for other in final if same_cost(other.first.flops, run.flops)),
-        "small": _best(other for other in first if same_cost(other.first.flops, run.flops)),
-        "scratch_full": _best(other for other in final if same_cost(other.first.tokens, run.tokens)),
-    }
-    controls = [other_run for other in final for other_run in other.runs]
-    return Outcome(
-        arm=arm,
-        **chosen,
-        against={name: difference(arm.runs, other.runs, comparisons) for name, other in chosen.items() if other},
-        savings=tuple(equal_loss_saving(each, _of_seed(each, controls)) for each in arm.runs if controls),
-        recoveries=tuple(found for each in arm.runs if (found := recovery(each, _twin(each, twins))) is not None),
-    )
-
-
-def _best(arms: Sequence[Arm] | object) -> Arm | None:
-    return min(arms, key=lambda arm: arm.loss.mean, default=None)  # type: ignore[call-overload, no-any-return]
-
-
-def _of_seed(run: LossCurve, controls: Sequence[LossCurve]) -> Sequence[LossCurve]:
-    return [control for control in controls if control.seed == run.seed] or controls
-
-
-def _twin(run: LossCurve, twins: Sequence[LossCurve]) -> LossCurve | None:
-    """Returns the run without growth that is what this one was before: its sizes, seed and learning rate."""
-    same = (
-        twin
-        for twin in twins
-        if not twin.growths
-        and twin.parameters == run.first_parameters
-        and (twin.seed, twin.learning_rate) == (run.seed, run.learning_rate)
-    )
-    return max(same, key=lambda twin: twin.flops, default=None)
-
-
-def verdict(outcomes: Sequence[Outcome]) -> str:
-    """Says in a sentence whether to grow, by how much at most, and at which size of effect the runs are blind."""
-    judged = [outcome for outcome in outcomes if outcome.control is not None]
-    if not judged:
-        return "No verdict: no run that never grew has the cost of a grown one."
-    best = min(judged, key=lambda outcome: outcome.against[outcome.control or ""].mean)
-    name = best.control or ""
-    control, gap = (best.scratch if name == "scratch" else best.small), best.against[name]
-    what = "the large model from scratch" if name == "scratch" else "the small model alone"
-    arm, seeds = best.arm, f"{gap.seeds} seed{'s' if gap.seeds > 1 else ''}"
-    setting = (
-        f"{arm.factor:.2g}x at {arm.growth_at:.0%} of {arm.first.flops:.2g} FLOP, "
-        f"{arm.tokens_per_parameter:.1f} tokens per parameter"
-    )
-    missing = " (no run of the other kind to compare with)" if best.scratch is None or best.small is None else ""
-    if gap.seeds < 2 or control is None:
-        return (
-            f"No verdict: with one seed the spread is unknown. {arm.name} ends {gap.mean:+.3f} nat from {what}{missing}, "
-            f"its best competitor at equal FLOPs ({setting})."
-        )
-    among = f", the best of {len(judged)} grown arms," if len(judged) > 1 else ""
-    if gap.high < 0.0:
-        return (
-            f"Grow: {arm.name}{among} ends {-gap.mean:.3f} nat below {what}{missing} at equal FLOPs, at least "
-            f"{-gap.high:.3f} and at most {-gap.low:.3f} ({setting}; {seeds}){_saving_words(best)}."
-        )
-    if gap.low > 0.0:
-        return (
-            f"Do not grow: {arm.name}{among} ends {gap.mean:.3f} nat above {what}{missing} at equal FLOPs, at least "
-            f"{gap.low:.3f} and at most {gap.high:.3f} ({setting}; {seeds})."
-        )
-    return (
-        f"No difference above what the spread lets us see ({gap.half_width:.3f} nat with {seeds}): {arm.name}{among} ends "
-        f"{gap.mean:+.3f} nat from {what}{missing} at equal FLOPs, so growing gains at most {max(-gap.low, 0.0):.3f} and "
-        f"costs at most {max(gap.high, 0.0):.3f} ({setting})."
-    )
-
-
-def saving_of(outcome: Outcome) -> Estimate | None:
-    """Estimates the share of the cost from scratch that is saved; None without controls of the final size."""
-    return mean_of([saving.share for saving in outcome.savings]) if outcome.savings else None
-
-
-def saving_bound(outcome: Outcome) -> str:
-    """Returns `at least`, `at most` or nothing, for an estimate of which some part is only a bound."""
-    bounds = {saving.bound for saving in outcome.savings} - {"exact"}
-    return bounds.pop() if len(bounds) == 1 else "about" if bounds else ""
-
-
-def _saving_words(outcome: Outcome) -> str:
-    saving = saving_of(outcome)
-    if saving is None:
-        return ""
-    bound = saving_bound(outcome)
-    spread = f" ± {saving.half_width:.0%}" if saving.seeds > 1 else ""
-    return f", and saves {f'{bound} ' if bound else ''}{saving.mean:.0%}{spread} of the FLOPs to that loss from scratch"
+    return Arm(name, tuple(sorted(chosen, key=lambda run: run.seed)), tuple(runs))

@@ -32,7 +32,7 @@ class GrowthEvent:
     """Parameters beside the embedding after it, over those before."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """One metric of a run, where it was measured."""
 
@@ -56,7 +56,7 @@ class Series:
         return Series(self.steps[chosen], self.tokens[chosen], self.flops[chosen], self.values[chosen])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossCurve:
     """A run from its first initial weights on: the run itself, and the smaller ones that it has grown from."""
 
@@ -131,9 +131,7 @@ def read_curve(words: str) -> tuple[LossCurve, list[str]]:
         rules=last_run.rules,
     )
     if len(curve.valid.values) == 0:
-        raise DataError(
-            f"{words}: no validation loss. A report needs runs with validation data and eval_iters above 0."
-        )
+        raise DataError(f"{words}: no validation loss. A report needs runs with validation data and eval_iters.")
     return curve, [line for run in runs for line in run.damaged]
 
 
@@ -189,9 +187,7 @@ def _read_run(folder: Path) -> _Run:
     file, described = folder / METRICS_FILE, folder / "run.json"
     for path in (file, described):
         if not path.is_file():
-            raise DataError(
-                f"{path}: no such file. Give a run's folder (log_dir, or save), which training has written."
-            )
+            raise DataError(f"{path}: no such file. Give a run's folder: its log_dir, or else its save.")
     records, damaged = sound_records(file)
     if not records:
         raise DataError(f"{file}: no rows that can be read.")

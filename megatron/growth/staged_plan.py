@@ -29,7 +29,6 @@ from megatron.checkpointing.states.same_model import FREE_MODEL_FIELDS
 from megatron.config.load_config import LoadedConfig, load_given
 from megatron.config.merge_files import flatten, gather
 from megatron.config.sections.growth import ModelSizes
-from megatron.config.sections.model import ModelConfig
 from megatron.config.value_types import did_you_mean
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, report, show
 from megatron.config.yaml.yaml_files import LocatedValue, read_yaml
@@ -89,7 +88,7 @@ class Stage:
     @property
     def sizes(self) -> ModelSizes:
         """Returns the sizes that growth changes."""
-        return model_sizes(self.loaded.run.model)
+        return ModelSizes.of(self.loaded.run.model)
 
 
 @dataclass(frozen=True)
@@ -98,14 +97,6 @@ class StagedPlan:
 
     file: Path
     stages: tuple[Stage, ...]
-
-
-def model_sizes(model: ModelConfig) -> ModelSizes:
-    """Returns the sizes of a model that growth changes."""
-    tokens = model.param_tokens
-    if tokens is None:
-        return ModelSizes(num_layers=model.num_layers)
-    return ModelSizes(qkv=tokens.qkv, proj=tokens.proj, ffn=tokens.ffn, num_layers=model.num_layers)
 
 
 @dataclass(frozen=True)

@@ -1,161 +1,154 @@
-"""Verdict on growth: what a grown run has gained or lost against runs that never grew, and how sure that is."""
+"""Verdict on growth: what grown runs have gained or lost against runs that never grew, and how sure that is."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
-from scipy import stats
-
-from megatron.growth.loss_curves import LossCurve, Series
-
-SAME_COST = 0.02
-"""Relative difference up to which two budgets count as equal."""
-CONFIDENCE = 0.95
+from megatron.growth.arms import Arm
+from megatron.growth.compare_curves import (
+    SAME_COST,
+    Estimate,
+    Recovery,
+    Saving,
+    difference,
+    equal_loss_saving,
+    mean_of,
+    recovery,
+    same_cost,
+)
+from megatron.growth.loss_curves import LossCurve
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, and how far the true mean may be from it."""
+class Outcome:
+    """A grown arm against runs that never grew; None where there are none of that kind."""
 
-    mean: float
-    half_width: float
-    """Half the 95 % confidence interval; infinity with a single seed."""
-    seeds: int
+    arm: Arm
+    scratch: Arm | None
+    """The final model from scratch, at equal cost."""
+    small: Arm | None
+    """The first model alone, at equal cost."""
+    scratch_full: Arm | None
+    """The final model from scratch, on as many tokens."""
+    against: Mapping[str, Estimate]
+    """Final loss above that of the three, by their names here [nat/token]."""
+    savings: tuple[Saving, ...]
+    """Share of the cost from scratch for the same loss, by run."""
+    recoveries: tuple[Recovery, ...]
 
     @property
-    def low(self) -> float:
-        """Returns the lower end of the interval."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Returns the upper end of the interval."""
-        return self.mean + self.half_width
+    def control(self) -> str | None:
+        """Returns the name of the better one of the two at equal cost."""
+        arms = {"scratch": self.scratch, "small": self.small}
+        present = {name: arm.loss.mean for name, arm in arms.items() if arm is not None}
+        return min(present, key=lambda name: present[name]) if present else None
 
 
-def mean_of(values: Sequence[float], comparisons: int = 1) -> Estimate:
-    """Estimates a mean by Student's t; with several `comparisons`, all intervals hold at once (Bonferroni)."""
-    count = len(values)
-    if count < 2:
-        return Estimate(float(values[0]), math.inf, count)
-    quantile = float(stats.t.ppf(1.0 - (1.0 - CONFIDENCE) / 2.0 / comparisons, count - 1))
-    return Estimate(float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(count), count)
+def judge(arms: Sequence[Arm], twins: Sequence[LossCurve] = ()) -> list[Outcome]:
+    """Compares every grown arm with the arms that never grew, and its runs with those of `twins` that did not grow.
 
-
-def difference(ours: Sequence[LossCurve], theirs: Sequence[LossCurve], comparisons: int = 1) -> Estimate:
-    """Estimates how far our final loss is above theirs [nat/token].
-
-    Seed by seed where both have the same ones, for runs of one seed read the same data; otherwise by Welch's interval.
+    The intervals hold for all grown arms at once.
     """
-    pairs = {run.seed: run.loss for run in theirs}
-    if len(pairs) == len(theirs) and sorted(pairs) == sorted(run.seed for run in ours):
-        return mean_of([run.loss - pairs[run.seed] for run in ours], comparisons)
-    losses = [[run.loss for run in runs] for runs in (ours, theirs)]
-    mean = float(np.mean(losses[0]) - np.mean(losses[1]))
-    if min(map(len, losses)) < 2:
-        return Estimate(mean, math.inf, min(map(len, losses)))
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in losses]
-    if sum(parts) == 0.0:
-        return Estimate(mean, 0.0, min(map(len, losses)))
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, losses, strict=True))
-    quantile = float(stats.t.ppf(1.0 - (1.0 - CONFIDENCE) / 2.0 / comparisons, freedom))
-    return Estimate(mean, quantile * math.sqrt(sum(parts)), min(map(len, losses)))
+    grown = [arm for arm in arms if arm.has_grown]
+    ungrown = [arm for arm in arms if not arm.has_grown]
+    return [_outcome(arm, ungrown, twins, len(grown)) for arm in grown]
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Share of the control's cost that a run did without for the same loss; negative where it took more."""
-
-    share: float
-    bound: Literal["exact", "at least", "at most"] = "exact"
-    """Whether the control reached the loss, never did, or was below it from its first record on."""
-
-
-def equal_loss_saving(run: LossCurve, controls: Sequence[LossCurve]) -> Saving:
-    """Computes 1 - C / C', where C is the run's cost and C' that at which the controls reach its final loss.
-
-    With controls of several budgets, C' lies between their ends; with one, on its curve. Between two points, the loss
-    is linear in the logarithm of the cost.
-    """
-    ends = _ends(controls)
-    if len(ends) > 1:
-        costs, losses = (np.array(column) for column in zip(*ends, strict=True))
-    else:
-        costs, losses = controls[0].valid.flops, controls[0].valid.values
-    # The first time that a loss is reached counts, though noise may raise it again.
-    lowest = np.minimum.accumulate(losses)
-    reached = int(np.argmax(lowest <= run.loss))
-    if not lowest[-1] <= run.loss:
-        return Saving(1.0 - run.flops / float(costs[-1]), "at least")
-    if reached == 0:
-        bound: Literal["exact", "at most"] = "exact" if lowest[0] == run.loss else "at most"
-        return Saving(1.0 - run.flops / float(costs[0]), bound)
-    before, after = lowest[reached - 1], lowest[reached]
-    share = (before - run.loss) / (before - after)
-    cost = math.exp(math.log(costs[reached - 1]) + share * math.log(costs[reached] / costs[reached - 1]))
-    return Saving(1.0 - run.flops / cost)
-
-
-def _ends(controls: Sequence[LossCurve]) -> list[tuple[float, float]]:
-    """Returns mean cost and mean final loss of the runs of each budget, by rising cost."""
-    budgets: list[list[LossCurve]] = []
-    for control in sorted(controls, key=lambda control: control.flops):
-        if budgets and same_cost(budgets[-1][0].flops, control.flops):
-            budgets[-1].append(control)
-        else:
-            budgets.append([control])
-    return [
-        (float(np.mean([run.flops for run in runs])), float(np.mean([run.loss for run in runs]))) for runs in budgets
-    ]
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What a run lost at its last growth, and how soon it was back [steps]; None where it never was."""
-
-    jump: float
-    """First validation loss after growth above the last one before [nat/token]."""
-    steps_to_before: int | None
-    """Steps until the validation loss was as low as before."""
-    steps_to_twin: int | None
-    """Steps until the training loss was as low as that of the run that did not grow, while both had one learning
-    rate."""
-    has_twin: bool
-
-
-def recovery(run: LossCurve, twin: LossCurve | None) -> Recovery | None:
-    """Measures the recovery from the last growth; None for a run that has not grown, or not been measured since."""
-    if not run.growths:
-        return None
-    at = run.growths[-1].step
-    before, after = run.valid.until(at), run.valid.since(at)
-    if len(before.values) == 0 or len(after.values) == 0:
-        return None
-    level = float(before.values[-1])
-    back = after.steps[after.values <= level]
-    own, theirs = _shared(run.train.since(at), run, twin) if twin is not None else (None, None)
-    caught = own.steps[own.values <= theirs.values] if own is not None and theirs is not None else np.array([])
-    return Recovery(
-        jump=float(after.values[0]) - level,
-        steps_to_before=round(float(back[0]) - at) if len(back) else None,
-        steps_to_twin=round(float(caught[0]) - at) if len(caught) else None,
-        has_twin=own is not None and len(own.steps) > 0,
+def _outcome(arm: Arm, ungrown: Sequence[Arm], twins: Sequence[LossCurve], comparisons: int) -> Outcome:
+    run = arm.first
+    final = [other for other in ungrown if other.first.parameters == run.parameters]
+    first = [other for other in ungrown if other.first.parameters == run.first_parameters]
+    chosen = {
+        "scratch": _best(other for other in final if same_cost(other.first.flops, run.flops)),
+        "small": _best(other for other in first if same_cost(other.first.flops, run.flops)),
+        "scratch_full": _best(other for other in final if same_cost(other.first.tokens, run.tokens)),
+    }
+    controls = [other_run for other in final for other_run in other.runs]
+    return Outcome(
+        arm=arm,
+        **chosen,
+        against={name: difference(arm.runs, other.runs, comparisons) for name, other in chosen.items() if other},
+        savings=tuple(equal_loss_saving(each, _of_seed(each, controls)) for each in arm.runs if controls),
+        recoveries=tuple(found for each in arm.runs if (found := recovery(each, _twin(each, twins))) is not None),
     )
 
 
-def _shared(own: Series, run: LossCurve, twin: LossCurve) -> tuple[Series, Series]:
-    """Returns both runs' training losses at the steps that both have recorded under one learning rate."""
-    ours = dict(zip(run.rates.steps, run.rates.values, strict=True))
-    theirs = dict(zip(twin.rates.steps, twin.rates.values, strict=True))
-    same = [step for step in own.steps if step in ours and step in theirs and math.isclose(ours[step], theirs[step])]
-    chosen = [series.where(np.isin(series.steps, same)) for series in (own, twin.train)]
-    return chosen[0], chosen[1]
+def _best(arms: Iterable[Arm]) -> Arm | None:
+    return min(arms, key=lambda arm: arm.loss.mean, default=None)
 
 
-def same_cost(first: float, second: float) -> bool:
-    """Tells whether two budgets are equal up to the rounding of steps."""
-    return abs(first - second) <= SAME_COST * max(first, second)
+def _of_seed(run: LossCurve, controls: Sequence[LossCurve]) -> Sequence[LossCurve]:
+    return [control for control in controls if control.seed == run.seed] or controls
+
+
+def _twin(run: LossCurve, twins: Sequence[LossCurve]) -> LossCurve | None:
+    """Returns the run without growth that is what this one was before: its sizes, seed and learning rate."""
+    same = (
+        twin
+        for twin in twins
+        if not twin.growths
+        and twin.parameters == run.first_parameters
+        and (twin.seed, twin.learning_rate) == (run.seed, run.learning_rate)
+    )
+    return max(same, key=lambda twin: twin.flops, default=None)
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """Says in a sentence whether to grow, by how much at most, and at which size of effect the runs are blind."""
+    judged = [outcome for outcome in outcomes if outcome.control is not None]
+    if not judged:
+        return "No verdict: no run that never grew has the cost of a grown one."
+    best = min(judged, key=lambda outcome: outcome.against[outcome.control or ""].mean)
+    name = best.control or ""
+    control, gap = (best.scratch if name == "scratch" else best.small), best.against[name]
+    what = "the large model from scratch" if name == "scratch" else "the small model alone"
+    arm, seeds = best.arm, f"{gap.seeds} seed{'s' if gap.seeds > 1 else ''}"
+    setting = (
+        f"{arm.factor:.2g}x at {arm.growth_at:.0%} of {arm.first.flops:.2g} FLOP, "
+        f"{arm.tokens_per_parameter:.1f} tokens per parameter"
+    )
+    missing = " (no run of the other kind to compare with)" if best.scratch is None or best.small is None else ""
+    if gap.seeds < 2 or control is None:
+        return (
+            f"No verdict: one seed has no spread. {arm.name} ends {gap.mean:+.3f} nat from {what}{missing} "
+            f"at equal FLOPs ({setting})."
+        )
+    among = f", the best of {len(judged)} grown arms," if len(judged) > 1 else ""
+    if gap.high < 0.0:
+        return (
+            f"Grow: {arm.name}{among} ends {-gap.mean:.3f} nat below {what}{missing} at equal FLOPs, at least "
+            f"{-gap.high:.3f} and at most {-gap.low:.3f} ({setting}; {seeds}){_saving_words(best)}."
+        )
+    if gap.low > 0.0:
+        return (
+            f"Do not grow: {arm.name}{among} ends {gap.mean:.3f} nat above {what}{missing} at equal FLOPs, at least "
+            f"{gap.low:.3f} and at most {gap.high:.3f} ({setting}; {seeds})."
+        )
+    return (
+        f"No difference above what the spread lets us see ({gap.half_width:.3f} nat with {seeds}): {arm.name}{among} "
+        f"ends {gap.mean:+.3f} nat from {what}{missing} at equal FLOPs, so growing gains at most {-gap.low:.3f} and "
+        f"costs at most {gap.high:.3f} ({setting})."
+    )
+
+
+def saving_of(outcome: Outcome) -> Estimate | None:
+    """Estimates the share of the cost from scratch that is saved; None without controls of the final size."""
+    return mean_of([saving.share for saving in outcome.savings]) if outcome.savings else None
+
+
+def saving_bound(outcome: Outcome) -> str:
+    """Returns `at least`, `at most` or nothing, for an estimate of which some part is only a bound."""
+    bounds = {saving.bound for saving in outcome.savings} - {"exact"}
+    return bounds.pop() if len(bounds) == 1 else "about" if bounds else ""
+
+
+def _saving_words(outcome: Outcome) -> str:
+    saving = saving_of(outcome)
+    if saving is None:
+        return ""
+    bound = saving_bound(outcome)
+    if bound == "at least" and saving.mean < SAME_COST:
+        return ", a loss that no run from scratch has reached"
+    spread = f" ± {saving.half_width:.0%}" if saving.seeds > 1 else ""
+    return f", and saves {f'{bound} ' if bound else ''}{saving.mean:.0%}{spread} of the FLOPs to that loss from scratch"
