@@ -4,9 +4,9 @@
     python tools/run_stages.py configs/growth/wsd.yml train_data_paths=[data/owt_text_document] num_gpus=8
 
 Every stage is a difference to the one before, with a budget (megatron/growth/staged_plan.py has the format). The plan
-is shown first, with parameters, FLOPs and tokens, and refused where a stage cannot follow the one before. Each step is
-a command that a user could type, and is printed before it runs: tools/ckpts/grow.py makes the larger model of a stage's
-last checkpoint, `deepy.py train.py` trains it. A stage whose newest checkpoint is of its last step is done. Signals are
+is shown first, with parameters, FLOPs and tokens, and refused where a stage cannot follow the one before. Each stage is
+one `deepy.py train.py`, printed before it runs, with a YAML file beside its folder: it loads the last checkpoint of the
+stage before, and grows it as `grow` says. A stage whose newest checkpoint is of its last step is done. Signals are
 passed on; the exit code is then that of the training: 75 asks to be started again.
 """
 
@@ -81,8 +81,6 @@ class StagePlace:
     stage: Stage
     newest: Checkpoint | None
     """Its newest readable checkpoint; None before the first."""
-    grown: Checkpoint | None
-    """What growth has made for it; None where it has not yet."""
 
     @classmethod
     def of(cls, stage: Stage) -> StagePlace:
@@ -93,7 +91,7 @@ class StagePlace:
                 f"{newest.path}: stage {stage.name} ({stage.origin}) ends at step {stage.last_step:,}, and has trained "
                 "beyond it. Give it a larger budget, or the plan another folder."
             )
-        return cls(stage, newest, next(iter(readable_checkpoints(stage.grown_folder)), None))
+        return cls(stage, newest)
 
     @property
     def is_done(self) -> bool:
@@ -107,10 +105,6 @@ class StagePlace:
             return "to do"
         steps = self.newest.state.iteration - self.stage.first_step
         return "done" if self.is_done else f"{steps / (self.stage.last_step - self.stage.first_step):.0%} done"
-
-    def must_grow(self, before: Stage) -> bool:
-        """Tells whether the checkpoint that it starts from has yet to be made of another size's."""
-        return self.newest is None and self.grown is None and self.stage.sizes != before.sizes
 
     def changes(self) -> list[str]:
         """Lists keys that a finished stage was trained with otherwise than the plan says now, one sentence each."""
@@ -157,21 +151,14 @@ class ProjectCommands:
 
 def train_stages(places: Sequence[StagePlace], command: ProjectCommands) -> int:
     """Trains the stages that are not done; returns the exit code of the command that ended it, or 0."""
-    for before, place in zip([None, *places], places, strict=False):
+    for place in places:
         stage = place.stage
         if place.is_done:
             print(f"\n{stage.name}: done, {stage.last_step:,} steps", flush=True)
             continue
         print(f"\n{stage.name}: steps {stage.first_step:,} to {stage.last_step:,}", flush=True)
         stage.config_file.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(stage.config_file, yaml.safe_dump(dict(stage.keys), sort_keys=False))
-        if before is not None and place.must_grow(before.stage):
-            code = command(
-                "tools/ckpts/grow.py", "--input_dir", str(before.stage.folder),
-                "--config_file", str(stage.config_file), "--output_dir", str(stage.grown_folder),
-            )  # fmt: skip
-            if code != 0:
-                return code
+        replace_durably(stage.config_file, yaml.safe_dump(stage.keys, sort_keys=False))
         code = command("deepy.py", TRAINING_SCRIPT, str(stage.config_file))
         # A stage whose schedule goes on in the next one ends by exit_interval, as a run that is to be started again.
         if code == STOPPED_ON_REQUEST and not command.stopped and StagePlace.of(stage).is_done:
@@ -201,7 +188,7 @@ def table(places: Sequence[StagePlace]) -> list[str]:
         parameters = count_parameters(stage.loaded.run.model, rows[index])
         lines.append([
             stage.name,
-            "initial weights" if index == 0 else f"{stages[index - 1].name}{', restarts' if stage.restarts else ''}",
+            "initial weights" if index == 0 else start_words(stages[index - 1], stage),
             str(sizes.num_layers),
             "-" if None in tokens else " / ".join(f"{count:,}" for count in tokens),
             f"{parameters:,}",
@@ -222,6 +209,13 @@ def table(places: Sequence[StagePlace]) -> list[str]:
         ).rstrip()
         for line in lines
     ] + ["growth: parameters beside the embedding, over those of the stage before; tokens/param: all tokens so far"]
+
+
+def start_words(before: Stage, stage: Stage) -> str:
+    """Says what a stage makes of the one before it."""
+    grow = stage.loaded.run.grow
+    grown = f" by {grow.operator}" if grow is not None and stage.sizes != before.sizes else ""
+    return f"{before.name}{grown}{', restarts' if stage.restarts else ''}"
 
 
 def vocabulary_rows(stage: Stage) -> int:

@@ -12,6 +12,7 @@ A plan is a YAML file:
         restart: true                 # its own schedule, optimizer and data; without, the run goes on
         keys:                         # as in any configuration; what is not named stays as it was
           qkv_slot_num: 2140
+          grow: {operator: zero_key}  # how the model of the stage before becomes this one's
 
 A stage that goes on counts its steps from where the one before has ended, and shares its learning-rate schedule, whose
 end is that of the last such stage. A stage that restarts begins at step 0.
@@ -33,14 +34,16 @@ from megatron.config.value_types import did_you_mean
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, report, show
 from megatron.config.yaml.yaml_files import LocatedValue, read_yaml
 from megatron.errors import ConfigError
+from megatron.growth.growth_operator import GROWTH_OPERATORS, require_growth
 
 PLAN_KEYS = ("config_files", "folder", "stages")
 STAGE_KEYS = ("tokens", "steps", "restart", "keys")
 SET_BY_PLAN = frozenset(
     {"train_iters", "exit_interval", "save", "load", "iteration", "finetune", "auto_resume", "log_dir",
-     "pretrain_partial_init"}
+     "pretrain_partial_init", "grow.at_step", "grow.at_tokens", "grow.qkv_slot_num", "grow.proj_slot_num",
+     "grow.ffn_slot_num", "grow.num_layers", "grow.factor"}
 )  # fmt: skip
-"""Keys that follow from a stage's place and budget."""
+"""Keys that follow from a stage's place, budget and sizes."""
 ANY_NUMBER_OF_STEPS = 10**12
 """Stands for steps that are not known yet; no schedule is longer."""
 GROWING_FIELDS = frozenset({"param_tokens", "num_layers"})
@@ -53,7 +56,7 @@ class Stage:
     name: str
     loaded: LoadedConfig
     """The whole configuration with which it trains."""
-    keys: Mapping[str, YamlValue]
+    given: Mapping[str, Given]
     """The same as flat YAML keys."""
     origin: Origin
     """Its place in the plan."""
@@ -68,12 +71,12 @@ class Stage:
     @property
     def folder(self) -> Path:
         """Returns the run's folder."""
-        return Path(str(self.keys["save"]))
+        return Path(str(self.loaded.run.checkpoint.save))
 
     @property
-    def grown_folder(self) -> Path:
-        """Returns the folder for the checkpoint that growth makes of the stage before."""
-        return self.folder.with_name(f"{self.folder.name}.grown")
+    def keys(self) -> dict[str, YamlValue]:
+        """Returns the configuration as flat YAML keys."""
+        return {key: item.value for key, item in self.given.items()}
 
     @property
     def config_file(self) -> Path:
@@ -198,7 +201,9 @@ def _is_count(value: YamlValue) -> bool:
 
 
 def _set_by_plan(item: Given) -> Problem:
-    return problem_with(item, "follows from the stage's place, its budget (tokens or steps) and `restart`; remove it")
+    return problem_with(
+        item, "follows from the stage's place, sizes, budget (tokens or steps) and `restart`; remove it"
+    )
 
 
 def _unknown(content: Mapping[str, LocatedValue], known: Sequence[str], file: Path, what: str) -> Iterator[Problem]:
@@ -244,13 +249,10 @@ def _resolve_group(
         if done + steps < total:
             # The schedule and the data order are those of all steps, of which this stage takes its part.
             settings["exit_interval"] = done + steps
-        draft = _stage(entry, settings, files, tokens_per_step, done, done + steps)
         previous = stages[-1] if stages else before
         if previous is not None:
-            source = draft.grown_folder if draft.sizes != previous.sizes else previous.folder
-            settings |= {"load": str(source), "finetune": entry.restarts}
-            draft = _stage(entry, settings, files, tokens_per_step, done, done + steps)
-        stages.append(draft)
+            settings |= {"load": str(previous.folder), "finetune": entry.restarts}
+        stages.append(_stage(entry, settings, files, tokens_per_step, done, done + steps))
         done += steps
     return stages
 
@@ -263,23 +265,26 @@ def _stage(
     first_step: int,
     last_step: int,
 ) -> Stage:
-    loaded = _load(entry, settings, files)
-    keys = {item.key: item.value for item in entry.given.values() if item.key not in SET_BY_PLAN} | dict(settings)
-    return Stage(entry.name, loaded, keys, entry.origin, tokens_per_step, first_step, last_step, entry.restarts)
+    given = _with_settings(entry, settings)
+    loaded = _load(entry, given, files)
+    return Stage(entry.name, loaded, given, entry.origin, tokens_per_step, first_step, last_step, entry.restarts)
 
 
-def _load(entry: _Entry, settings: Mapping[str, YamlValue], files: Sequence[Path]) -> LoadedConfig:
+def _with_settings(entry: _Entry, settings: Mapping[str, YamlValue]) -> dict[str, Given]:
     given = {key: item for key, item in entry.given.items() if key not in SET_BY_PLAN}
-    derived = {key: Given(key, value, Origin("derived", key)) for key, value in settings.items()}
+    return given | {key: Given(key, value, Origin("derived", key)) for key, value in settings.items()}
+
+
+def _load(entry: _Entry, given: Mapping[str, Given], files: Sequence[Path]) -> LoadedConfig:
     try:
-        return load_given(given | derived, files)
+        return load_given(given, files)
     except ConfigError as error:
         raise ConfigError(f"stage {entry.name} ({entry.origin}): {error}") from error
 
 
 def _steps(entry: _Entry, files: Sequence[Path], ranks: int) -> tuple[int, int]:
     """Returns the optimizer steps of a stage, the last of which may go beyond its tokens, and the tokens of a step."""
-    loaded = _load(entry, {"train_iters": ANY_NUMBER_OF_STEPS}, files)
+    loaded = _load(entry, _with_settings(entry, {"train_iters": ANY_NUMBER_OF_STEPS}), files)
     batch = loaded.run.training.train_batch_size or loaded.batch(ranks).global_batch_size
     tokens_per_step = batch * loaded.run.model.seq_length
     if not isinstance(entry.budget.value, int | float):
@@ -295,6 +300,7 @@ def _cannot_follow(before: Stage, after: Stage) -> Iterator[Problem]:
     vocabulary = {f"data.tokenizer.{name}" for name in type(after.loaded.run.data.tokenizer).model_fields}
     why = "an embedding belongs to its vocabulary"
     yield from _differing(before, after, {*vocabulary, "model.padded_vocab_size"}, why)
+    yield from _cannot_grow(before, after)
     if after.restarts:
         return
     run = after.loaded.run
@@ -323,6 +329,26 @@ def _fewer(before: Stage, after: Stage) -> Iterator[Problem]:
         if old is not None and new is not None and new < old:
             message = f"stage {after.name} cannot follow {before.name}, which has {old}: growth adds. Use {old} or more"
             yield _located(after, path, message)
+
+
+def _cannot_grow(before: Stage, after: Stage) -> Iterator[Problem]:
+    """Yields what the operator itself refuses, such as a scale of the scores that would change the function."""
+    grow, models = after.loaded.run.grow, [stage.loaded.run.model for stage in (before, after)]
+    if before.sizes == after.sizes or any(True for _ in (*_other_model(before, after), *_fewer(before, after))):
+        return
+    if grow is None:
+        message = (
+            f"stage {after.name} has other sizes than {before.name}; say how to grow: `grow: {{operator: zero_key}}`"
+        )
+        yield Problem(f"{after.origin} {after.name}", message, after.origin)
+        return
+    try:
+        require_growth(models[0], models[1], GROWTH_OPERATORS[grow.operator].rules(grow.rules))
+    except ConfigError as error:
+        key = str(error).partition(":")[0]
+        given = after.given.get(key)
+        origin = after.origin if given is None else given.origin
+        yield Problem(f"{origin} stage {after.name}", str(error), origin)
 
 
 def _differing(before: Stage, after: Stage, paths: set[str], why: str) -> Iterator[Problem]:

@@ -3,10 +3,10 @@
     python tools/experiments/run_matrix.py tools/experiments/growth.yml --list
     python tools/experiments/run_matrix.py tools/experiments/growth.yml [--jobs 2] [--only 'small-*'] [--folder DIR]
 
-A cell is a few commands of the project in a folder of its own (tools/experiments/matrix.py has the format). Its row, with
-the hash of all that decides its result, is written when it is done: killed and started again, this goes on and has lost
-at most the cells that were running. A cell whose hash has changed runs again; --list shows which. Those that choose their
-values among others' results wait for them. Ends with 1 when a cell has failed, and with 75 when a signal has ended it.
+A cell is a few commands of the project in a folder of its own (tools/experiments/matrix.py has the format). Its row,
+with the hash of all that decides its result, is written when it is done: killed and started again, this goes on and has
+lost at most the cells that were running. A cell whose hash has changed runs again; --list shows which. Cells that choose
+values by others' results wait for them. Ends with 1 when a cell has failed, with 75 when a signal has ended it.
 """
 
 from __future__ import annotations
@@ -208,6 +208,7 @@ class Runner:
         ready.config.write_text(yaml.safe_dump(dict(ready.keys), sort_keys=False), encoding="utf-8")
         log = ready.config.with_suffix(".log")
         log.unlink(missing_ok=True)
+        code = 0
         for words in ready.commands:
             if self._stopped.is_set():
                 return Outcome(ready, None, {})
