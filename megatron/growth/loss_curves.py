@@ -105,25 +105,25 @@ def read_curve(words: str) -> tuple[LossCurve, list[str]]:
     rows: list[_Row] = []
     events: list[GrowthEvent] = []
     for index, run in enumerate(runs):
-        start = 0
-        if index > 0:
-            start = 0 if run.restarts else run.first_step
-            kept = [row for row in rows if run.restarts or row.own_step < start]
-            if not kept:
-                raise DataError(f"{run.folder} does not go on from {runs[index - 1].folder}: its steps begin before.")
-            rows = kept
-            before, last = runs[index - 1], rows[-1]
-            if before.inner_parameters != run.inner_parameters:
-                factor = run.inner_parameters / before.inner_parameters
-                events.append(GrowthEvent(last.step, last.tokens, last.flops, factor))
-        rows += run.after(rows[-1] if rows else None)
-    last_run = runs[-1]
+        before = runs[index - 1] if index > 0 else None
+        if before is not None:
+            rows = [row for row in rows if run.restarts or row.own_step <= run.start]
+            if not rows:
+                raise DataError(f"{run.folder} does not go on from {before.folder}: its steps begin before.")
+        last = rows[-1] if rows else None
+        own = run.growths(last)
+        if before is not None and last is not None and not own and before.inner_parameters != run.inner_parameters:
+            factor = run.inner_parameters / before.inner_parameters
+            own = [GrowthEvent(last.step, last.tokens, last.flops, factor)]
+        events += own
+        rows += run.rows(last)
+    first, last_run = runs[0], runs[-1]
     curve = LossCurve(
         name=words,
         seed=int(last_run.training["seed"]),
         learning_rate=float(last_run.training["optimizer"]["lr"]),
-        parameters=last_run.parameters,
-        first_parameters=runs[0].parameters,
+        parameters=last_run.last_parameters,
+        first_parameters=first.first_parameters,
         valid=_series(rows, "valid/lm_loss"),
         train=_series(rows, "train/lm_loss"),
         rates=_series(rows, "train/learning_rate"),
@@ -154,10 +154,11 @@ class _Run:
 
     folder: Path
     records: Sequence[Mapping[str, Any]]
+    events: Sequence[Mapping[str, Any]]
+    """Its growths, in its course and where it has loaded a smaller model."""
     damaged: Sequence[str]
     parameters: int
-    inner_parameters: int
-    """Without the embedding."""
+    model: ModelConfig
     flops_per_token: float
     tokens_per_step: int
     training: Mapping[str, Any]
@@ -166,21 +167,59 @@ class _Run:
     rules: Mapping[str, Any]
 
     @property
-    def first_step(self) -> int:
-        """Returns the first step that it has recorded."""
-        return int(self.records[0]["iteration"])
+    def inner_parameters(self) -> int:
+        """Counts the parameters beside the embedding."""
+        return count_parameters(self.model, 0)
 
-    def after(self, before: _Row | None) -> list[_Row]:
+    @property
+    def first_parameters(self) -> int:
+        """Returns the parameters that it or what it has loaded began with."""
+        return int(self.events[0]["parameters_before"]) if self.events else self.parameters
+
+    @property
+    def last_parameters(self) -> int:
+        """Returns the parameters that it ends with."""
+        return int(self.events[-1]["parameters_after"]) if self.events else self.parameters
+
+    @property
+    def start(self) -> int:
+        """Returns a step that is not before its start, and before all that it has recorded."""
+        first = int(self.records[0]["iteration"])
+        grown = [int(event["iteration"]) for event in self.events if int(event["iteration"]) < first]
+        return grown[0] if grown else first - 1
+
+    def rows(self, before: _Row | None) -> list[_Row]:
         """Returns its rows with the costs of what was there before it."""
-        offset = 0 if before is None or not self.restarts else before.step
-        own = 0 if before is None or self.restarts else before.own_step
-        tokens, flops = (0.0, 0.0) if before is None else (before.tokens, before.flops)
-        rows = []
-        for record in self.records:
-            step = int(record["iteration"])
-            read = (step - own) * self.tokens_per_step
-            rows.append(_Row(step, offset + step, tokens + read, flops + read * self.flops_per_token, record))
-        return rows
+        return [self._row(record, before) for record in self.records]
+
+    def growths(self, before: _Row | None) -> list[GrowthEvent]:
+        """Returns its growths with the costs of what was there before them."""
+        found = []
+        for event in self.events:
+            row = self._row(event, before)
+            sizes = [count_parameters(_resized(self.model, event[side]), 0) for side in ("before", "after")]
+            found.append(GrowthEvent(row.step, row.tokens, row.flops, sizes[1] / sizes[0]))
+        return found
+
+    def _row(self, record: Mapping[str, Any], before: _Row | None) -> _Row:
+        step = int(record["iteration"])
+        offset = before.step if before is not None and self.restarts else 0
+        own = before.own_step if before is not None and not self.restarts else 0
+        tokens, flops = (before.tokens, before.flops) if before is not None else (0.0, 0.0)
+        read = (step - own) * self.tokens_per_step
+        flops += read * self.flops_per_token
+        counted = record.get("training_flops")
+        # What a run counts itself goes on over resumes and growth; a run that takes weights alone begins anew.
+        if counted is not None and (not self.restarts or before is None or self.events):
+            flops = float(counted)
+        return _Row(step, offset + step, tokens + read, flops, record)
+
+
+def _resized(model: ModelConfig, sizes: Mapping[str, Any]) -> ModelConfig:
+    tokens = model.param_tokens
+    if tokens is not None:
+        tokens = tokens.model_copy(update={name: sizes[name] for name in ("qkv", "proj", "ffn")})
+    return model.model_copy(update={"num_layers": sizes["num_layers"], "param_tokens": tokens})
 
 
 def _read_run(folder: Path) -> _Run:
@@ -188,7 +227,8 @@ def _read_run(folder: Path) -> _Run:
     for path in (file, described):
         if not path.is_file():
             raise DataError(f"{path}: no such file. Give a run's folder: its log_dir, or else its save.")
-    records, damaged = sound_records(file)
+    rows, damaged = sound_records(file)
+    records = [row for row in rows if "event" not in row]
     if not records:
         raise DataError(f"{file}: no rows that can be read.")
     try:
@@ -198,9 +238,10 @@ def _read_run(folder: Path) -> _Run:
         return _Run(
             folder=folder,
             records=records,
+            events=[row for row in rows if row.get("event") == "growth"],
             damaged=damaged,
             parameters=description["parameters"],
-            inner_parameters=count_parameters(model, 0),
+            model=model,
             flops_per_token=description["flops_per_token"],
             tokens_per_step=description["tokens_per_step"],
             training=config["training"],

@@ -239,7 +239,7 @@ def _resolve_group(
     group: Sequence[_Entry], files: Sequence[Path], folder: Path, before: Stage | None, ranks: int
 ) -> list[Stage]:
     """Returns the stages of one schedule; `before` is the stage that the first of them takes its weights from."""
-    budgets = [_steps(entry, files, ranks) for entry in group]
+    budgets = [_steps(entry, before is not None or index > 0, files, ranks) for index, entry in enumerate(group)]
     total = sum(steps for steps, _ in budgets)
     stages: list[Stage] = []
     done = 0
@@ -282,9 +282,10 @@ def _load(entry: _Entry, given: Mapping[str, Given], files: Sequence[Path]) -> L
         raise ConfigError(f"stage {entry.name} ({entry.origin}): {error}") from error
 
 
-def _steps(entry: _Entry, files: Sequence[Path], ranks: int) -> tuple[int, int]:
+def _steps(entry: _Entry, follows: bool, files: Sequence[Path], ranks: int) -> tuple[int, int]:
     """Returns the optimizer steps of a stage, the last of which may go beyond its tokens, and the tokens of a step."""
-    loaded = _load(entry, _with_settings(entry, {"train_iters": ANY_NUMBER_OF_STEPS}), files)
+    settings: dict[str, YamlValue] = {"train_iters": ANY_NUMBER_OF_STEPS, "save": entry.name}
+    loaded = _load(entry, _with_settings(entry, settings | ({"load": "the stage before"} if follows else {})), files)
     batch = loaded.run.training.train_batch_size or loaded.batch(ranks).global_batch_size
     tokens_per_step = batch * loaded.run.model.seq_length
     if not isinstance(entry.budget.value, int | float):

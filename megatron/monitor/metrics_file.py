@@ -50,10 +50,11 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def sound_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Reads what can be read of a metrics file: the rows by rising iteration, and a sentence for each damaged line.
 
-    Where an iteration has several rows, as after a crash, the last one counts.
+    Where an iteration has several rows, as after a crash, they are one, in which the last value counts. Events stand
+    after the row of their iteration.
     """
     damaged: list[str] = []
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
@@ -63,8 +64,9 @@ def sound_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
             damaged.append(f"{path}:{number}: left out, no object with a whole-number 'iteration'")
             continue
-        rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
-    return [rows[iteration] for iteration in sorted(rows)], damaged
+        place = (row["iteration"], str(row.get("event", "")))
+        rows[place] = rows.get(place, {}) | row
+    return [rows[place] for place in sorted(rows)], damaged
 
 
 def _not_a_record(path: Path, number: int, why: str) -> DataError:

@@ -5,8 +5,8 @@
 
 A cell is a few commands of the project in a folder of its own (tools/experiments/matrix.py has the format). Its row,
 with the hash of all that decides its result, is written when it is done: killed and started again, this goes on and has
-lost at most the cells that were running. A cell whose hash has changed runs again; --list shows which. Cells that choose
-values by others' results wait for them. Ends with 1 when a cell has failed, with 75 when a signal has ended it.
+lost at most the cells that were running. A cell whose hash has changed runs again; --list shows which. Cells that
+choose values by others' results wait for them. Ends with 1 when a cell has failed, with 75 when a signal has ended it.
 """
 
 from __future__ import annotations
