@@ -17,7 +17,8 @@ from tools import run_stages
 
 PLANS = ROOT / "configs" / "growth"
 SMALL: dict[str, Any] = TOKENFORMER | {"padded_vocab_size": 512, "train_batch_size": 8, "lr_decay_iters": None}
-LARGE = {"qkv_slot_num": 48, "ffn_slot_num": 96, "qkv_scale_base": 24, "ffn_scale_base": 48}
+GROW = {"grow": {"operator": "zero_key"}}
+LARGE = {"qkv_slot_num": 48, "ffn_slot_num": 96, "qkv_scale_base": 24, "ffn_scale_base": 48} | GROW
 TOKENS_PER_STEP = 8 * 16
 
 # Appendix D and table 9 of the paper; the README of its release.
@@ -117,7 +118,7 @@ def test_a_stage_that_goes_on_shares_steps_schedule_and_data(tmp_path: Path) -> 
     assert [(stage.first_step, stage.last_step) for stage in (a, b, c)] == [(0, 4), (4, 7), (0, 5)]
     assert [stage.loaded.run.training.train_iters for stage in (a, b, c)] == [7, 7, 5]
     assert [stage.loaded.run.training.exit_interval for stage in (a, b, c)] == [4, None, None]
-    assert [stage.loaded.run.checkpoint.load for stage in (a, b, c)] == [None, str(b.grown_folder), str(b.folder)]
+    assert [stage.loaded.run.checkpoint.load for stage in (a, b, c)] == [None, str(a.folder), str(b.folder)]
     assert [stage.loaded.run.checkpoint.finetune for stage in (a, b, c)] == [False, False, True]
     assert [stage.loaded.run.training.optimizer.lr for stage in (a, b, c)] == [1e-3, 1e-3, 2e-3]
     assert c.sizes == b.sizes, "keys that a stage does not name stay as they were"
@@ -151,6 +152,9 @@ def test_keys_on_the_command_line_hold_for_every_stage(tmp_path: Path) -> None:
         ({"norm_activation_type": "softmax"}, "norm_activation_type: softmax", "where it is l2_norm_gelu"),
         ({"optimizer": {"params": {"lr": 0.01}}}, "lr: 0.01", "`override_lr_scheduler: true`"),
         ({"data_path": "other"}, "data_path: other", "`allow_changed_data: true`, or `restart: true`"),
+        ({"ffn_slot_num": 96}, "b:", "has other sizes than a; say how it grows"),
+        ({"ffn_slot_num": 96} | GROW, "ffn_slot_num: 96", "ffn_scale_base"),
+        ({"grow": {"operator": "zero_key", "at_step": 2}}, "at_step: 2", "follows from the stage's place"),
         ({"train_iters": 9}, "train_iters: 9", "follows from the stage's place"),
         ({"model_parallel_size": 3}, "model_parallel_size: 3", "does not split over model_parallel_size 3"),
         ({"ffn_slots": 3}, "ffn_slots: 3", "did you mean ffn_slot_num?"),
