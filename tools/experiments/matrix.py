@@ -16,7 +16,7 @@
       grown:
         name: "{arm}-s{seed}"
         vary: {arm: [zero_key, stack], seed: [1, 2, 3]}
-        choose: {lr: {group: small, like: [], seeds: [1]}} # the value with the lowest mean loss, once those have run
+        choose: {lr: {group: small, only: {seed: [1]}}}    # the value with the lowest mean loss, once those have run
         lookup: {arms: "{arm}"}                            # variables of a table's entry
         needs: {small: [lr, seed]}                         # "{small}" is that cell's folder
         commands: [[tools/ckpts/grow.py, --input_dir, "{small}", ...], [deepy.py, train.py, "{config}"]]
@@ -57,8 +57,8 @@ class Choice(_Strict):
     group: str
     like: list[str] = []
     """Variables in which those cells must agree with this one."""
-    seeds: list[int] | None = None
-    """Seeds that count; None for all."""
+    only: dict[str, list[Any]] = {}
+    """Values of their variables that count, such as one seed's; none means all."""
     place: int | str = 1
     """Place in the ranking, from 1."""
 
@@ -233,7 +233,7 @@ class Experiment:
             for cell in self.cells
             if cell.group == choice.group
             and cell.agrees(variables, choice.like)
-            and (choice.seeds is None or dict(cell.values).get("seed") in choice.seeds)
+            and all(dict(cell.values).get(name) in allowed for name, allowed in choice.only.items())
         ]
         losses: dict[Any, list[float]] = {}
         column = next(iter(self.matrix.groups[choice.group].measure))
