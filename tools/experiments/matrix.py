@@ -18,8 +18,9 @@
         vary: {arm: [zero_key, stack], seed: [1, 2, 3]}
         choose: {lr: {group: small, only: {seed: [1]}}}    # the value with the lowest mean loss, once those have run
         lookup: {arms: "{arm}"}                            # variables of a table's entry
-        needs: {small: [lr, seed]}                         # "{small}" is that cell's folder
-        commands: [[tools/ckpts/grow.py, --input_dir, "{small}", ...], [deepy.py, train.py, "{config}"]]
+        needs: {trunk: {groups: [small], same: {lr: lr, seed: seed}}}    # "{trunk}" is the folder of that cell's run
+        keys: {load: "{trunk}", seed: "{seed}"}
+        commands: [[deepy.py, train.py, "{config}"]]
 
 A text that is one variable alone, such as "{seed}", stands for its value; in other texts variables are written out.
 Further variables are {work}, {folder} of the cell's run, and {config}, the YAML file with its keys.
@@ -34,6 +35,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -61,6 +63,16 @@ class Choice(_Strict):
     """Values of their variables that count, such as one seed's; none means all."""
     place: int | str = 1
     """Place in the ranking, from 1."""
+    best: str | None = None
+    """Another variable, of which each value's best counts, not the mean over all of it."""
+
+
+class Need(_Strict):
+    """The one cell of some groups whose run a cell starts from."""
+
+    groups: list[str]
+    same: dict[str, str]
+    """Its variables, and those of this cell that they must equal."""
 
 
 class Preparation(_Strict):
@@ -77,8 +89,11 @@ class Group(_Strict):
     vary: dict[str, list[Any]]
     choose: dict[str, Choice] = {}
     lookup: dict[str, str] = {}
-    needs: dict[str, list[str]] = {}
-    keys: dict[str, Any] = {}
+    needs: dict[str, Need] = {}
+    """By the variable that holds the folder of that cell's run."""
+    keys: dict[str, Any] | str = {}
+    add: dict[str, Any] = {}
+    """Further keys, in place of those above."""
     commands: list[list[str]]
     measure: dict[str, str] = {"valid_loss": "valid/lm_loss"}
     """Columns of the results, and the metrics of which they hold the last value."""
@@ -105,9 +120,16 @@ class Cell:
     values: tuple[tuple[str, Any], ...]
     """By variable."""
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Returns its variables, those within records among them."""
+        records = [value for _, value in self.values if isinstance(value, Mapping)]
+        plain = {name: value for name, value in self.values if not isinstance(value, Mapping)}
+        return {name: value for record in records for name, value in record.items()} | plain
+
     def agrees(self, variables: Variables, names: Sequence[str]) -> bool:
         """Tells whether it has the values that `variables` have, as far as it varies them."""
-        own = dict(self.values)
+        own = self.variables
         return all(own[name] == variables[name] for name in names if name in own)
 
 
@@ -179,11 +201,7 @@ class Experiment:
     def ready(self, cell: Cell, results: Sequence[Result]) -> ReadyCell | None:
         """Returns the cell with all that it chooses from `results`; None while those are missing."""
         group = self.matrix.groups[cell.group]
-        variables: dict[str, Any] = {"work": str(self.work)}
-        for _, value in cell.values:
-            if isinstance(value, Mapping):
-                variables |= value
-        variables |= {name: value for name, value in cell.values if not isinstance(value, Mapping)}
+        variables: dict[str, Any] = {"work": str(self.work)} | cell.variables
         for name, choice in group.choose.items():
             chosen = self._choose(name, choice, variables, results)
             if chosen is None:
@@ -192,19 +210,20 @@ class Experiment:
         for table, entry in group.lookup.items():
             variables |= self._entry(table, str(filled(entry, variables)))
         needed = []
-        for other, names in group.needs.items():
-            found = self._needed(other, names, variables, results)
+        for name, need in group.needs.items():
+            found = self._needed(need, variables, results)
             if found is None:
                 return None
             needed.append(found)
-            variables[other] = str(found.folder)
+            variables[name] = str(found.folder)
         return self._resolved(cell, group, variables, needed)
 
     def _resolved(self, cell: Cell, group: Group, variables: dict[str, Any], needed: Sequence[ReadyCell]) -> ReadyCell:
         name = str(filled(group.name, variables))
         folder, config = self.work / "cells" / name, self.work / "cells" / f"{name}.yml"
         variables |= {"folder": str(folder), "config": str(config)}
-        keys = self.base | dict(_flat(filled(group.keys, variables))) | {"save": str(folder)}
+        own = [dict(_flat(filled(keys, variables))) for keys in (group.keys, group.add)]
+        keys = self.base | own[0] | own[1] | {"save": str(folder)}
         keys = {key: filled(value, variables) for key, value in keys.items()}
         commands = tuple(tuple(str(filled(word, variables)) for word in words) for words in group.commands)
         decisive = [keys, commands, [list(words) for _, words in self.preparations()], [need.hash for need in needed]]
@@ -214,14 +233,11 @@ class Experiment:
         names = tuple(need.name for need in needed)
         return ReadyCell(cell, name, variables, folder, config, keys, commands, names, digest, word)
 
-    def _needed(
-        self, group: str, names: Sequence[str], variables: Variables, results: Sequence[Result]
-    ) -> ReadyCell | None:
-        cells = [cell for cell in self.cells if cell.group == group and cell.agrees(variables, names)]
+    def _needed(self, need: Need, variables: Variables, results: Sequence[Result]) -> ReadyCell | None:
+        wanted = {theirs: variables[ours] for theirs, ours in need.same.items()}
+        cells = [cell for cell in self.cells if cell.group in need.groups and cell.agrees(wanted, list(wanted))]
         if len(cells) != 1:
-            raise ConfigError(
-                f"{self.file}: {len(cells)} cells of {group} have the {', '.join(names)} that are needed."
-            )
+            raise ConfigError(f"{self.file}: {len(cells)} cells of {', '.join(need.groups)} have {wanted}, not one.")
         ready = self.ready(cells[0], results)
         done = ready is not None and any((each.name, each.hash) == (ready.name, ready.hash) for each in results)
         return ready if done else None
@@ -233,17 +249,19 @@ class Experiment:
             for cell in self.cells
             if cell.group == choice.group
             and cell.agrees(variables, choice.like)
-            and all(dict(cell.values).get(name) in allowed for name, allowed in choice.only.items())
+            and all(cell.variables.get(name) in allowed for name, allowed in choice.only.items())
         ]
-        losses: dict[Any, list[float]] = {}
+        losses: dict[Any, dict[Any, list[float]]] = {}
         column = next(iter(self.matrix.groups[choice.group].measure))
         for cell in cells:
             ready = self.ready(cell, results)
             found = [each for each in results if ready and (each.name, each.hash) == (ready.name, ready.hash)]
             if ready is None or not found:
                 return None
-            losses.setdefault(ready.variables[name], []).append(found[0].measured[column])
-        ranked = sorted(losses, key=lambda value: sum(losses[value]) / len(losses[value]))
+            kind = None if choice.best is None else ready.variables[choice.best]
+            losses.setdefault(ready.variables[name], {}).setdefault(kind, []).append(found[0].measured[column])
+        means = {value: min(mean(kind) for kind in kinds.values()) for value, kinds in losses.items()}
+        ranked = sorted(means, key=lambda value: means[value])
         place = int(filled(choice.place, variables))
         if not 1 <= place <= len(ranked):
             raise ConfigError(f"{self.file}: {name} has {len(ranked)} values in {choice.group}, and no place {place}.")
@@ -257,7 +275,8 @@ class Experiment:
 
     def _require_known_groups(self) -> None:
         for name, group in self.matrix.groups.items():
-            for other in {*group.needs, *(choice.group for choice in group.choose.values())}:
+            needed = {other for need in group.needs.values() for other in need.groups}
+            for other in needed | {choice.group for choice in group.choose.values()}:
                 if other not in self.matrix.groups:
                     raise ConfigError(f"{self.file}: {name} refers to the group {other}, which there is not.")
 

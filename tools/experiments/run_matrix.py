@@ -102,7 +102,7 @@ class ResultsTable:
     def add(self, ready: ReadyCell, status: str, facts: Mapping[str, Any]) -> None:
         """Writes a cell's row, in place of an earlier one."""
         values = {name: value for name, value in ready.variables.items() if not isinstance(value, dict | list)}
-        varied = [name for name, _ in ready.cell.values] + list(self.experiment.matrix.groups[ready.cell.group].choose)
+        varied = [*ready.cell.variables, *self.experiment.matrix.groups[ready.cell.group].choose]
         row: dict[str, Any] = {"cell": ready.name, "group": ready.cell.group, "hash": ready.hash, "status": status}
         row |= {name: values[name] for name in varied if name in values} | dict(facts)
         self.rows[ready.name] = {name: str(value) for name, value in row.items()}
@@ -314,7 +314,7 @@ def listing(experiment: Experiment, table: ResultsTable) -> list[str]:
 
 def describe(cell: Cell) -> str:
     """Names a cell by its group and values."""
-    return " ".join([cell.group, *(f"{name}={value}" for name, value in cell.values)])
+    return " ".join([cell.group, *(f"{name}={value}" for name, value in cell.variables.items())])
 
 
 if __name__ == "__main__":
