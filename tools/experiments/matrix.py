@@ -57,6 +57,8 @@ class Choice(_Strict):
     """A variable whose value is that of the best cells of another group."""
 
     group: str
+    of: str | None = None
+    """The variable's name there, where it is another."""
     like: list[str] = []
     """Variables in which those cells must agree with this one."""
     only: dict[str, list[Any]] = {}
@@ -259,7 +261,9 @@ class Experiment:
             if ready is None or not found:
                 return None
             kind = None if choice.best is None else ready.variables[choice.best]
-            losses.setdefault(ready.variables[name], {}).setdefault(kind, []).append(found[0].measured[column])
+            losses.setdefault(ready.variables[choice.of or name], {}).setdefault(kind, []).append(
+                found[0].measured[column]
+            )
         means = {value: min(mean(kind) for kind in kinds.values()) for value, kinds in losses.items()}
         ranked = sorted(means, key=lambda value: means[value])
         place = int(filled(choice.place, variables))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import fnmatch
 import json
 import os
@@ -203,11 +204,13 @@ class Runner:
 
     def _run_cell(self, ready: ReadyCell) -> Outcome:
         start = time.monotonic()
-        shutil.rmtree(ready.folder, ignore_errors=True)
         ready.config.parent.mkdir(parents=True, exist_ok=True)
         ready.config.write_text(yaml.safe_dump(dict(ready.keys), sort_keys=False), encoding="utf-8")
         log = ready.config.with_suffix(".log")
-        log.unlink(missing_ok=True)
+        with log.open("wb") as output:
+            # A command that has outlived a killed runner holds this lock by its standard output, and is waited for.
+            fcntl.flock(output, fcntl.LOCK_EX)
+            shutil.rmtree(ready.folder, ignore_errors=True)
         code = 0
         for words in ready.commands:
             if self._stopped.is_set():
@@ -227,6 +230,7 @@ class Runner:
     def _call(self, words: Sequence[str], log: Path) -> int:
         """Runs a command of the project in its root folder, with one thread; returns its exit code."""
         with log.open("ab") as output:
+            fcntl.flock(output, fcntl.LOCK_EX)
             output.write(f"$ python {' '.join(words)}\n".encode())
             output.flush()
             child = subprocess.Popen(
