@@ -314,6 +314,8 @@ def filled(value: Any, variables: Variables) -> Any:
         return filled(variables[match[1]], variables) if match else value.format_map(variables)
     except KeyError as error:
         raise ConfigError(f"{value}: no variable {error}; there are {', '.join(variables)}.") from error
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{value}: {error}. Braces stand around the name of a variable alone.") from error
 
 
 def _flat(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
