@@ -34,7 +34,7 @@ from megatron.config.value_types import did_you_mean
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, report, show
 from megatron.config.yaml.yaml_files import LocatedValue, read_yaml
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import GROWTH_OPERATORS, require_growth
+from megatron.growth.growth_operator import require_growth
 
 PLAN_KEYS = ("config_files", "folder", "stages")
 STAGE_KEYS = ("tokens", "steps", "restart", "keys")
@@ -344,7 +344,7 @@ def _cannot_grow(before: Stage, after: Stage) -> Iterator[Problem]:
         yield Problem(f"{after.origin} {after.name}", message, after.origin)
         return
     try:
-        require_growth(models[0], models[1], GROWTH_OPERATORS[grow.operator].rules(grow.rules))
+        require_growth(models[0], models[1], grow.rules)
     except ConfigError as error:
         key = str(error).partition(":")[0]
         given = after.given.get(key)
