@@ -247,7 +247,7 @@ def _draw_curves(ax: Axes, arms: Sequence[Arm], colours: Mapping[int, str], x: s
 
 
 def _count(value: float) -> str:
-    return format_count(value, digits=2)
+    return format_count(value, digits=4)
 
 
 def _draw_ends(ax: Axes, arms: Sequence[Arm], colours: Mapping[int, str]) -> None:

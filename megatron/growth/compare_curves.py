@@ -115,7 +115,7 @@ def _ends(controls: Sequence[LossCurve]) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a run lost at its last growth, and how soon it was back [steps]; None where it never was."""
+    """Loss of a run at its last growth, and the steps until it was back; None where it never was."""
 
     jump: float
     """First validation loss after growth above the last one before [nat/token]."""

@@ -23,7 +23,8 @@ Values = npt.NDArray[np.float64]
 class GrowthEvent:
     """A growth in a run's course."""
 
-    step: int
+    step: float
+    """Steps before it, counted from the first run's start [steps]."""
     tokens: float
     """Training tokens that were read before it [tokens]."""
     flops: float

@@ -156,7 +156,7 @@ class ReadyCell:
 
 @dataclass(frozen=True)
 class Result:
-    """What has been measured of a cell."""
+    """Measurements of a cell that is done."""
 
     name: str
     hash: str

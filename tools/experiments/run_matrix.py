@@ -124,7 +124,7 @@ class ResultsTable:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell's commands have ended."""
+    """The end of a cell's commands."""
 
     ready: ReadyCell
     status: str | None
