@@ -62,8 +62,8 @@ A run is described by YAML files in NeoX's vocabulary. Several are merged; no ke
   `# yaml-language-server: $schema=PATH/schema.json`. It does not check keys that are written with hyphens.
 
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
-accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which tools/run_stages.py trains, and
-the first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
+accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains,
+and the first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
 `demo.yml`.
 """
 
