@@ -31,7 +31,7 @@ from megatron.errors import EnvironmentSetupError, os_errors_as
 from megatron.growth.arms import Arm, make_arms
 from megatron.growth.compare_curves import Estimate
 from megatron.growth.loss_curves import LossCurve, read_curve
-from megatron.growth.verdict import Outcome, judge, saving_bound, saving_of, verdict
+from megatron.growth.verdict import Outcome, gate, judge, saving_bound, saving_of, verdict
 from megatron.io.durable import atomic_write
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     arms = make_arms(runs)
     outcomes = judge(arms, [curve for _, curve in runs])
     write_report(args.output, arms, outcomes, damaged)
-    print(verdict(outcomes))
+    print("\n".join(line for line in sentences(arms, outcomes) if line))
     print(args.output / "report.md")
     return 0
 
@@ -161,14 +161,15 @@ def report_text(arms: Sequence[Arm], outcomes: Sequence[Outcome], damaged: Seque
         "above_small": "above small", "above_scratch_full": "above scratch, equal tokens", "saving": "saving",
         "jump": "jump", "steps_to_loss_before": "steps to loss before", "steps_to_twin": "steps to twin",
     }  # fmt: skip
-    lines = ["# Growth: the verdict", "", verdict(outcomes), "", "![loss against cost](report.png)", ""]
+    lines = ["# Growth: the verdict", "", *sentences(arms, outcomes), "![loss against cost](report.png)", ""]
     lines += [f"| {' | '.join(columns.values())} |", f"|{'---|' * len(columns)}"]
     for row in arm_rows(arms, outcomes):
         lines.append(f"| {' | '.join(_cell(row, column) for column in columns)} |")
     lines += [
         "",
         "Losses are validation losses at the end [nat per token] ± half a 95 % confidence interval over seeds; those "
-        "of differences hold for all grown arms at once (Bonferroni). FLOPs and tokens count the smaller model's too. "
+        "of differences from one kind of competitor share one spread over seeds, and hold for all grown arms at once "
+        "(Bonferroni). FLOPs and tokens count the smaller model's too. "
         "Small is the model before growth alone, scratch the model after it, both at equal FLOPs. Saving is the share "
         "of FLOPs that the same loss takes less than from scratch. A jump is the first validation loss after growth "
         "above the last one before. The twin is the run that did not grow, at the same learning rate. An arm with "
@@ -192,6 +193,12 @@ CELLS: dict[str, Callable[[float], str]] = {
     "learning_rate": format_power,
 }
 """How report.md writes the columns that hold numbers."""
+
+
+def sentences(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns the verdict, and how sizes compare without growth, a paragraph each."""
+    said = [verdict(outcomes)] if outcomes or not gate(arms) else []
+    return [line for paragraph in (*said, gate(arms)) if paragraph for line in (paragraph, "")]
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:

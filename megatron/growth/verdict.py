@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,16 @@ from megatron.growth.compare_curves import (
     Estimate,
     Recovery,
     Saving,
-    difference,
     equal_loss_saving,
     mean_of,
+    paired_differences,
+    pooled_spread,
     recovery,
     same_cost,
+    unpaired_difference,
 )
 from megatron.growth.loss_curves import LossCurve
+from megatron.monitor.format_quantities import format_count
 
 
 @dataclass(frozen=True)
@@ -45,32 +49,66 @@ class Outcome:
         return min(present, key=lambda name: present[name]) if present else None
 
 
+CONTROLS = ("scratch", "small", "scratch_full")
+
+
 def judge(arms: Sequence[Arm], twins: Sequence[LossCurve] = ()) -> list[Outcome]:
     """Compares every grown arm with the arms that never grew, and its runs with those of `twins` that did not grow.
 
-    The intervals hold for all grown arms at once.
+    Differences from one kind of competitor share their spread over seeds; their intervals hold for all grown arms at
+    once.
     """
     grown = [arm for arm in arms if arm.has_grown]
     ungrown = [arm for arm in arms if not arm.has_grown]
-    return [_outcome(arm, ungrown, twins, len(grown)) for arm in grown]
+    chosen = [_competitors(arm, ungrown) for arm in grown]
+    against: list[dict[str, Estimate]] = [{} for _ in grown]
+    for name in CONTROLS:
+        pairs = {
+            index: paired_differences(grown[index].runs, others[name].runs)
+            for index, others in enumerate(chosen)
+            if name in others
+        }
+        spread = pooled_spread([values for values in pairs.values() if values is not None])
+        for index, values in pairs.items():
+            if values is None:
+                found = unpaired_difference(grown[index].runs, chosen[index][name].runs, len(grown))
+            else:
+                found = mean_of(values, spread, len(grown))
+            against[index][name] = found
+    return [
+        _outcome(arm, others, estimates, ungrown, twins)
+        for arm, others, estimates in zip(grown, chosen, against, strict=True)
+    ]
 
 
-def _outcome(arm: Arm, ungrown: Sequence[Arm], twins: Sequence[LossCurve], comparisons: int) -> Outcome:
+def _competitors(arm: Arm, ungrown: Sequence[Arm]) -> dict[str, Arm]:
     run = arm.first
     final = [other for other in ungrown if other.first.parameters == run.parameters]
     first = [other for other in ungrown if other.first.parameters == run.first_parameters]
-    chosen = {
+    found = {
         "scratch": _best(other for other in final if same_cost(other.first.flops, run.flops)),
         "small": _best(other for other in first if same_cost(other.first.flops, run.flops)),
         "scratch_full": _best(other for other in final if same_cost(other.first.tokens, run.tokens)),
     }
-    controls = [other_run for other in final for other_run in other.runs]
+    return {name: other for name, other in found.items() if other is not None}
+
+
+def _outcome(
+    arm: Arm,
+    others: Mapping[str, Arm],
+    against: Mapping[str, Estimate],
+    ungrown: Sequence[Arm],
+    twins: Sequence[LossCurve],
+) -> Outcome:
+    controls = [run for other in ungrown if other.first.parameters == arm.first.parameters for run in other.runs]
     return Outcome(
         arm=arm,
-        **chosen,
-        against={name: difference(arm.runs, other.runs, comparisons) for name, other in chosen.items() if other},
-        savings=tuple(equal_loss_saving(each, _of_seed(each, controls)) for each in arm.runs if controls),
-        recoveries=tuple(found for each in arm.runs if (found := recovery(each, _twin(each, twins))) is not None),
+        scratch=others.get("scratch"),
+        small=others.get("small"),
+        scratch_full=others.get("scratch_full"),
+        against=against,
+        savings=tuple(equal_loss_saving(run, _of_seed(run, controls)) for run in arm.runs if controls),
+        recoveries=tuple(found for run in arm.runs if (found := recovery(run, _twin(run, twins))) is not None),
     )
 
 
@@ -99,7 +137,8 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     judged = [outcome for outcome in outcomes if outcome.control is not None]
     if not judged:
         return "No verdict: no run that never grew has the cost of a grown one."
-    best = min(judged, key=lambda outcome: outcome.against[outcome.control or ""].mean)
+    # Of one with a single seed little is known: the surest counts, not the luckiest.
+    best = min(judged, key=lambda outcome: _rank(outcome.against[outcome.control or ""]))
     name = best.control or ""
     control, gap = (best.scratch if name == "scratch" else best.small), best.against[name]
     what = "the large model from scratch" if name == "scratch" else "the small model alone"
@@ -109,7 +148,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
         f"{arm.tokens_per_parameter:.1f} tokens per parameter"
     )
     missing = " (no run of the other kind to compare with)" if best.scratch is None or best.small is None else ""
-    if gap.seeds < 2 or control is None:
+    if math.isinf(gap.half_width) or control is None:
         return (
             f"No verdict: one seed has no spread. {arm.name} ends {gap.mean:+.3f} nat from {what}{missing} "
             f"at equal FLOPs ({setting})."
@@ -130,6 +169,33 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
         f"ends {gap.mean:+.3f} nat from {what}{missing} at equal FLOPs, so growing gains at most {-gap.low:.3f} and "
         f"costs at most {gap.high:.3f} ({setting})."
     )
+
+
+def _rank(gap: Estimate) -> tuple[float, float]:
+    return gap.high, gap.mean
+
+
+def gate(arms: Sequence[Arm]) -> str | None:
+    """Says how models that never grew compare at equal FLOPs; None with fewer than two sizes.
+
+    Where the smallest is the best, growing has little to win.
+    """
+    ungrown = [arm for arm in arms if not arm.has_grown]
+    groups = [[other for other in ungrown if same_cost(other.first.flops, arm.first.flops)] for arm in ungrown]
+    group = max(groups, key=len, default=[])
+    group = sorted(group, key=lambda arm: arm.first.parameters)
+    if len({arm.first.parameters for arm in group}) < 2:
+        return None
+    ends = ", ".join(
+        f"{format_count(arm.first.parameters)} parameters {arm.loss.mean:.3f} "
+        f"({arm.tokens_per_parameter:.0f} tokens per parameter, {len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})"
+        for arm in group
+    )
+    best = min(group, key=lambda arm: arm.loss.mean)
+    so = (
+        "the smallest is the best, so that growing has nothing to win" if best is group[0] else "a larger one is better"
+    )
+    return f"Without growth, at {group[0].first.flops:.2g} FLOP: {ends}: {so}."
 
 
 def saving_of(outcome: Outcome) -> Estimate | None:

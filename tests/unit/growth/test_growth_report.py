@@ -13,7 +13,15 @@ from scipy import stats
 
 from megatron.errors import DataError
 from megatron.growth.arms import make_arms
-from megatron.growth.compare_curves import Saving, difference, equal_loss_saving, mean_of, recovery
+from megatron.growth.compare_curves import (
+    Saving,
+    equal_loss_saving,
+    mean_of,
+    paired_differences,
+    pooled_spread,
+    recovery,
+    unpaired_difference,
+)
 from megatron.growth.loss_curves import LossCurve, read_curve
 from megatron.growth.verdict import judge, verdict
 from tests.helpers.loss_curves import LARGE, SMALL, TOKENS_PER_STEP, CurveWriter, Loss
@@ -134,15 +142,29 @@ def test_the_spread_is_students(curves: CurveWriter) -> None:
         ]
 
     ours, theirs = write("a", 0.1), write("b", 0.0)
-    found = difference(ours, theirs)
+    found = mean_of(paired_differences(ours, theirs) or [])
     assert found.mean == pytest.approx(0.2, abs=1e-12)
     assert found.half_width == pytest.approx(4.302652729911275 * 0.1 / math.sqrt(3), rel=1e-9)
-    unpaired = difference(ours, theirs[:2])
+    assert paired_differences(ours, theirs[:2]) is None, "the third seed has no partner"
+    unpaired = unpaired_difference(ours, theirs[:2])
     losses = [[run.loss for run in runs] for runs in (ours, theirs[:2])]
     interval = stats.ttest_ind(*losses, equal_var=False).confidence_interval()
     assert (unpaired.low, unpaired.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
     assert mean_of([1.0]).half_width == math.inf
     assert mean_of([1.0, 2.0, 3.0], comparisons=5).half_width == pytest.approx(stats.t.ppf(0.995, 2) / math.sqrt(3))
+
+
+def test_arms_share_their_spread() -> None:
+    """The residual mean square of a one-way analysis of variance, as scipy's F statistic implies it."""
+    samples = [[1.0, 2.0, 4.0], [0.0, 0.5, 0.1], [7.0], [3.0, 3.5]]
+    spread = pooled_spread(samples)
+    assert spread.freedom == 5
+    several = [sample for sample in samples if len(sample) > 1]
+    values = [value for sample in several for value in sample]
+    mean = sum(values) / len(values)
+    between = sum(len(sample) * (sum(sample) / len(sample) - mean) ** 2 for sample in several) / (len(several) - 1)
+    assert between / spread.deviation**2 == pytest.approx(stats.f_oneway(*several).statistic, rel=1e-12)
+    assert mean_of([7.0], spread).half_width == pytest.approx(stats.t.ppf(0.975, 5) * spread.deviation)
 
 
 def write_experiment(curves: CurveWriter, gap: float, noise: float) -> list[str]:
@@ -222,6 +244,42 @@ def test_without_a_run_of_equal_cost_or_a_second_seed_there_is_no_verdict(curves
     steps = grown.flops / curves.flops_per_step(LARGE)
     scratch = read(curves.write("scratch", LARGE, power_law(3.0), range(10, round(steps / 10) * 10 + 1, 10)))
     assert verdict(judge(make_arms([(None, grown), (None, scratch)]))).startswith("No verdict: one seed")
+
+
+def test_costs_that_a_run_counts_itself_are_taken(curves: CurveWriter) -> None:
+    """A run that grows in its course, and one that has loaded a smaller model: both know what came before."""
+    run = Path(curves.write("run", SMALL, power_law(3.0), range(10, 101, 10)))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["training_flops"] = 1e9 + 1e6 * row["iteration"]
+    sizes = [{"qkv": n, "proj": n, "ffn": 2 * n, "num_layers": 2} for n in (24, 48)]
+    event = {
+        "iteration": 50, "event": "growth", "text": "", "operator": "zero_key", "training_flops": 1.05e9,
+        "before": sizes[0], "after": sizes[1], "parameters_before": 34_880, "parameters_after": 53_312,
+    }  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (*rows[:5], event, *rows[5:])))
+    curve = read(str(run))
+    assert list(curve.valid.flops) == [row["training_flops"] for row in rows]
+    (growth,) = curve.growths
+    assert (growth.step, growth.flops, growth.tokens) == (50, 1.05e9, 50 * TOKENS_PER_STEP)
+    assert growth.factor == pytest.approx(2.0, rel=1e-2)
+    assert (curve.first_parameters, curve.parameters) == (34_880, 53_312)
+
+
+def test_sizes_without_growth_are_compared_at_equal_cost(
+    curves: CurveWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = [curves.flops_per_step(sizes) for sizes in (SMALL, LARGE)]
+    ends = [40 * costs[1] // cost * 10 for cost in costs]
+    runs = [
+        curves.write(name, sizes, lambda step, loss=loss: loss, range(10, end + 1, 10))
+        for name, sizes, loss, end in (("small", SMALL, 3.0, ends[0]), ("large", LARGE, 3.1, ends[1]))
+    ]
+    assert growth_report.main([*runs, "--output", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert "parameters 3.000" in said and "parameters 3.100" in said
+    assert "the smallest is the best, so that growing has little to win." in said
+    assert "verdict:" not in said.lower()
 
 
 def test_damaged_lines_are_left_out_and_named(
