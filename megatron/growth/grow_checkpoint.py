@@ -47,7 +47,6 @@ def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Gr
     """Returns what the operator has to do. Raises ConfigError when it cannot."""
     before, after = source.config.model, config.model
     operator = GROWTH_OPERATORS[rules.operator]
-    rules = operator.rules(rules)
     require_growth(before, after, rules)
     record = GrowthRecord(
         iteration=source.state.iteration,
@@ -69,6 +68,11 @@ class LayerReader:
         self._layouts = {layout.name: layout for layout in self._reader.layouts}
         self._squared_moments = facts_of(source.config.training.optimizer).squared_moments
         self.header = RunHeader.of(self._reader)
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the names of all layers in the order of the pipeline."""
+        return list(self._layouts)
 
     def read(self, name: str) -> LayerState:
         """Returns the layer of a name, such as `layers.3`. Raises CheckpointError as `read_states` does."""
