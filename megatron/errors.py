@@ -57,8 +57,8 @@ class UntypedErrorsAs:
     """Raises `describe(error)` for each error of the body, of a library in Rust, that has no type to be caught by.
 
     `tokenizers` raises `Exception` itself, of no subclass, for whatever it finds wrong; where its code panics, a
-    PanicException, which derives from BaseException and cannot be imported. Those two are taken, and no others: an error
-    with a type passes.
+    PanicException, which derives from BaseException and cannot be imported. Those two are taken, and no others: an
+    error with a type passes.
     """
 
     def __init__(self, describe: Callable[[BaseException], UserError]) -> None:

@@ -6,7 +6,7 @@ The strategies only choose; `settings_of` derandomizes them, so that every run o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -46,7 +46,7 @@ def settings_of(examples: int) -> settings:
 
 
 def damaged_bytes(content: bytes) -> st.SearchStrategy[bytes]:
-    """Files of which a bit or byte is flipped, pieces are missing, doubled, zeroed or foreign, or the end is cut off."""
+    """Files of which a byte is changed, pieces are missing, doubled, zeroed or foreign, or the end is cut off."""
     places = st.integers(0, max(len(content) - 1, 0))
 
     def flip(place: int, mask: int) -> bytes:
@@ -129,11 +129,3 @@ def _changed(document: Any, place: list[Any], action: str, value: Any) -> Any:
         if action == "rename" and isinstance(changed, dict):
             changed[f"{first}_" if isinstance(first, str) else "other"] = inner
     return changed
-
-
-def outcome(read: Callable[[], Any], *errors: type[BaseException]) -> tuple[str, Any]:
-    """Returns ("read", what `read` returned) or ("refused", the error's text); other errors than `errors` pass."""
-    try:
-        return "read", read()
-    except errors as error:
-        return "refused", str(error)

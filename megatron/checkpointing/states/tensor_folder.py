@@ -157,13 +157,15 @@ def named_tensors(content: object, file: Path) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{file} does not hold named tensors: {name} is none.")
-        if (
-            value.layout != torch.strided
-            or value.device.type != "cpu"
-            or value.nbytes > value.untyped_storage().nbytes()
-        ):
+        if not _is_stored(value):
             raise CheckpointError(f"{file}: {name} is no tensor whose numbers are all in the file.")
     return content
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Tells whether each number of a tensor has a place of its own in memory."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:
