@@ -49,8 +49,8 @@ class Checkpoint:
         except (OSError, ValidationError) as error:
             writer = self.manifest.versions.get("code") or "an unknown commit"
             raise CheckpointError(
-                f"{self.path / CONFIG_FILE} cannot be understood: {describe_problem(error)}. The checkpoint was written by "
-                f"{writer}. Load it with that version of the code, or, if the file was changed, restore it."
+                f"{self.path / CONFIG_FILE} cannot be understood: {describe_problem(error)}. The checkpoint was "
+                f"written by {writer}. Load it with that version of the code, or, if the file was changed, restore it."
             ) from error
 
     @property
