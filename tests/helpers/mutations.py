@@ -6,13 +6,22 @@ The strategies only choose; `settings_of` derandomizes them, so that every run o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from megatron.errors import UserError
+
+T = TypeVar("T")
+
+MOST_MEMORY = 1 << 30
+"""Memory that reading small files may take at most [bytes]."""
 RAW = "@raw@"
 """Replaced in the JSON text by what Python's own writer refuses to write."""
 RAW_VALUES = {
@@ -42,7 +51,15 @@ def settings_of(examples: int) -> settings:
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # files of a hundred kilobytes take long to shrink, and say little
     )
+
+
+class FileContent(bytes):
+    """Bytes of a file, which a failing test shows in short."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes, {self[:32].hex(' ')} ...>"
 
 
 def damaged_bytes(content: bytes) -> st.SearchStrategy[bytes]:
@@ -55,7 +72,7 @@ def damaged_bytes(content: bytes) -> st.SearchStrategy[bytes]:
     def replace(place: int, length: int, piece: bytes) -> bytes:
         return content[:place] + piece + content[place + length :]
 
-    return st.one_of(
+    damaged = st.one_of(
         st.builds(flip, places, st.integers(1, 255)),
         st.builds(flip, st.integers(0, min(len(content), 128) - 1), st.integers(1, 255)),
         st.builds(lambda place: content[:place], places),
@@ -65,6 +82,7 @@ def damaged_bytes(content: bytes) -> st.SearchStrategy[bytes]:
             lambda place, length: replace(place, 0, content[place : place + length]), places, st.integers(1, 512)
         ),
     )
+    return damaged.map(FileContent)
 
 
 def damaged_json(document: Any) -> st.SearchStrategy[bytes]:
@@ -99,7 +117,7 @@ def _json_bytes(document: Any, changes: list[tuple[list[Any], str, Any]]) -> byt
     text = json.dumps(document)
     for name, raw in RAW_VALUES.items():
         text = text.replace(f'"{RAW}{name}"', raw)
-    return text.encode()
+    return FileContent(text.encode())
 
 
 def _places(document: Any) -> Iterator[list[Any]]:
@@ -129,3 +147,36 @@ def _changed(document: Any, place: list[Any], action: str, value: Any) -> Any:
         if action == "rename" and isinstance(changed, dict):
             changed[f"{first}_" if isinstance(first, str) else "other"] = inner
     return changed
+
+
+class Findings:
+    """Outcomes of a fuzzer's files, and the memory that they took."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._before = _peak_memory()
+
+    def read(self, read: Callable[[], T], place: Path) -> T | None:
+        """Returns what `read` returns, or None when it refuses: by a typed error that names the file or folder `place`.
+
+        Any other error passes, and fails the test.
+        """
+        try:
+            return read()
+        except UserError as error:
+            assert str(place) in str(error), f"the message does not name {place}: {error}"
+            self.counts["refused"] += 1
+            return None
+
+    def accept(self, reason: str) -> None:
+        """Counts a file that was read, for a reason that the test lists."""
+        self.counts[reason] += 1
+
+    def report(self) -> None:
+        """Prints the counts. Fails where reading has taken memory for what the files only claimed."""
+        print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.counts.items())))
+        assert _peak_memory() - self._before < MOST_MEMORY
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -75,12 +75,16 @@ class ZeroFiles:
         sizes = checkpoint.state
         ranks = product(*map(range, (sizes.pipe_parallel_size, sizes.tensor_parallel_size, sizes.data_parallel_size)))
         stage_of: dict[str, int] = {}
+        steps: dict[tuple[int, str], float | None] = {}
         for pipe, tensor, data in ranks:
             model_rank = pipe * sizes.tensor_parallel_size + tensor
             file = optimizer_file(checkpoint.path, model_rank, data, self._config.training.precision.dtype)
             content = load_tensors(file)
             try:
                 for name, piece in self._read(content["optimizer_state_dict"], file):
+                    group = (pipe, self._facts.group_of(self._specs[name]).name)
+                    if steps.setdefault(group, piece.step) != piece.step:
+                        raise ValueError(f"{group[1]} stepped {piece.step} times, by another rank {steps[group]}")
                     # A tied embedding lies on the last stage as well, with the same values.
                     if stage_of.setdefault(name, pipe) == pipe:
                         shares = self._pieces.setdefault(name, [[] for _ in range(sizes.tensor_parallel_size)])
