@@ -132,7 +132,7 @@ def test_damaged_checkpoints(examples: int, original: Path, tmp_path: Path) -> N
         if anew:
             try:
                 reseal(path)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 anew = False  # no manifest any more
         refusals = found.counts["refused"]
         report = found.read(lambda: inspected(path, level), path)
