@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from megatron.checkpointing.store.manifest import NO_OTHERS, Count, Size, describe_problem
+from megatron.config.sections.growth import GrowthRecord
 from megatron.errors import CheckpointError
 from megatron.io.durable import write_durably
 from megatron.io.json_files import read_json_object
@@ -66,13 +68,22 @@ class RunState:
     padded_vocab_size: Size
     """Rows of the embedding."""
 
+    training_flops: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.0
+    """Floating-point operations of all training so far, over resumes and growth, the smaller models' included [FLOP].
+    Unknown to checkpoints of earlier versions, which count from 0."""
+
+    growth: tuple[GrowthRecord, ...] = ()
+    """Growths of the model so far, the first one first."""
+
 
 _STATE = TypeAdapter(RunState)
 
 
 def write_state(folder: Path, state: RunState) -> None:
     """Writes state.json."""
-    write_durably(folder / STATE_FILE, json.dumps({"format": STATE_FORMAT, **asdict(state)}, indent=1) + "\n")
+    growth = [record.model_dump(mode="json") for record in state.growth]
+    values = {"format": STATE_FORMAT, **asdict(state), "growth": growth}
+    write_durably(folder / STATE_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> RunState:
@@ -82,6 +93,6 @@ def read_state(folder: Path) -> RunState:
         state = read_json_object(path)
         if state.pop("format", None) != STATE_FORMAT:
             raise CheckpointError(f"{path}: written in another format than {STATE_FORMAT}")
-        return _STATE.validate_python(state)
+        return _STATE.validate_json(json.dumps(state))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {describe_problem(error)}") from error
