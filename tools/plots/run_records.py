@@ -14,10 +14,7 @@ import numpy as np
 from megatron.errors import DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
-
-LONGEST_NAME = 100
-LARGEST = 1e100
-"""Magnitude from which a number is none that was measured; axes cannot be drawn up to the largest float."""
+from tools.plots.foreign_values import is_number, one_line
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,8 @@ def load_run(path: Path) -> RunRecord:
         value = description.get(key)
         if value is not None and not is_number(value):
             raise DataError(f"{described}: {key} is {value!r:.50}, no number. Remove the file if it is not yours.")
-    name = printable(str(description.get("name") or file.resolve().parent.name))
+    name = one_line(str(description.get("name") or file.resolve().parent.name))
     return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"))
-
-
-def printable(text: str) -> str:
-    """Returns a name from a file as a figure can show it: one line, without marks of formulas or half characters."""
-    plain = text.encode("utf-8", errors="replace").decode("utf-8")
-    return "".join(letter if letter.isprintable() else "?" for letter in plain[:LONGEST_NAME]).replace("$", r"\$")
 
 
 def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -85,11 +76,6 @@ def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
                     f"{file}: {key!r} of iteration {record['iteration']} is {value!r:.50}, no number, so this is no "
                     "metrics file of a run, or it is damaged."
                 )
-
-
-def is_number(value: object) -> bool:
-    """Tells whether a value of JSON is a number that a figure can show."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _read_description(path: Path) -> dict[str, Any]:
