@@ -134,10 +134,11 @@ def _write_config(folder: Path, config: PretrainedConfig, architecture: HFArchit
     """Writes config.json; with it, for a model that transformers does not know by itself, the file that defines it."""
     if config.is_remote_code():
         module = architecture.model_class.__module__.rpartition(".")[2]
-        base = architecture.model_class.__name__.removesuffix("ForCausalLM") + "Model"
+        name = architecture.model_class.__name__.removesuffix("ForCausalLM")
         config.auto_map = {
-            "AutoModel": f"{module}.{base}",
-            "AutoModelForCausalLM": f"{module}.{architecture.model_class.__name__}",
+            "AutoModel": f"{module}.{name}Model",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+            "AutoModelForSequenceClassification": f"{module}.{name}ForSequenceClassification",
         }
     config.save_pretrained(folder)
 

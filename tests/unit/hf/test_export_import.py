@@ -168,7 +168,9 @@ def test_card_states_the_facts_of_the_run(exported: Path) -> None:
 ALONE = """
 import sys, torch
 sys.modules["megatron"] = None
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+classifier = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True, num_labels=3)
+assert classifier(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 model.save_pretrained(sys.argv[2])
 again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
