@@ -25,7 +25,7 @@ from megatron_tokenformer import run_tool
 
 from megatron.errors import EnvironmentSetupError
 from megatron.io.durable import new_folder
-from megatron.registry import require
+from megatron.registry import install_extra, require
 from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where the mixins are kept (%(default)s)")
     args, pytest_words = parser.parse_known_args(argv)
-    for package in ("transformers", "parameterized"):
-        require(package, "make test-transformers", "Install the extra `dev`.")
+    require("transformers", "make test-transformers", install_extra("dev"))
     mixins = fetched_mixins(args.cache, version("transformers"))
+    require("parameterized", "make test-transformers", install_extra("dev"))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         run_tests(mixins, report, pytest_words)
