@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     """Shows the plan, then trains what is left of it; returns the exit code."""
     args = parse_args(argv)
     stay_on_cpu()
-    ranks = args.world_size or (1 if args.check else visible_devices())
-    plan = load_plan(args.plan, args.overrides, folder=args.folder, ranks=ranks)
+    ranks = None if args.check else visible_devices()
+    plan = load_plan(args.plan, args.overrides, folder=args.folder, ranks=args.world_size or ranks)
     places = [StagePlace.of(stage) for stage in plan.stages]
     print("\n".join(table(places)), flush=True)
     for place in places:

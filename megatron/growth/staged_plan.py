@@ -21,6 +21,7 @@ end is that of the last such stage. A stage that restarts begins at step 0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -113,11 +114,13 @@ class _Entry:
     given: Mapping[str, Given]
 
 
-def load_plan(file: Path, overrides: Sequence[str] = (), *, folder: Path | None = None, ranks: int = 1) -> StagedPlan:
+def load_plan(
+    file: Path, overrides: Sequence[str] = (), *, folder: Path | None = None, ranks: int | None = None
+) -> StagedPlan:
     """Reads a plan, and checks every stage and that each can follow the one before.
 
-    `overrides` are key=value for every stage; `folder` takes the place of the plan's; `ranks` decide the batch where no
-    train_batch_size does. Raises ConfigError with files and lines.
+    `overrides` are key=value for every stage; `folder` takes the place of the plan's. The batch of every stage is
+    checked for `ranks`, or for its num_gpus, unless both are None. Raises ConfigError with files and lines.
     """
     entries, base, plan_folder = _read(file, overrides)
     target = folder or plan_folder
@@ -236,7 +239,7 @@ def _groups(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
 
 
 def _resolve_group(
-    group: Sequence[_Entry], files: Sequence[Path], folder: Path, before: Stage | None, ranks: int
+    group: Sequence[_Entry], files: Sequence[Path], folder: Path, before: Stage | None, ranks: int | None
 ) -> list[Stage]:
     """Returns the stages of one schedule; `before` is the stage that the first of them takes its weights from."""
     budgets = [_steps(entry, before is not None or index > 0, files, ranks) for index, entry in enumerate(group)]
@@ -276,17 +279,28 @@ def _with_settings(entry: _Entry, settings: Mapping[str, YamlValue]) -> dict[str
 
 
 def _load(entry: _Entry, given: Mapping[str, Given], files: Sequence[Path]) -> LoadedConfig:
-    try:
+    with _of_stage(entry):
         return load_given(given, files)
+
+
+@contextmanager
+def _of_stage(entry: _Entry) -> Iterator[None]:
+    """Names the stage in a ConfigError of the body."""
+    try:
+        yield
     except ConfigError as error:
         raise ConfigError(f"stage {entry.name} ({entry.origin}): {error}") from error
 
 
-def _steps(entry: _Entry, follows: bool, files: Sequence[Path], ranks: int) -> tuple[int, int]:
+def _steps(entry: _Entry, follows: bool, files: Sequence[Path], ranks: int | None) -> tuple[int, int]:
     """Returns the optimizer steps of a stage, the last of which may go beyond its tokens, and the tokens of a step."""
     settings: dict[str, YamlValue] = {"train_iters": ANY_NUMBER_OF_STEPS, "save": entry.name}
     loaded = _load(entry, _with_settings(entry, settings | ({"load": "the stage before"} if follows else {})), files)
-    batch = loaded.run.training.train_batch_size or loaded.batch(ranks).global_batch_size
+    ranks = loaded.run.launch.num_gpus or ranks
+    batch = loaded.run.training.train_batch_size
+    if ranks is not None or batch is None:
+        with _of_stage(entry):
+            batch = loaded.batch(ranks or 1).global_batch_size
     tokens_per_step = batch * loaded.run.model.seq_length
     if not isinstance(entry.budget.value, int | float):
         raise ValueError(f"{entry.budget} is no number")

@@ -16,7 +16,14 @@ from tests.helpers.forkserver import ROOT
 from tools import run_stages
 
 PLANS = ROOT / "configs" / "growth"
-SMALL: dict[str, Any] = TOKENFORMER | {"padded_vocab_size": 512, "train_batch_size": 8, "lr_decay_iters": None}
+SMALL: dict[str, Any] = (
+    TOKENFORMER
+    | {"padded_vocab_size": 512, "train_batch_size": 8, "lr_decay_iters": None}
+    | {
+        "train_micro_batch_size_per_gpu": None,
+        "gradient_accumulation_steps": None,
+    }
+)
 GROW = {"grow": {"operator": "zero_key"}}
 LARGE = {"qkv_slot_num": 48, "ffn_slot_num": 96, "qkv_scale_base": 24, "ffn_scale_base": 48} | GROW
 TOKENS_PER_STEP = 8 * 16
@@ -103,6 +110,16 @@ def test_the_published_sizes_allow_two_tensor_parallel_ranks_and_no_more() -> No
     assert f"stage 757M ({plan}:{line_of(plan, '757M:')})" in message
     assert f"{plan}:{line_of(plan, 'qkv_slot_num: 4850')} qkv_slot_num: 4850" in message
     assert "does not split over model_parallel_size 4" in message
+
+
+def test_the_batch_of_every_stage_fits_the_ranks(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, {"a": {"steps": 4}, "b": {"steps": 4, "keys": {"train_batch_size": 12}}})
+    assert [stage.tokens_per_step for stage in load_plan(plan, ranks=1).stages] == [8 * 16, 12 * 16]
+    assert run_stages.main([str(plan), "--check"]) == 0
+    with pytest.raises(ConfigError, match=r"stage a \(.*plan.yml:[0-9]+\).*3 data-parallel ranks"):
+        run_stages.main([str(plan), "--check", "--world-size", "3"])
+    with pytest.raises(ConfigError, match=r"stage b \(.*2 data-parallel ranks"):
+        load_plan(plan, ["num_gpus=2", "train_micro_batch_size_per_gpu=4", "gradient_accumulation_steps=1"])
 
 
 def test_a_stage_that_goes_on_shares_steps_schedule_and_data(tmp_path: Path) -> None:
