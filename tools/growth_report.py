@@ -35,6 +35,7 @@ from megatron.growth.verdict import Outcome, gate, judge, saving_bound, saving_o
 from megatron.io.durable import atomic_write
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
+from tools.plots.foreign_values import label, one_line
 from tools.plots.plot_runs import COLOURS, format_power
 
 NAMED_RUN = re.compile(r"(?P<name>[^=]+)=(?P<run>.+)", re.DOTALL)
@@ -204,7 +205,7 @@ def sentences(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> list[str]:
 def _cell(row: Mapping[str, Any], column: str) -> str:
     value, width = str(row[column]), row.get(f"{column}_half_width", "")
     if column not in CELLS or not value:
-        return value
+        return one_line(value).replace("|", "\\|")
     text = CELLS[column](float(value))
     if width:
         text += f" ± {CELLS[column](float(width)).removeprefix('+')}"
@@ -224,11 +225,11 @@ def draw(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> Figure:
     colours = {id(arm): COLOURS[index] for index, arm in enumerate(shown)}
     figure = Figure(figsize=(13.0, max(6.0, 1.5 + 0.24 * len(arms))), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.3, 1.0))
-    for row, (x, label) in enumerate((("flops", "training compute, small model's included [FLOP]"),
+    for row, (x, quantity) in enumerate((("flops", "training compute, small model's included [FLOP]"),
                                       ("tokens", "training tokens"))):  # fmt: skip
         ax = figure.add_subplot(grid[row, 0])
         _draw_curves(ax, ranked, colours, x)
-        ax.set_xlabel(label)
+        ax.set_xlabel(quantity)
     _draw_ends(figure.add_subplot(grid[:, 1]), ranked, colours)
     return figure
 
@@ -243,7 +244,7 @@ def _draw_curves(ax: Axes, arms: Sequence[Arm], colours: Mapping[int, str], x: s
                 if len(level):
                     ax.plot(getattr(event, x), level[-1], marker="^", color=colour, zorder=order + 1, gid="growth")
     ax.set_xscale("log")
-    ends = [run.loss for arm in arms for run in arm.runs]
+    ends = [run.loss for arm in arms for run in arm.runs if math.isfinite(run.loss)] or [0.0]
     # The fall from the initial loss would press everything that differs to the floor.
     low, high = min(ends), max(ends)
     ax.set_ylim(low - 0.05 * (high - low) - 0.02, high + 4.0 * (high - low) + 0.3)
@@ -259,11 +260,11 @@ def _count(value: float) -> str:
 
 def _draw_ends(ax: Axes, arms: Sequence[Arm], colours: Mapping[int, str]) -> None:
     for place, arm in enumerate(arms):
-        width = 0.0 if math.isinf(arm.loss.half_width) else arm.loss.half_width
+        width = arm.loss.half_width if math.isfinite(arm.loss.half_width) else 0.0
         colour = colours.get(id(arm), "0.6")
         ax.errorbar(arm.loss.mean, place, xerr=width, color=colour, capsize=3, gid=arm.name)
         ax.plot([run.loss for run in arm.runs], [place] * len(arm.runs), "o", color=colour, markersize=4, gid=arm.name)
-    ax.set_yticks(range(len(arms)), [f"{arm.name}\n{_facts(arm)}" for arm in arms], fontsize=7)
+    ax.set_yticks(range(len(arms)), [f"{label(arm.name)}\n{_facts(arm)}" for arm in arms], fontsize=7)
     ax.invert_yaxis()
     ax.yaxis.tick_right()
     ax.set_xlabel("final validation loss [nat/token], each seed, and 95 % of the mean")

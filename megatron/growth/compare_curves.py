@@ -49,7 +49,9 @@ def pooled_spread(samples: Sequence[Sequence[float]]) -> Spread:
     """Estimates the spread that all samples share, each around a mean of its own.
 
     Three seeds alone know their spread badly: Student's quantile is 4.3 with them, and 2.2 with five such samples.
+    A sample with a run that diverged says nothing about it.
     """
+    samples = [sample for sample in samples if all(map(math.isfinite, sample))]
     residuals = [value - float(np.mean(sample)) for sample in samples for value in sample]
     freedom = sum(len(sample) - 1 for sample in samples)
     return Spread(math.sqrt(math.fsum(each**2 for each in residuals) / freedom) if freedom else math.inf, freedom)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import DataError
+from megatron.io.json_files import read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, sound_records
 
 Values = npt.NDArray[np.float64]
@@ -233,7 +235,7 @@ def _read_run(folder: Path) -> _Run:
     if not records:
         raise DataError(f"{file}: no rows that can be read.")
     try:
-        description = json.loads(described.read_text(encoding="utf-8"))
+        description = read_json_object(described)
         config = description["config"]
         model = ModelConfig.model_validate_json(json.dumps(config["model"]))
         return _Run(
@@ -255,7 +257,17 @@ def _read_run(folder: Path) -> _Run:
 
 
 def _series(rows: Sequence[_Row], metric: str) -> Series:
-    measured = [row for row in rows if isinstance(row.record.get(metric), int | float)]
-    columns = [[row.step, row.tokens, row.flops, float(row.record[metric])] for row in measured]
+    measured = [row for row in rows if _is_measured(row.record, metric)]
+    columns = [[row.step, row.tokens, row.flops, _value(row.record[metric])] for row in measured]
     steps, tokens, flops, values = np.array(columns, dtype=np.float64).reshape(-1, 4).T
     return Series(steps, tokens, flops, values)
+
+
+def _is_measured(record: Mapping[str, Any], metric: str) -> bool:
+    value = record.get(metric, "")
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _value(value: float | None) -> float:
+    """Returns a value of metrics.jsonl; infinity for the null of one that was not finite: no loss is worse."""
+    return math.inf if value is None or not math.isfinite(value) else float(value)

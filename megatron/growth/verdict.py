@@ -192,9 +192,7 @@ def gate(arms: Sequence[Arm]) -> str | None:
         for arm in group
     )
     best = min(group, key=lambda arm: arm.loss.mean)
-    so = (
-        "the smallest is the best, so that growing has nothing to win" if best is group[0] else "a larger one is better"
-    )
+    so = "the smallest is the best, so that growing has little to win" if best is group[0] else "a larger one is better"
     return f"Without growth, at {group[0].first.flops:.2g} FLOP: {ends}: {so}."
 
 

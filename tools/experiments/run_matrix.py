@@ -15,7 +15,6 @@ import argparse
 import csv
 import fcntl
 import fnmatch
-import json
 import os
 import shutil
 import signal
@@ -37,6 +36,7 @@ import yaml
 
 from megatron.errors import STOPPED_ON_REQUEST, DataError
 from megatron.io.durable import atomic_write
+from megatron.io.json_files import read_json_object
 from megatron.launch.local import FORWARDED_SIGNALS
 from megatron.monitor.format_quantities import format_duration
 from megatron.monitor.metrics_file import METRICS_FILE, sound_records
@@ -250,8 +250,8 @@ class Runner:
         group = self.experiment.matrix.groups[ready.cell.group]
         try:
             rows, _ = sound_records(ready.folder / METRICS_FILE)
-            description = json.loads((ready.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            description = read_json_object(ready.folder / "run.json")
+        except (DataError, OSError, ValueError):
             return None
         facts: dict[str, Any] = {}
         for column, metric in group.measure.items():

@@ -296,6 +296,23 @@ def test_damaged_lines_are_left_out_and_named(
     assert list(read(run).valid.steps) == [10, 20, 30, 50, 60, 70, 80, 90, 100]
 
 
+def test_a_run_that_diverged_is_worse_than_any(curves: CurveWriter, tmp_path: Path) -> None:
+    """JSON has no NaN: the loss is null, and the learning rate is not the best one."""
+    rates = {1e-3: 3.0, 1e-1: 2.0}
+    folders = [
+        curves.write(f"{rate}", LARGE, lambda step, loss=loss: loss, range(10, 31, 10), lr=rate)
+        for rate, loss in rates.items()
+    ]
+    file = Path(folders[1]) / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in (*rows[:2], rows[2] | {"valid/lm_loss": None})))
+    assert read(folders[1]).loss == math.inf
+    (arm,) = make_arms([(None, read(folder)) for folder in folders])
+    assert arm.first.learning_rate == 1e-3
+    assert growth_report.main([*(f"$a|b={folder}" for folder in folders), "--output", str(tmp_path / "report")]) == 0
+    assert "| $a\\|b |" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_what_is_no_run_is_refused(curves: CurveWriter, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         read(str(tmp_path / "nothing"))
