@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,8 @@ from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.throughput import Throughput
 from megatron.mpu.context import ParallelContext
 from megatron.training.progress import Progress
-from megatron.training.run_description import RUN_FILE
+from megatron.training.run_description import write_description
+from megatron.training.run_lease import RunLease
 from megatron.training.stability.step_guard import StepGuard
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_data import TrainingData
@@ -48,6 +48,8 @@ class TrainingRun:
     """Content of run.json."""
     folder: Path
     """Folder of run.json and metrics."""
+    lease: RunLease
+    """Keeps other processes from writing the run's folders."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         config_dump=description["config"],
     ) as monitor:
         if rank == 0:
-            (run.folder / RUN_FILE).write_text(json.dumps(description, indent=1) + "\n")
+            write_description(description, run.folder)
         peak = peak_flops(description["device"], training.precision.dtype)
         throughput = Throughput(
             tokens_per_step=description["tokens_per_step"],
