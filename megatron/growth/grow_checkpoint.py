@@ -12,6 +12,7 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth
+from megatron.io.lease import leased
 
 
 def grow_checkpoint(source: Checkpoint, config: RunConfig, operator: str, sizes: ParallelSizes, output: Path) -> Path:
@@ -19,7 +20,8 @@ def grow_checkpoint(source: Checkpoint, config: RunConfig, operator: str, sizes:
 
     Steps, schedule, data position and the optimizer's state of old rows go on as they were. New values are drawn from
     the configured seed. A layer is in memory at a time. Raises ConfigError when the models differ in more than their
-    parameter tokens, or the operator cannot do what it promises; CheckpointError for damaged files.
+    parameter tokens, or the operator cannot do what it promises; CheckpointError for damaged files, and when a run is
+    writing `output`.
     """
     before, after = source.config.model, config.model
     comparable = after.model_copy(update={"param_tokens": before.param_tokens})
@@ -40,4 +42,5 @@ def grow_checkpoint(source: Checkpoint, config: RunConfig, operator: str, sizes:
             "training": source.config.training.model_copy(update={"precision": config.training.precision}),
         }
     )
-    return write_states(states, grown, sizes, output, RunHeader.of(StateReader(source)))
+    with leased(output, "grow.py"):
+        return write_states(states, grown, sizes, output, RunHeader.of(StateReader(source)))

@@ -112,11 +112,13 @@ class Saver:
         if save is None:
             return True
         save.wait()
-        if not self.folder_is_ours():
-            logger.warning("the checkpoint of step %d was removed while it was being written", save.state.iteration)
-            return False
-        save.publish(self.run_id, self.versions)
-        return True
+        ours = self.folder_is_ours()
+        if ours:
+            save.publish(self.run_id, self.versions)
+            ours = self.folder_is_ours()
+        if not ours:
+            logger.warning("the checkpoint of step %d was removed while it was saved", save.state.iteration)
+        return ours
 
 
 class _Save:
