@@ -18,8 +18,11 @@ from torch import distributed
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
 """Time that rank 0's thread has to answer, before a rank decides for itself."""
-LINGER_SECONDS = 1.2
-"""Time between learning of the end and ending: every rank has looked by then, and none finds its peers gone before."""
+LINGER_SECONDS = (2.2, 1.2)
+"""Time between learning of the end and ending, of rank 0 and of another rank.
+
+Every rank has looked by then, and none finds its peers gone before. Rank 0, which keeps the store, leaves last.
+"""
 
 _ASKED, _ANSWER = "a rank asks for the end", "what rank 0 says"
 _AT_ONCE, _AFTER_A_STEP = b"at once", b"after a step"
@@ -82,7 +85,7 @@ class EarlyStop:
             first, self.has_come = not self.has_come, True
         if first:
             if self._store is not None:
-                time.sleep(LINGER_SECONDS)
+                time.sleep(LINGER_SECONDS[distributed.get_rank() > 0])
             self.is_due = True
             self._end()
 

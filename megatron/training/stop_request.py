@@ -30,8 +30,11 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 DUPLICATE_SECONDS = 0.5
 """A launcher may pass on a signal that the ranks have got already; within this time it is the same request."""
-UNWINDING_SECONDS = 2.0
-"""Time that a run which ends before its first step has to remove its temporary files and leave its process group."""
+UNWINDING_SECONDS = (2.0, 0.5)
+"""Time that rank 0, and another rank, has to remove temporary files when the run ends before its first step.
+
+The others are most likely waiting in a collective, and are to be gone before rank 0, or they complain of its absence.
+"""
 GIVING_BACK_SECONDS = 1.0
 
 _END = b"\0"  # no signal has this number
@@ -93,20 +96,24 @@ def signals_request(stop: StopRequest) -> Iterator[None]:
 
     def handle(number: int, frame: object) -> None:
         # Without a Python handler, the listener would not be told of the signal.
-        if stop.early.is_due:
+        if stop.early.is_due and not ended.is_set():
             raise SystemExit(STOPPED_ON_REQUEST)
 
+    ended = threading.Event()
     handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     stop.early.when_it_comes(lambda: _end_early(stop))
     listener.start()
     try:
-        yield
-    except BaseException:
-        # Ranks that end cut the connections of those that are still waiting for them.
-        if stop.early.has_come:
-            raise SystemExit(STOPPED_ON_REQUEST) from None
-        raise
+        try:
+            yield
+        except BaseException:
+            # Ranks that end cut the connections of those that are still waiting for them.
+            if stop.early.has_come:
+                raise SystemExit(STOPPED_ON_REQUEST) from None
+            raise
+        finally:
+            ended.set()
     finally:
         stop.early.close()
         signal.set_wakeup_fd(wakeup)
@@ -142,7 +149,8 @@ def _listen(source: socket.socket, stop: StopRequest) -> None:
 
 def _end_early(stop: StopRequest) -> None:
     """Ends the process: by an exception in the main thread, or without, where that is in a call that takes long."""
-    fallback = threading.Timer(UNWINDING_SECONDS, stop.end_process, [STOPPED_ON_REQUEST])
+    seconds = UNWINDING_SECONDS[os.environ.get("RANK", "0") != "0"]
+    fallback = threading.Timer(seconds, stop.end_process, [STOPPED_ON_REQUEST])
     fallback.daemon = True
     fallback.start()
     # To that thread, so that it wakes up where it waits for something.

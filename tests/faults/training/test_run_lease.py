@@ -158,7 +158,9 @@ def test_the_lease_of_a_lost_node_becomes_stale(write_config: Callable[..., Path
     "changed",
     [
         pytest.param({"boot": "another"}, id="this machine before it was restarted, or another one of its name"),
-        pytest.param({"host": f"{socket.gethostname()}?pidns-1", "namespace": "pid:[1]"}, id="a container of this machine"),
+        pytest.param(
+            {"host": f"{socket.gethostname()}?pidns-1", "namespace": "pid:[1]"}, id="a container of this machine"
+        ),
     ],
 )
 def test_what_this_machine_cannot_see_is_watched(changed: dict[str, str], tmp_path: Path) -> None:
