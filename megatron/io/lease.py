@@ -190,6 +190,9 @@ class FolderLease:
         if changed != self._watched.changed:
             raise self._refusal(holder, "its heartbeat has been seen")
         watching = time.monotonic() - self._watched.since < holder.stale_seconds
+        if not watching and not holder.token:
+            # Cut by a power loss. filelock would wait for ever for whoever is writing an empty file.
+            self._lease_of(holder).force_break()
         return watching and holder.has_another_machines_name
 
     def _claim(self) -> bool:
