@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -23,33 +23,42 @@ class AppendedFile:
         self._file = self._open()
 
     def append(self, line: str) -> None:
-        """Adds a line. Raises OSError where it cannot be written."""
+        """Adds a line. Raises OSError where it cannot be written, and leaves no part of it."""
         if not os.path.lexists(self.path):
             self._restore()
-        self._file.write(f"{line}\n")
+        self._write(f"{line}\n".encode())
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _open(self) -> TextIO:
+    def _open(self) -> FileIO:
         def without_links(name: str, flags: int) -> int:
             return os.open(name, flags | os.O_NOFOLLOW, 0o666)
 
-        return open(self.path, "a+", encoding="utf-8", buffering=1, opener=without_links)
+        return FileIO(self.path, "a+", opener=without_links)
+
+    def _write(self, content: bytes) -> None:
+        length = os.fstat(self._file.fileno()).st_size
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            self._file.truncate(length)
+            raise
 
     def _restore(self) -> None:
         try:
             self._file.seek(0)
             held = self._file.read()
         except OSError:
-            held = ""  # another machine has removed it, and the file server keeps nothing of it
+            held = b""  # another machine has removed it, and the file server keeps nothing of it
         self._file.close()
         # Never the folder above it: a file system that is no longer mounted must not be written to another disk.
         self.path.parent.mkdir(exist_ok=True)
         self._file = self._open()
-        self._file.write(held)
-        lines = held.count("\n")
+        self._write(held)
+        lines = held.count(b"\n")
         logger.warning(
             "%s was removed while it was written; made again with the %d lines that it held", self.path, lines
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class RunLease:
         # A folder before what lies in it, which cannot be made again without it.
         ours = sorted((folders or {}).items()) if rank == 0 else []
         self._leases = [FolderLease(folder, what, key=key) for folder, key in ours]
+        self.restore: Callable[[], None] = lambda: None
+        """Writes again what a folder holds that the run still knows."""
 
     @property
     def is_in_doubt(self) -> bool:
@@ -55,6 +57,8 @@ class RunLease:
 
     def _check(self) -> bool:
         unchanged = [lease.check() for lease in self._leases]
+        if not all(unchanged):
+            self.restore()
         return all(unchanged)
 
     def release(self) -> None:

@@ -99,7 +99,8 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
 
     on_first_rank(open_monitor)
     with opened[0] if opened else Monitor() as monitor:
-        on_first_rank(partial(write_description, description, run.folder))
+        run.lease.restore = partial(write_description, description, run.folder)
+        on_first_rank(run.lease.restore)
         peak = peak_flops(description["device"], training.precision.dtype)
         throughput = Throughput(
             tokens_per_step=description["tokens_per_step"],

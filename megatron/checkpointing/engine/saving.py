@@ -117,7 +117,7 @@ class Saver:
             save.publish(self.run_id, self.versions)
             ours = self.folder_is_ours()
         if not ours:
-            logger.warning("the checkpoint of step %d was removed while it was saved", save.state.iteration)
+            logger.info("the checkpoint of step %d was removed while it was saved", save.state.iteration)
         return ours
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from megatron.mpu.agreement import on_first_rank
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
-from megatron.training.run_description import write_description
 
 
 class RunFolder(Callback):
     """Looks at the run's folders when a heartbeat was in doubt, after the step in which all ranks learn of it.
 
-    A folder that was removed is made again, and run.json with it: the model is worth more than the folder, and the next
+    A folder that was removed is made again, and run.json in it: the model is worth more than the folder, and the next
     save has a place. Where another process has taken the lease, or the file system is gone, the run ends with a
     CheckpointError on all ranks, and writes no more.
     """
@@ -21,5 +17,5 @@ class RunFolder(Callback):
     def after_step(self, step: Step) -> None:
         """Looks where any rank is in doubt. Collective."""
         run = self.context.run
-        if run.guard.stop.lease_must_be_checked and not run.lease.check():
-            on_first_rank(partial(write_description, run.description, run.folder))
+        if run.guard.stop.lease_must_be_checked:
+            run.lease.check()

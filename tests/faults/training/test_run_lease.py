@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -242,6 +243,37 @@ def test_a_folder_that_is_removed_is_made_again(write_config: Callable[..., Path
     for name in ("batch_hashes.jsonl", "run.json"):
         ours, theirs = ((folder / name).read_text() for folder in (run, whole.with_suffix("")))
         assert ours == theirs.replace(str(whole.with_suffix("")), str(run)).replace('"whole"', '"tiny"')
+
+
+def remove_in_save(run: str, iteration: int) -> None:
+    """The run's folder is removed while the checkpoint of `iteration` is written to it."""
+    from megatron.checkpointing.engine import engine_files
+
+    original, done = engine_files.write_tensors, []
+
+    def write(content: Any, path: Path) -> Any:
+        if path.parent.name == f".global_step{iteration}.writing" and this_rank() == 0 and not done:
+            done.append(path)
+            shutil.rmtree(run)
+        return original(content, path)
+
+    engine_files.write_tensors = write
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_folder_that_is_removed_during_a_save(background: bool, write_config: Callable[..., Path]) -> None:
+    """What is saved while training waits is saved once more; in the background, the next save has it."""
+    config = write_config(TWO_RANKS, checkpoint_factor=4, async_save=background)
+    run = config.with_suffix("")
+    finished = run_ranks(config, ranks=2, before=remove_in_save, arguments=(str(run), 8))
+    assert finished.codes == [0, 0], finished.output
+    assert re.search(
+        r"is made again\. Gone with it: global_step4, latest, (metrics\.jsonl, )?run\.json", finished.output
+    )
+    assert "the checkpoint of step 8 was removed while it was saved" in finished.output
+    assert saved(run) == (["global_step12"] if background else ["global_step12", "global_step8"])
+    assert list(records(run, "train/lm_loss")) == list(range(1, 13))
+    assert (run / "run.json").exists()
 
 
 def test_a_folder_that_is_removed_with_what_it_lies_in_ends_the_run(
