@@ -39,6 +39,8 @@ LEASE_FILE = ".lease"
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
 POLL_SECONDS = 1.0
+EXIT_SECONDS = 2.0
+"""Time that a process which was killed may take to be gone, when the next start comes at once."""
 LONGEST_VALUE = 100
 """Characters of a value in the file: filelock takes a file of more than 1,024 bytes for damaged."""
 
@@ -202,9 +204,11 @@ class FolderLease:
         try:
             lease.acquire(timeout=0)
         except Timeout:
-            holder = self._read()
-            if holder is not None and holder.is_visible and not _is_zombie(holder.pid):
-                raise self._refusal(holder, "it runs on this machine") from None
+            # Another one that takes it over in this moment, or writes its file, is judged at the next attempt.
+            if watched is None or not watched.holder.is_visible or _is_zombie(watched.holder.pid):
+                return False
+            if time.monotonic() - watched.since > EXIT_SECONDS:
+                raise self._refusal(watched.holder, "it runs on this machine") from None
             return False
         self._token = lease.token
         self._compromised.clear()

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.io import lease
+from tests.helpers.commands import run_command
 from tests.helpers.faults import at_step, this_rank
 from tests.helpers.interrupted import TWO_RANKS, saved
 from tests.helpers.records import records
@@ -72,22 +74,18 @@ def test_a_second_start_names_the_holder_and_changes_nothing(running: tuple[Path
     assert finished.code == 1 and f"log_dir: {run} is being written by process {pid}" in finished.output
 
 
-def test_tools_respect_the_holder(running: tuple[Path, int], tokenformer: object, tmp_path: Path) -> None:
+@pytest.mark.full
+def test_tools_respect_the_holder(running: tuple[Path, int], tokenformer: Checkpoint) -> None:
     config, pid = running
-    source = tokenformer.path  # type: ignore[attr-defined]
-    command = ["tools/ckpts/reshape.py", "--input_dir", str(source), "--output_dir", str(config.with_suffix(""))]
-    finished = subprocess.run(
-        [sys.executable, *command, "--config_file", str(next(source.parent.parent.glob("*.yml")))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    source = tokenformer.path
+    larger = [str(source.parent.parent / "run.yml"), "ffn_slot_num=64", "ffn_scale_base=48"]
+    folders = ["--input_dir", str(source), "--output_dir", str(config.with_suffix(""))]
+    finished = run_command(["tools/ckpts/grow.py", *folders, "--config_file", *larger])
     assert finished.returncode == 1, finished.stderr
     assert f"is being written by process {pid}" in finished.stderr and "Traceback" not in finished.stderr
 
 
+@pytest.mark.full
 def test_a_holder_in_another_process_namespace_is_seen_by_its_heartbeat(running: tuple[Path, int]) -> None:
     """As in two containers of one machine, where ids and /proc say nothing of each other."""
     config, pid = running
@@ -110,6 +108,7 @@ def test_a_holder_in_another_process_namespace_is_seen_by_its_heartbeat(running:
     assert "its heartbeat has been seen" in second.stderr
 
 
+@pytest.mark.full
 def test_ranks_of_a_killed_launcher_hold_the_folder(write_config: Callable[..., Path]) -> None:
     config = write_config(ENDLESS, num_gpus=2)
     run = config.with_suffix("")
@@ -223,6 +222,7 @@ def remove_at(run: str, step: int, parent: bool) -> None:
         at_step(step, remove)
 
 
+@pytest.mark.full
 def test_a_folder_that_is_removed_is_made_again(write_config: Callable[..., Path]) -> None:
     config = write_config(TWO_RANKS, checkpoint_factor=4, log_batch_hashes=True)
     run = config.with_suffix("")
@@ -260,7 +260,7 @@ def remove_in_save(run: str, iteration: int) -> None:
     engine_files.write_tensors = write
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_folder_that_is_removed_during_a_save(background: bool, write_config: Callable[..., Path]) -> None:
     """What is saved while training waits is saved once more; in the background, the next save has it."""
     config = write_config(TWO_RANKS, checkpoint_factor=4, async_save=background)
@@ -276,6 +276,7 @@ def test_a_folder_that_is_removed_during_a_save(background: bool, write_config: 
     assert (run / "run.json").exists()
 
 
+@pytest.mark.full
 def test_a_folder_that_is_removed_with_what_it_lies_in_ends_the_run(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:

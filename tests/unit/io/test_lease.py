@@ -34,8 +34,10 @@ def test_a_lease_that_a_power_loss_has_cut_is_watched_and_taken(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_conversions_into_one_folder(tmp_path: Path) -> None:
+def test_two_conversions_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is told of the first, and does not delete what that has written."""
+    monkeypatch.setattr(lease, "EXIT_SECONDS", 0.0)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.05)
     output = tmp_path / "exported"
     refusals: list[str] = []
 
