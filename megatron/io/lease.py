@@ -47,7 +47,7 @@ LONGEST_VALUE = 100
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease says of the process that holds it."""
+    """The process that holds a lease, as the lease's file describes it."""
 
     token: str
     """Tells this claim from any other."""

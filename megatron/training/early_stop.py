@@ -29,7 +29,7 @@ _AT_ONCE, _AFTER_A_STEP = b"at once", b"after a step"
 
 
 class EarlyStop:
-    """Whether the run ends before its first step; asked by any rank, decided by rank 0."""
+    """Decision whether the run ends before its first step; asked for by any rank, taken by rank 0."""
 
     def __init__(self) -> None:
         """Starts in the time before the first step, with no other rank to ask."""

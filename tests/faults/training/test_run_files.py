@@ -67,7 +67,7 @@ def test_run_json_is_whole_or_as_it_was_on_a_full_disk(write_config: Callable[..
     assert f"EnvironmentSetupError: {run / 'run.json'}: File too large" in finished.output
     assert "Traceback" not in finished.output
     assert (run / "run.json").read_text() == "of the start before"
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob("*.tmp")) and not (run / ".lease").exists()
 
 
 def test_metrics_on_a_full_disk_end_the_run_with_the_files_name(write_config: Callable[..., Path]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,40 @@ def test_it_is_given_back_after_an_error(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError), leased(tmp_path / "run", ""):
             raise ZeroDivisionError
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(tmp_path: Path) -> None:
+    """This process has the number of one that was killed before it started."""
+    with leased(tmp_path, "train.py"):
+        text = (tmp_path / LEASE_FILE).read_text()
+    start = next(line for line in text.splitlines() if line.startswith("start="))
+    (tmp_path / LEASE_FILE).write_text(text.replace(start, f"start={int(start.removeprefix('start=')) - 1}"))
+    claim = FolderLease(tmp_path, "train.py")
+    assert claim.attempt(), "at once"
+    claim.release()
+
+
+def test_the_heartbeat_starts_again_after_an_outage_of_the_file_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.6)
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    claim = FolderLease(tmp_path, "train.py")
+    claim.acquire()
+    with monkeypatch.context() as outage:
+        outage.setattr("filelock._lease.touch", unreachable)
+        wait_until(lambda: claim.is_in_doubt)
+    assert claim.check() and not claim.is_in_doubt
+    before = (tmp_path / LEASE_FILE).stat().st_mtime_ns
+    wait_until(lambda: (tmp_path / LEASE_FILE).stat().st_mtime_ns > before)
+    claim.release()
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
