@@ -25,10 +25,10 @@ from megatron_tokenformer import run_tool
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from megatron.errors import EnvironmentSetupError, os_errors_as
-from megatron.growth.arms import Arm, make_arms
+from megatron.growth.arms import Arm, make_arms, shared_spread
 from megatron.growth.compare_curves import Estimate
 from megatron.growth.loss_curves import LossCurve, read_curve
 from megatron.growth.verdict import Outcome, gate, judge, saving_bound, saving_of, verdict
@@ -113,8 +113,9 @@ def run_row(arm: Arm, run: LossCurve) -> dict[str, Any]:
 def arm_rows(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Returns the rows of arms.csv, the lowest loss first."""
     by_arm = {outcome.arm.name: outcome for outcome in outcomes}
+    spread = shared_spread(arms)
     rows = []
-    for arm in sorted(arms, key=lambda arm: arm.loss.mean):
+    for arm in sorted(arms, key=lambda arm: arm.loss().mean):
         outcome = by_arm.get(arm.name)
         row: dict[str, Any] = {
             "arm": arm.name,
@@ -127,7 +128,7 @@ def arm_rows(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> list[dict[str,
             "learning_rate": arm.first.learning_rate,
             "rates_tried": arm.rates_tried,
             "seeds": len(arm.runs),
-            **_estimate_columns("valid_loss", arm.loss),
+            **_estimate_columns("valid_loss", arm.loss(spread)),
         }
         against = {} if outcome is None else outcome.against
         for name in ("scratch", "small", "scratch_full"):
@@ -168,13 +169,12 @@ def report_text(arms: Sequence[Arm], outcomes: Sequence[Outcome], damaged: Seque
         lines.append(f"| {' | '.join(_cell(row, column) for column in columns)} |")
     lines += [
         "",
-        "Losses are validation losses at the end [nat per token] ± half a 95 % confidence interval over seeds; those "
-        "of differences from one kind of competitor share one spread over seeds, and hold for all grown arms at once "
-        "(Bonferroni). FLOPs and tokens count the smaller model's too. "
-        "Small is the model before growth alone, scratch the model after it, both at equal FLOPs. Saving is the share "
-        "of FLOPs that the same loss takes less than from scratch. A jump is the first validation loss after growth "
-        "above the last one before. The twin is the run that did not grow, at the same learning rate. An arm with "
-        "several learning rates is shown at its best.",
+        "Losses are validation losses at the end [nat per token] ± half a 95 % confidence interval over seeds, whose "
+        "spread all arms share; those of differences hold for all grown arms at once (Bonferroni). FLOPs and tokens "
+        "count the smaller model's too. Small is the model before growth alone, scratch the model after it, both at "
+        "equal FLOPs. Saving is the share of FLOPs that the same loss takes less than from scratch. A jump is the "
+        "first validation loss after growth above the last one before. The twin is the run that did not grow, at the "
+        "same learning rate. An arm with several learning rates is shown at its best.",
     ]
     if damaged:
         lines += ["", "Lines that could not be read, and were left out:", "", *(f"- {line}" for line in damaged)]
@@ -218,7 +218,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
 
 def draw(arms: Sequence[Arm], outcomes: Sequence[Outcome]) -> Figure:
     """Draws the loss over FLOPs and over tokens, and every arm's final loss with its interval."""
-    ranked = sorted(arms, key=lambda arm: arm.loss.mean)
+    ranked = sorted(arms, key=lambda arm: arm.loss().mean)
     controls = {id(arm) for each in outcomes for arm in (each.scratch, each.small) if arm is not None}
     first = [arm for arm in ranked if id(arm) in controls]
     shown = [*first, *(arm for arm in ranked if id(arm) not in controls)][:SHOWN_ARMS]
@@ -247,9 +247,10 @@ def _draw_curves(ax: Axes, arms: Sequence[Arm], colours: Mapping[int, str], x: s
     ends = [run.loss for arm in arms for run in arm.runs if math.isfinite(run.loss)] or [0.0]
     # The fall from the initial loss would press everything that differs to the floor.
     low, high = min(ends), max(ends)
-    ax.set_ylim(low - 0.05 * (high - low) - 0.02, high + 4.0 * (high - low) + 0.3)
+    ax.set_ylim(low - 0.05 * (high - low) - 0.02, high + 2.0 * (high - low) + 0.2)
     ax.set_ylabel("validation loss [nat/token]")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_power(value) if x == "flops" else _count(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(color="0.9", linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -259,10 +260,12 @@ def _count(value: float) -> str:
 
 
 def _draw_ends(ax: Axes, arms: Sequence[Arm], colours: Mapping[int, str]) -> None:
+    spread = shared_spread(arms)
     for place, arm in enumerate(arms):
-        width = arm.loss.half_width if math.isfinite(arm.loss.half_width) else 0.0
+        half_width = arm.loss(spread).half_width
+        width = half_width if math.isfinite(half_width) else 0.0
         colour = colours.get(id(arm), "0.6")
-        ax.errorbar(arm.loss.mean, place, xerr=width, color=colour, capsize=3, gid=arm.name)
+        ax.errorbar(arm.loss().mean, place, xerr=width, color=colour, capsize=3, gid=arm.name)
         ax.plot([run.loss for run in arm.runs], [place] * len(arm.runs), "o", color=colour, markersize=4, gid=arm.name)
     ax.set_yticks(range(len(arms)), [f"{label(arm.name)}\n{_facts(arm)}" for arm in arms], fontsize=7)
     ax.invert_yaxis()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.config.sections.growth import GrowthRules
-from megatron.growth.compare_curves import Estimate, mean_of
+from megatron.growth.compare_curves import Estimate, Spread, mean_of, pooled_spread
 from megatron.growth.loss_curves import LossCurve
 from megatron.monitor.format_quantities import format_count
 
@@ -54,10 +54,14 @@ class Arm:
         """Returns the tokens of the whole run for each parameter that the model ends with."""
         return self.first.tokens / self.first.parameters
 
-    @property
-    def loss(self) -> Estimate:
-        """Estimates the final loss [nat/token]."""
-        return mean_of([run.loss for run in self.runs])
+    def loss(self, spread: Spread | None = None) -> Estimate:
+        """Estimates the final loss, with the spread over its own seeds or one that is known better [nat/token]."""
+        return mean_of([run.loss for run in self.runs], spread)
+
+
+def shared_spread(arms: Sequence[Arm]) -> Spread:
+    """Estimates the spread of final losses over seeds that all arms share [nat/token]."""
+    return pooled_spread([[run.loss for run in arm.runs] for arm in arms])
 
 
 def make_arms(runs: Sequence[tuple[str | None, LossCurve]]) -> list[Arm]:

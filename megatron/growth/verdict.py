@@ -45,7 +45,7 @@ class Outcome:
     def control(self) -> str | None:
         """Returns the name of the better one of the two at equal cost."""
         arms = {"scratch": self.scratch, "small": self.small}
-        present = {name: arm.loss.mean for name, arm in arms.items() if arm is not None}
+        present = {name: arm.loss().mean for name, arm in arms.items() if arm is not None}
         return min(present, key=lambda name: present[name]) if present else None
 
 
@@ -113,7 +113,7 @@ def _outcome(
 
 
 def _best(arms: Iterable[Arm]) -> Arm | None:
-    return min(arms, key=lambda arm: arm.loss.mean, default=None)
+    return min(arms, key=lambda arm: arm.loss().mean, default=None)
 
 
 def _of_seed(run: LossCurve, controls: Sequence[LossCurve]) -> Sequence[LossCurve]:
@@ -187,11 +187,11 @@ def gate(arms: Sequence[Arm]) -> str | None:
     if len({arm.first.parameters for arm in group}) < 2:
         return None
     ends = ", ".join(
-        f"{format_count(arm.first.parameters)} parameters {arm.loss.mean:.3f} "
+        f"{format_count(arm.first.parameters)} parameters {arm.loss().mean:.3f} "
         f"({arm.tokens_per_parameter:.0f} tokens per parameter, {len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''})"
         for arm in group
     )
-    best = min(group, key=lambda arm: arm.loss.mean)
+    best = min(group, key=lambda arm: arm.loss().mean)
     so = "the smallest is the best, so that growing has little to win" if best is group[0] else "a larger one is better"
     return f"Without growth, at {group[0].first.flops:.2g} FLOP: {ends}: {so}."
 

@@ -150,7 +150,7 @@ def test_a_cell_that_fails_is_named_and_tried_again(folder: Folder, capsys: pyte
     assert folder.started() == SMALL + GROWN
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.full)])
 def test_a_kill_loses_the_running_cell_alone(folder: Folder, number: int) -> None:
     """The last cell sleeps when the signal comes. What outlives a killed runner does not write into the next one's."""
     folder.groups = {"small": folder.groups["small"] | {"vary": {"lr": [4e-3, 8e-3], "wait": [0]}}}
