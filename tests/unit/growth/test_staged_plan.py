@@ -169,7 +169,7 @@ def test_keys_on_the_command_line_hold_for_every_stage(tmp_path: Path) -> None:
         ({"norm_activation_type": "softmax"}, "norm_activation_type: softmax", "where it is l2_norm_gelu"),
         ({"optimizer": {"params": {"lr": 0.01}}}, "lr: 0.01", "`override_lr_scheduler: true`"),
         ({"data_path": "other"}, "data_path: other", "`allow_changed_data: true`, or `restart: true`"),
-        ({"ffn_slot_num": 96}, "b:", "say how it grows"),
+        ({"ffn_slot_num": 96}, "b:", "say how to grow"),
         ({"ffn_slot_num": 96} | GROW, "b:", "Set `ffn_scale_base: 48`"),
         ({"grow": {"operator": "zero_key", "at_step": 2}}, "at_step: 2", "follows from the stage's place"),
         ({"train_iters": 9}, "train_iters: 9", "follows from the stage's place"),
