@@ -173,6 +173,8 @@ def _read_stage(
         return None, [Problem(f"{origin} {name}", f"expected some of {', '.join(STAGE_KEYS)}", origin)]
     fields = stage.value
     problems = list(_unknown(fields, STAGE_KEYS, file, f"stage {name}"))
+    if Path(name).name != name:
+        problems.append(Problem(f"{origin} {name}", "expected a name that a folder can have", origin))
     budgets = [
         Given(key, fields[key].plain(), _origin(file, fields, key)) for key in ("tokens", "steps") if key in fields
     ]

@@ -197,6 +197,7 @@ def test_a_stage_that_cannot_follow_is_refused_with_file_and_line(
         ({"a": {"steps": 0}}, "expected a whole number above 0"),
         ({"a": {"tokens": "many"}}, "expected a whole number above 0"),
         ({"a": {"step": 4}}, "did you mean steps?"),
+        ({"../a": {"steps": 4}}, "expected a name that a folder can have"),
         ({"a": 4}, "expected some of tokens, steps, restart, keys"),
         ({"a": {"steps": 4, "restart": 1}}, "expected true or false"),
         ({}, "expected stages by name"),
