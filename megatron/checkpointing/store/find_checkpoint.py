@@ -154,8 +154,8 @@ def require_still_there(path: Path) -> None:
     """Raises CheckpointError when what looks like damage is a checkpoint that was removed while it was read."""
     if _is_gone(path):
         raise CheckpointError(
-            f"{path} was removed while it was read, most likely by its run, which keeps `keep_last_n_checkpoints`. Load "
-            "a newer one."
+            f"{path} was removed while it was read, most likely by its run, which keeps `keep_last_n_checkpoints`. "
+            "Load a newer one."
         )
 
 

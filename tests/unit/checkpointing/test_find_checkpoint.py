@@ -138,12 +138,12 @@ def test_one_that_retention_removes_meanwhile_is_not_called_damaged(
 
 
 def test_a_named_one_that_retention_removes_meanwhile(removed_while_read: Path) -> None:
-    with pytest.raises(CheckpointError, match="was removed while it was read.*Load a newer one"):
+    with pytest.raises(CheckpointError, match=r"was removed while it was read.*Load a newer one"):
         find_checkpoint(removed_while_read, None, "full")
 
 
 def test_the_inspector_s_is_removed_meanwhile(removed_while_read: Path) -> None:
-    with pytest.raises(CheckpointError, match="was removed while it was read.*Load a newer one"):
+    with pytest.raises(CheckpointError, match=r"was removed while it was read.*Load a newer one"):
         inspect_checkpoint.main([str(removed_while_read)])
 
 
