@@ -86,3 +86,8 @@ class GrowthRecord(Section):
     """Transformer layers of the larger model that are new."""
 
     rules: GrowthRules
+
+    def score_multiplier(self, iteration: int) -> float:
+        """Returns what mask_ramp multiplies the scores of new tokens with after `iteration` steps, from 0 to 1."""
+        steps = self.rules.ramp_iters
+        return 1.0 if steps is None else min(max(iteration - self.iteration, 0) / steps, 1.0)
