@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from megatron.config.sections.growth import GrowthRecord
-from megatron.model.grown_rows import local_old_rows
+from megatron.model.new_rows import local_old_rows
 from megatron.model.pattention import Pattention
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import parameter_spec

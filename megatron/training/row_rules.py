@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron.config.optimizer import OptimizerConfig, facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules
-from megatron.model.grown_rows import local_old_rows
+from megatron.model.new_rows import local_old_rows
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import parameter_spec
 

@@ -118,7 +118,7 @@ def load_start(
     changed: Iterable[LayerState] | None = None
     if start.due is not None:
         changed = grown_layers(LayerReader(start.checkpoint).read, start.due)
-    load_weights(engine, start.checkpoint, context, changed)
+    load_weights(engine, start.checkpoint, context, changed, keep_ramp=start.continues)
     if start.continues:
         engine.lr_scheduler.load_state_dict({"num_steps": start.checkpoint.state.schedule_steps})
 

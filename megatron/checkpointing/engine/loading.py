@@ -85,16 +85,19 @@ def load_weights(
     checkpoint: Checkpoint,
     context: ParallelContext,
     changed: Iterable[LayerState] | None = None,
+    *,
+    keep_ramp: bool,
 ) -> None:
     """Loads weights alone, whatever layout wrote them. Collective.
 
-    `changed` are the layers that are made of the checkpoint's, where the engine's model is not the checkpoint's. Raises
-    CheckpointError when a file is damaged or unsafe.
+    `changed` are the layers that are made of the checkpoint's, where the engine's model is not the checkpoint's. The
+    multiplier of a growth that still opens is folded into the keys, unless the run goes on with it (`keep_ramp`).
+    Raises CheckpointError when a file is damaged or unsafe.
     """
     _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
     named = engine.module.global_parameters()
     if changed is None:
-        load_parameters(named, checkpoint, context)
+        load_parameters(named, checkpoint, context, keep_ramp=keep_ramp)
     else:
         load_layers(named, changed, checkpoint.state.vocab_size, context)
     engine.optimizer.refresh_fp32_params()

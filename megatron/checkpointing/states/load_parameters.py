@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import fit_vocabulary
 from megatron.checkpointing.states.read_states import StateReader
@@ -17,10 +18,15 @@ from megatron.mpu.parameters import local_shard, parameter_spec
 
 
 def load_parameters(
-    named: Iterable[tuple[str, nn.Parameter]], checkpoint: Checkpoint, context: ParallelContext
+    named: Iterable[tuple[str, nn.Parameter]],
+    checkpoint: Checkpoint,
+    context: ParallelContext,
+    *,
+    keep_ramp: bool = False,
 ) -> None:
     """Copies a checkpoint's weights into this rank's parameters, which are given by global name.
 
+    The multiplier of a growth that still opens is folded into the keys, unless the model applies it (`keep_ramp`).
     The checkpoint's model must be that of the parameters, up to what does not change their meaning, such as masked
     padding of the vocabulary. A layer is in memory at a time. Raises CheckpointError as `read_states` does.
     """
@@ -29,6 +35,8 @@ def load_parameters(
     wanted = {pipeline_location(name, model)[0] for name, _ in named}
     reader = StateReader(checkpoint, optimizer=False)
     layers = (reader.read(layout) for layout in reader.layouts if layout.index in wanted)
+    if not keep_ramp:
+        layers = (fold_ramp(layer, checkpoint.state) for layer in layers)
     load_layers(named, layers, checkpoint.state.vocab_size, context)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron.config.section import OneOf, Section
+from megatron.config.sections.model import ModelConfig
 from megatron.registry import variant_names
 
 
@@ -25,6 +26,14 @@ class ModelSizes(Section):
 
     num_layers: PositiveInt
     """Transformer layers [layers]."""
+
+    @staticmethod
+    def of(model: ModelConfig) -> ModelSizes:
+        """Returns the sizes of a model."""
+        tokens = model.param_tokens
+        if tokens is None:
+            return ModelSizes(num_layers=model.num_layers)
+        return ModelSizes(qkv=tokens.qkv, proj=tokens.proj, ffn=tokens.ffn, num_layers=model.num_layers)
 
 
 class GrowthRules(Section):
@@ -63,8 +72,14 @@ class GrowthRules(Section):
     shrink: PositiveFloat = Field(default=1.0, le=1.0)
     """Factor of shrink_perturb on the values that were there before."""
 
+    insert_at: Literal["spread", "bottom", "top"] = "spread"
+    """Place of the layers that insert adds: among the old ones at equal distances, below all, or above all."""
+
     allow_inexact: bool = False
-    """Lets a model of softmax grow though no operator preserves its function."""
+    """Lets a softmax model grow by an operator that changes its function; copy does not."""
+
+    schedule: Literal["continue", "restart"] = "continue"
+    """Learning-rate schedule after growth: from the step where the run was, or from its start, warmup included."""
 
     data: Literal["continue", "restart"] = "continue"
     """Training data after growth: from where the run was, or from its start."""
@@ -88,6 +103,11 @@ class GrowthRecord(Section):
     rules: GrowthRules
 
     def score_multiplier(self, iteration: int) -> float:
-        """Returns what mask_ramp multiplies the scores of new tokens with after `iteration` steps, from 0 to 1."""
-        steps = self.rules.ramp_iters
-        return 1.0 if steps is None else min(max(iteration - self.iteration, 0) / steps, 1.0)
+        """Returns the number that scores of new tokens are multiplied by before Theta, after `iteration` steps.
+
+        It opens linearly from 0, at the growth, to 1, `ramp_iters` steps later, and is 1 without a ramp. Nothing but
+        this record decides it.
+        """
+        if self.rules.ramp_iters is None:
+            return 1.0
+        return min(max((iteration - self.iteration) / self.rules.ramp_iters, 0.0), 1.0)
