@@ -77,7 +77,7 @@ def _sizes(run: RunConfig) -> Iterator[Finding]:
                 f"grow.{name}", f"architecture {model.architecture} has no parameter tokens; use grow.num_layers"
             )
         elif size < now[name]:
-            yield Finding(f"grow.{name}", f"is fewer than {name} {now[name]}, and growing adds; use {now[name]} or more")
+            yield Finding(f"grow.{name}", f"is below {name} {now[name]}, and growing adds; use {now[name]} or more")
         elif name in TOKEN_SIZES and size % ranks:
             nearest = nearest_multiple(size, ranks)
             yield Finding(
@@ -98,7 +98,7 @@ def _rules(run: RunConfig) -> Iterator[Finding]:
     if grow.old_rows_lr != 1.0 and not grow.old_rows_iters:
         yield Finding("grow.old_rows_lr", "needs grow.old_rows_iters: the steps for which it holds")
     if grow.old_rows_lr == 1.0 and grow.old_rows_iters:
-        yield Finding("grow.old_rows_iters", "needs grow.old_rows_lr: the multiplier that holds for so long, 0 to freeze")
+        yield Finding("grow.old_rows_iters", "needs grow.old_rows_lr: the multiplier that holds, 0 to freeze")
 
 
 def _partial_init(run: RunConfig) -> Iterator[Finding]:

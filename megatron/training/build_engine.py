@@ -65,7 +65,8 @@ def build_engine(
 ) -> BuiltEngine:
     """Builds model, optimizer and schedule in DeepSpeed's pipeline engine, and what goes along with its steps.
 
-    `growth` is the last one of the run, whose rules hold. Collective. Raises what `require_hardware` and `build_pipeline` raise.
+    `growth` is the last one of the run, whose rules hold. Collective. Raises what `require_hardware` and
+    `build_pipeline` raise.
     """
     import deepspeed
 

@@ -14,6 +14,7 @@ from megatron.growth.grow_checkpoint import plan_growth, tokens_read
 from megatron.growth.growth_operator import Growth
 from megatron.growth.target_model import grown_model
 
+
 def due_growth(config: RunConfig, checkpoint: Checkpoint, *, continues: bool) -> Growth | None:
     """Returns the growth that comes before the next step of a run from `checkpoint`; None when there is none.
 

@@ -96,7 +96,7 @@ def _train_one_size(
 ) -> Ending:
     """Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says.
 
-    They end with the run, or when the model is to grow: then its last checkpoint is saved, and nothing holds the engine.
+    They end with the run, or when the model is to grow: then it is saved, and nothing holds its engine any longer.
     """
     run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop)
     while True:

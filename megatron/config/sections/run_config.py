@@ -36,7 +36,7 @@ class RunConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_unused_growth(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Configurations of runs that do not grow are saved as they were before growth, so that older versions read them.
+        # Configurations without it are saved as they were before there was growth, so that older versions read them.
         values: dict[str, Any] = dump(self)
         return {name: value for name, value in values.items() if name != "grow" or value is not None}
 

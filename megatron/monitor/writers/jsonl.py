@@ -50,7 +50,9 @@ class JsonlWriter:
         That are later rows, and events of that step itself. Raises DataError where `path` is not a metrics file.
         """
         if path.exists():
-            kept = [line for line, record in read_lines(path) if record["iteration"] < iteration + ("event" not in record)]
+            kept = [
+                line for line, record in read_lines(path) if record["iteration"] < iteration + ("event" not in record)
+            ]
             replace_durably(path, "".join(f"{line}\n" for line in kept))
         return cls(path)
 

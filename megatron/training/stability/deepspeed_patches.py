@@ -71,7 +71,8 @@ def install(
 def _guard_and_sum_tied_gradients(engine: PipelineEngine, guard: StepGuard, after_growth: AfterGrowth) -> None:
     """Lets the guard see each rank's own gradients, before the first sum over ranks, which is that of tied weights.
 
-    Those of rows that a growth has frozen are dropped then. DeepSpeed's own sum looks in `weight.grad`, where fp16 gradients do not accumulate, and skips what is not there.
+    Those of rows that a growth has frozen are dropped then. DeepSpeed's own sum looks in `weight.grad`, where fp16
+    gradients do not accumulate, and skips what is not there.
     """
     own_sum = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
     sum_tied = own_sum if isinstance(engine.optimizer, BF16_Optimizer) else _sum_tied_gradients
