@@ -1,0 +1,155 @@
+"""One run that grows as it trains is the same as a small run, the tool that grows its checkpoint, and a large run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron.checkpointing.store.checkpoint import read_checkpoint
+from megatron.config.load_config import load_config
+from megatron.config.model_size import training_flops
+from megatron.errors import CheckpointError
+from megatron.loaded_model.loaded_model import load_model
+from megatron.mpu.context import ParallelContext
+from megatron.training.run_start import find_start
+from tests.helpers.configs import TOKENFORMER, layout_keys
+from tests.helpers.records import records
+from tests.helpers.runs import run_ranks, train
+from tests.helpers.tensor_files import assert_same_checkpoint
+from tools.ckpts import grow
+
+GROWN, STEPS, BATCH = 4, 8, 8
+SIZES = {"qkv_slot_num": 32, "ffn_slot_num": 96}
+RULES = {"operator": "zero_key", "learning_rate": "rewarm_new", "rewarm_iters": 3}
+PINNED = {"qkv_scale_base": 24, "proj_scale_base": 40, "ffn_scale_base": 48}
+TOLERANCE = 1e-5
+"""Of losses and norms between layouts (tests/helpers/layout_runs.py)."""
+
+
+class Runs:
+    """Runs of one dataset; each configuration and its run's folder have the same name."""
+
+    def __init__(self, folder: Path, dataset: Path) -> None:
+        self.folder = folder
+        self.data = {"data_path": str(dataset), "index_cache_dir": str(folder / "index")}
+
+    def config(self, name: str, layout: tuple[int, int, int] = (1, 1, 1), **keys: Any) -> Path:
+        path = self.folder / f"{name}.yml"
+        settings = TOKENFORMER | layout_keys(*layout, batch=BATCH) | {"train_iters": STEPS} | self.data
+        path.write_text(yaml.safe_dump(settings | {"save": str(self.folder / name)} | keys))
+        return path
+
+    def train(self, name: str, layout: tuple[int, int, int] = (1, 1, 1), **keys: Any) -> Path:
+        train(self.config(name, layout, **keys), ranks=math.prod(layout))
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("growing"), dataset)
+
+
+@pytest.fixture(scope="module")
+def grown(runs: Runs) -> Path:
+    """A run that grows as it trains."""
+    return runs.train("grown", grow=RULES | SIZES | {"at_step": GROWN})
+
+
+@pytest.fixture(scope="module")
+def small(runs: Runs) -> Path:
+    """The same up to its growth."""
+    assert run_ranks(runs.config("small"), f"exit_interval={GROWN}").code == 75
+    return runs.folder / "small"
+
+
+@pytest.mark.parametrize("how", ["load", pytest.param("tool", marks=pytest.mark.full)])
+def test_it_ends_like_three_runs(how: str, runs: Runs, grown: Path, small: Path) -> None:
+    if how == "load":
+        by_hand = runs.train(how, load=str(small), grow=RULES, **SIZES, **PINNED)
+    else:
+        config = runs.config(how, **SIZES, **PINNED)
+        words = ["--input_dir", str(small), "--output_dir", str(runs.folder / how), "--config_file", str(config)]
+        assert (
+            grow.main([*words, "--operator", "zero_key", "--learning_rate", "rewarm_new", "--rewarm_iters", "3"]) == 0
+        )
+        by_hand = runs.train(how, **SIZES, **PINNED, auto_resume=True)
+    assert_same_checkpoint(by_hand / f"global_step{STEPS}", grown / f"global_step{STEPS}")
+    for key in ("train/lm_loss", "train/grad_norm", "train/learning_rate", "training_flops"):
+        theirs = records(grown, key)
+        ours = {step: value for step, value in records(by_hand, key).items() if step > GROWN}
+        assert ours == {step: theirs[step] for step in range(GROWN + 1, STEPS + 1)}, key
+    one, other = (read_checkpoint(run / f"global_step{STEPS}").state for run in (by_hand, grown))
+    assert one.growth == other.growth
+    assert one.training_flops == other.training_flops
+
+
+def test_training_flops_are_those_of_both_sizes(runs: Runs, grown: Path) -> None:
+    """By the formula of each model, and without a jump in the records."""
+    before = load_config([runs.config("grown")]).run.model
+    after = read_checkpoint(grown / f"global_step{STEPS}").config.model
+    tokens, vocabulary = BATCH * before.seq_length, 512
+    each = [training_flops(model, vocabulary, model.seq_length) * tokens for model in (before, after)]
+    expected = {step: each[0] * min(step, GROWN) + each[1] * max(step - GROWN, 0) for step in range(1, STEPS + 1)}
+    assert records(grown, "training_flops") == expected
+    assert each[1] > 1.1 * each[0]
+
+
+def test_records_mark_the_growth_and_the_small_model_is_kept(runs: Runs, grown: Path, small: Path) -> None:
+    rows = [json.loads(line) for line in (grown / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [row for row in rows if "event" in row]
+    assert rows.index(event) == GROWN, "between the rows of two steps"
+    sizes = [512 * 32 + 2 * 2 * 32 * tokens + 2 * 32 for tokens in (3 * 24 + 40 + 48, 3 * 32 + 40 + 96)]
+    assert event | {
+        "iteration": GROWN, "event": "growth", "operator": "zero_key", "consumed_tokens": GROWN * BATCH * 16,
+        "before": {"qkv": 24, "proj": 40, "ffn": 48, "num_layers": 2},
+        "after": {"qkv": 32, "proj": 40, "ffn": 96, "num_layers": 2},
+        "parameters_before": sizes[0], "parameters_after": sizes[1],
+    } == event  # fmt: skip
+    assert json.loads((grown / "run.json").read_text())["parameters"] == sizes[1]
+    kept = grown / "before_growth" / f"global_step{GROWN}"
+    assert_same_checkpoint(kept, small / f"global_step{GROWN}")
+    assert read_checkpoint(kept).state.growth == ()
+
+
+def test_its_configuration_reads_the_larger_model(runs: Runs, grown: Path) -> None:
+    """For evaluation, generation and export it goes on describing the small one."""
+    config = load_config([runs.config("grown", grow=RULES | SIZES | {"at_step": GROWN})]).run
+    for step, tokens in ((GROWN, 96), (STEPS, 96)):
+        checkpoint = read_checkpoint(grown / f"global_step{step}")
+        model = load_model(config, checkpoint, ParallelContext.single(), torch.device("cpu"))
+        assert model.config.param_tokens is not None
+        assert model.config.param_tokens.ffn == tokens
+        assert model.config.param_tokens.ffn_scale_base == 48
+
+
+def test_a_smaller_checkpoint_does_not_grow_unasked(runs: Runs, small: Path) -> None:
+    """A wrong number in the YAML is an error, which names the key that would make it none."""
+    config = load_config([runs.config("typo", load=str(small), ffn_slot_num=480)]).run
+    with pytest.raises(CheckpointError, match=r"another model.*`grow\.operator` says how to grow it"):
+        find_start(config)
+
+
+@pytest.mark.full
+def test_a_layout_of_four_ranks_grows_like_one_rank(runs: Runs, grown: Path) -> None:
+    spread = runs.train("spread", (2, 2, 1), grow=RULES | SIZES | {"at_step": GROWN})
+    for key in ("train/lm_loss", "train/grad_norm"):
+        assert records(spread, key) == pytest.approx(records(grown, key), abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.full
+def test_growth_after_tokens_with_data_from_its_start(runs: Runs) -> None:
+    """The growth comes with the step that reads the last of the tokens; consumed tokens go on, samples start again."""
+    tokens = (GROWN - 1) * BATCH * 16 + 1
+    run = runs.train(
+        "tokens", grow=RULES | SIZES | {"at_tokens": tokens, "data": "restart"}, log_batch_hashes=True, eval_iters=1
+    )
+    assert records(run, "consumed_tokens") == {step: step * BATCH * 16 for step in range(1, STEPS + 1)}
+    hashes = [json.loads(line)["sha256"] for line in (run / "batch_hashes.jsonl").read_text().splitlines()]
+    assert hashes[GROWN:] == hashes[:GROWN]
+    assert len(set(hashes)) == GROWN
