@@ -32,10 +32,6 @@ def _moment(run: RunConfig) -> Iterator[Finding]:
     last = run.training.train_iters
     if grow.at_step is not None and grow.at_step >= last:
         yield Finding("grow.at_step", f"is not below train_iters {last}: the run would end before it grows")
-    batch = run.training.train_batch_size
-    if grow.at_tokens is not None and batch is not None and grow.at_tokens > (last - 1) * batch * run.model.seq_length:
-        total = last * batch * run.model.seq_length
-        yield Finding("grow.at_tokens", f"the run ends with step {last}, after {total:,} tokens, before it could grow")
     if grow.factor is None and all(getattr(grow, name) is None for name in SIZES):
         yield Finding(f"grow.{key}", f"needs a size to grow to: {', '.join(f'grow.{name}' for name in SIZES)}, or "
                       "grow.factor")  # fmt: skip
@@ -115,3 +111,14 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
 
 
 GROW_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_moment, _start, _sizes, _rules, _partial_init)
+
+
+def growth_comes_too_late(run: RunConfig, global_batch_size: int) -> str | None:
+    """Returns why the tokens after which a run is to grow are too many for its batch [samples]; None when it grows."""
+    if run.grow is None or run.grow.at_tokens is None:
+        return None
+    step = -(-run.grow.at_tokens // (global_batch_size * run.model.seq_length))
+    last = run.training.train_iters
+    if step < last:
+        return None
+    return f"{run.grow.at_tokens:,} tokens are read with step {step:,}, and the run ends with step {last:,}. Use fewer."
