@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import numpy as np
 
 from megatron.errors import DataError
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
+
+AXES_IN_ROWS = ("consumed_tokens", "training_flops")
+"""Places on a horizontal axis that rows hold beside their step."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class RunRecord:
 
     flops_per_token: float | None
     """Forward and backward [FLOP], from run.json; None where there is none."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that mark what happened between two steps, such as growth."""
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -46,18 +52,21 @@ def load_run(path: Path) -> RunRecord:
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path}: no {METRICS_FILE} here. Give a run's folder (log_dir, or save) or the file itself.")
-    records = sorted(read_records(file), key=lambda record: record["iteration"])
+    rows = sorted(read_records(file), key=lambda record: record["iteration"])
+    records = [row for row in rows if "event" not in row]
     if not records:
         raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
-    # An evaluation may have a row of its own, whose token count stands in the training row of the same step.
-    tokens = {record["iteration"]: record["consumed_tokens"] for record in records if "consumed_tokens" in record}
-    records = [
-        {"consumed_tokens": tokens[record["iteration"]]} | record if record["iteration"] in tokens else record
-        for record in records
-    ]
+    # An evaluation may have a row of its own, whose place on the axes stands in the training row of the same step.
+    for axis in AXES_IN_ROWS:
+        places = {record["iteration"]: record[axis] for record in records if axis in record}
+        records = [
+            {axis: places[record["iteration"]]} | record if record["iteration"] in places else record
+            for record in records
+        ]
     description = _read_description(file.with_name("run.json"))
     name = description.get("name") or file.resolve().parent.name
-    return RunRecord(str(name), records, description.get("parameters"), description.get("flops_per_token"))
+    events = [row for row in rows if "event" in row]
+    return RunRecord(str(name), records, description.get("parameters"), description.get("flops_per_token"), events)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -79,6 +88,8 @@ def positions(run: RunRecord, records: Sequence[dict[str, Any]], x: str) -> np.n
     """
     if x == "steps":
         return np.array([record["iteration"] for record in records], dtype=float)
+    if x == "flops" and all("training_flops" in record for record in records):
+        return np.array([record["training_flops"] for record in records], dtype=float)
     if any("consumed_tokens" not in record for record in records):
         raise DataError(f"{run.name}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
     tokens = np.array([record["consumed_tokens"] for record in records], dtype=float)
