@@ -14,6 +14,9 @@ from megatron.growth.grow_checkpoint import plan_growth, tokens_read
 from megatron.growth.growth_operator import Growth
 from megatron.growth.target_model import grown_model
 
+PUBLISHED = {"operator": "published", "moments": "reset_all", "schedule": "restart", "data": "restart"}
+"""The rules by which `pretrain_partial_init` grows."""
+
 
 def due_growth(config: RunConfig, checkpoint: Checkpoint, *, continues: bool) -> Growth | None:
     """Returns the growth that comes before the next step of a run from `checkpoint`; None when there is none.
@@ -51,7 +54,7 @@ def _growth_of_this_step(config: RunConfig, checkpoint: Checkpoint) -> Growth | 
 def _rules_at_start(config: RunConfig, *, continues: bool) -> GrowthRules | None:
     """Returns the rules by which a smaller checkpoint grows when the run starts; None when it is not to grow."""
     if config.checkpoint.pretrain_partial_init is not None and not continues:
-        return GrowthRules(operator="published")
+        return GrowthRules.model_validate(PUBLISHED)
     return None if config.grow is None or config.grow.happens_in_training else config.grow.rules
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from megatron.checkpointing.states.read_states import read_weights
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.config.load_config import load_config
 from megatron.config.model_size import training_flops
@@ -18,7 +19,7 @@ from megatron.errors import CheckpointError
 from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
 from megatron.training.run_start import find_start
-from tests.helpers.configs import TOKENFORMER, layout_keys
+from tests.helpers.configs import PYTHIA, TINY, TOKENFORMER, layout_keys
 from tests.helpers.records import records
 from tests.helpers.runs import run_ranks, train
 from tests.helpers.tensor_files import assert_same_checkpoint
@@ -28,6 +29,9 @@ GROWN, STEPS, BATCH = 4, 8, 8
 SIZES = {"qkv_slot_num": 32, "ffn_slot_num": 96}
 RULES = {"operator": "zero_key", "learning_rate": "rewarm_new", "rewarm_iters": 3}
 PINNED = {"qkv_scale_base": 24, "proj_scale_base": 40, "ffn_scale_base": 48}
+NEOX = {key: value for key, value in PYTHIA.items() if TINY.get(key) != value}
+NEOX |= dict.fromkeys(key for key in TOKENFORMER if key not in PYTHIA)
+"""Changes that make Pythia of TokenFormer: a key that is null is as if it were not there."""
 TOLERANCE = 1e-5
 """Of losses and norms between layouts (tests/helpers/layout_runs.py)."""
 
@@ -135,11 +139,45 @@ def test_a_smaller_checkpoint_does_not_grow_unasked(runs: Runs, small: Path) -> 
         find_start(config)
 
 
+@pytest.mark.parametrize("layout", [(1, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.full)])
+def test_partial_init_is_the_published_rule(layout: tuple[int, int, int], runs: Runs, small: Path) -> None:
+    """The checkpoint's tokens come first, the others as a fresh run starts with them; all else begins anew."""
+    name = f"partial{math.prod(layout)}"
+    run = runs.train(name, layout, pretrain_partial_init=str(small), extra_save_iters=[0], train_iters=2, **SIZES)
+    fresh = runs.train(f"fresh{math.prod(layout)}", layout, extra_save_iters=[0], train_iters=1, **SIZES)
+    theirs = read_weights(read_checkpoint(small / f"global_step{GROWN}"))
+    start, drawn = (read_weights(read_checkpoint(each / "global_step0")) for each in (run, fresh))
+    for weight_name, weight in start.items():
+        rows = len(theirs[weight_name])
+        assert torch.equal(weight[:rows], theirs[weight_name]), weight_name
+        assert torch.equal(weight[rows:], drawn[weight_name][rows:]), weight_name
+    assert len(start["layers.0.mlp.key_tokens"]) == 96
+    state = read_checkpoint(run / "global_step2").state
+    assert (state.iteration, state.schedule_steps, state.consumed_train_samples) == (2, 2, 2 * BATCH)
+    tokens = read_checkpoint(run / "global_step2").config.model.param_tokens
+    assert tokens is not None and tokens.ffn_scale_base == 96, "the release scales by the count of the moment"
+    spent = read_checkpoint(small / f"global_step{GROWN}").state.training_flops
+    assert state.training_flops > spent, "the small model's training counts"
+    assert [record.rules.operator for record in state.growth] == ["published"]
+
+
 @pytest.mark.full
 def test_a_layout_of_four_ranks_grows_like_one_rank(runs: Runs, grown: Path) -> None:
     spread = runs.train("spread", (2, 2, 1), grow=RULES | SIZES | {"at_step": GROWN})
     for key in ("train/lm_loss", "train/grad_norm"):
         assert records(spread, key) == pytest.approx(records(grown, key), abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("operator", ["stack", "insert"])
+def test_a_run_of_two_stages_grows_by_layers_like_one_rank(operator: str, runs: Runs) -> None:
+    growth = {"operator": operator, "at_step": GROWN, "num_layers": 4, "learning_rate": "rewarm_new", "rewarm_iters": 2}
+    one, two = (
+        runs.train(f"{operator}{pipe}", (1, pipe, 1), grow=growth, **NEOX) for pipe in (1, 2)
+    )  # fmt: skip
+    for key in ("train/lm_loss", "train/grad_norm"):
+        assert records(two, key) == pytest.approx(records(one, key), abs=TOLERANCE, rel=0)
+    assert read_checkpoint(two / f"global_step{STEPS}").config.model.num_layers == 4
 
 
 @pytest.mark.full
