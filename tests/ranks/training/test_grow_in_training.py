@@ -162,6 +162,21 @@ def test_partial_init_is_the_published_rule(layout: tuple[int, int, int], runs: 
 
 
 @pytest.mark.full
+def test_a_run_is_interrupted_while_the_rules_hold(runs: Runs) -> None:
+    """While scores open and rows warm up, it goes on from a checkpoint bit by bit."""
+    growth = SIZES | {"operator": "mask_ramp", "at_step": 2, "ramp_iters": 5, "old_rows_lr": 0, "old_rows_iters": 4}
+    growth |= {"learning_rate": "rewarm_all", "rewarm_iters": 6, "new_rows_weight_decay": 0.3}
+    keys: dict[str, Any] = {"grow": growth, "eval_iters": 1, "eval_interval": 2}
+    whole = runs.train("whole", (1, 1, 2), **keys)
+    parts = runs.config("parts", (1, 1, 2), **keys, auto_resume=True)
+    assert run_ranks(parts, "exit_interval=5", ranks=2).code == 75
+    train(parts, ranks=2)
+    assert_same_checkpoint(runs.folder / "parts" / f"global_step{STEPS}", whole / f"global_step{STEPS}")
+    for key in ("train/lm_loss", "valid/lm_loss", "train/learning_rate", "training_flops"):
+        assert records(runs.folder / "parts", key) == records(whole, key), key
+
+
+@pytest.mark.full
 def test_a_layout_of_four_ranks_grows_like_one_rank(runs: Runs, grown: Path) -> None:
     spread = runs.train("spread", (2, 2, 1), grow=RULES | SIZES | {"at_step": GROWN})
     for key in ("train/lm_loss", "train/grad_norm"):
