@@ -1,4 +1,4 @@
-"""What holds of a run's last growth while it trains on: rules by row, and the opening of new tokens' scores."""
+"""Rules that hold after a run's last growth while it trains on: by row, and for the scores of new tokens."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Learning rate, freezing and weight decay by row after a growth, on the flat partitions of ZeRO-1.
 
-The optimizer steps as ever, whichever class computes it: what is here runs before and after its step. A learning rate
-that is multiplied by m changes a weight by m times as much, its decoupled decay included, so the step of the rows that
-it is for is taken back to that share; their own decay is put in place of the optimizer's by the difference. Frozen rows
-and their moments are put back as they were. Rows lie anywhere in the flat partition that a data-parallel rank steps;
-their places follow from the shares that DeepSpeed has given to it.
+The optimizer steps as ever, whichever class computes it; the rules act before and after its step. A learning rate that
+is multiplied by m changes a weight by m times as much, its decoupled decay included, so the step of such rows is taken
+back to that share. A weight decay of the rows' own takes the place of the optimizer's by the difference of the two.
+Frozen rows and their moments are put back as they were. Rows lie anywhere in the flat partition that a data-parallel
+rank steps; their places follow from the shares that DeepSpeed has given to it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a part was before the step."""
+    """Values of a part before the step."""
 
     part: _Part
     weights: Tensor

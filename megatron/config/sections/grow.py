@@ -11,8 +11,6 @@ from megatron.config.section import Key, OneOf
 from megatron.config.sections.growth import GrowthRules
 from megatron.registry import variant_names
 
-_OURS = Key(difference="not a NeoX key")
-
 
 class GrowConfig(GrowthRules):
     """One growth of a run. A run that grows several times is a chain of runs (tools/run_stages.py).
@@ -28,25 +26,25 @@ class GrowConfig(GrowthRules):
     ]
     """Values of what is new; megatron/growth/operators has one module for each."""
 
-    at_step: Annotated[PositiveInt | None, _OURS] = None
+    at_step: PositiveInt | None = None
     """Optimizer steps after which the model grows [steps]."""
 
-    at_tokens: Annotated[PositiveInt | None, _OURS] = None
+    at_tokens: PositiveInt | None = None
     """Training tokens after which the model grows, at the end of the step that reads the last of them [tokens]."""
 
-    qkv_slot_num: Annotated[PositiveInt | None, _OURS] = None
+    qkv_slot_num: PositiveInt | None = None
     """Parameter tokens in each of the query, key and value Pattentions after growth [tokens]; None leaves them."""
 
-    proj_slot_num: Annotated[PositiveInt | None, _OURS] = None
+    proj_slot_num: PositiveInt | None = None
     """Parameter tokens in the output projection's Pattention after growth [tokens]; None leaves them."""
 
-    ffn_slot_num: Annotated[PositiveInt | None, _OURS] = None
+    ffn_slot_num: PositiveInt | None = None
     """Parameter tokens in the feed-forward Pattention after growth [tokens]; None leaves them."""
 
-    num_layers: Annotated[PositiveInt | None, _OURS] = None
+    num_layers: PositiveInt | None = None
     """Transformer layers after growth [layers]; None leaves them."""
 
-    factor: Annotated[PositiveFloat | None, _OURS] = Field(default=None, gt=1.0)
+    factor: PositiveFloat | None = Field(default=None, gt=1.0)
     """Factor on all that the operator adds, parameter tokens or layers, in place of the sizes."""
 
     @property
