@@ -50,9 +50,11 @@ def _start(run: RunConfig) -> Iterator[Finding]:
                 "checkpoint of the small one",
             )
     if checkpoint.load is None:
-        yield Finding("grow.operator", f"needs {_WHEN}, or load: the folder of a smaller model's checkpoint")
+        needed = f"{_WHEN}, or load: the folder of a smaller model's checkpoint"
+        yield Finding("grow.operator", f"{grow.operator} needs {needed}")
     elif checkpoint.save is None and not checkpoint.finetune:
-        yield Finding("grow.operator", "needs save: the run goes on from a checkpoint of the larger model there")
+        needed = "save: the run goes on from a checkpoint of the larger model there"
+        yield Finding("grow.operator", f"{grow.operator} needs {needed}")
 
 
 def _sizes(run: RunConfig) -> Iterator[Finding]:
@@ -107,7 +109,8 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
         if getattr(checkpoint, key):
             yield Finding(path, f"contradicts {key}: each says what the run starts from; keep one")
     if run.grow is not None and not _happens_in_training(run):
-        yield Finding("grow.operator", "contradicts pretrain_partial_init, whose rule is the published one; keep one")
+        contradiction = f"{grow.operator} contradicts pretrain_partial_init, whose rule is the published one; keep one"
+        yield Finding("grow.operator", contradiction)
 
 
 GROW_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_moment, _start, _sizes, _rules, _partial_init)

@@ -45,11 +45,19 @@ class Pattention(nn.Module):
         shape, what = (num_tokens, model.hidden_size), "parameter tokens"
         self.key_tokens = new_parameter(shape, input_initializer(model), context, what=what, shard_dim=0)
         self.value_tokens = new_parameter(shape, output_initializer(model), context, what=what, shard_dim=0)
-        self._opening: tuple[int, float] | None = None
+        self._opening: tuple[int, Tensor] | None = None
 
     def open_scores(self, old_tokens: int, multiplier: float) -> None:
         """Multiplies the scores of this rank's tokens beyond the first `old_tokens` by `multiplier` from now on."""
-        self._opening = None if multiplier == 1.0 or old_tokens == len(self.key_tokens) else (old_tokens, multiplier)
+        if multiplier == 1.0 or old_tokens == len(self.key_tokens):
+            self._opening = None
+        elif self._opening is None:
+            # A tensor: a compiled layer would be compiled anew for every other number. Its one element takes no part in
+            # the choice of a number format.
+            number = torch.tensor(multiplier, dtype=torch.float64, device=self.key_tokens.device)
+            self._opening = (old_tokens, number)
+        else:
+            self._opening[1].fill_(multiplier)
 
     def scoring_keys(self) -> Tensor:
         """Returns the keys [p, D] whose products with the input are the scores."""
