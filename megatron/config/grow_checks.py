@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron.config.checks import Finding, nearest_multiple
+from megatron.config.sections.grow import GrowConfig
 from megatron.config.sections.run_config import RunConfig
 
 TOKEN_SIZES = {"qkv_slot_num": "qkv", "proj_slot_num": "proj", "ffn_slot_num": "ffn"}
@@ -18,6 +19,11 @@ _WHEN = "grow.at_step or grow.at_tokens"
 
 def _happens_in_training(run: RunConfig) -> bool:
     return run.grow is not None and (run.grow.at_step is not None or run.grow.at_tokens is not None)
+
+
+def _place_of_operator(grow: GrowConfig) -> str:
+    """Returns the path of `grow.operator`, which is required: where it is missing, that alone is reported."""
+    return "grow.operator" if grow.operator else ""
 
 
 def _moment(run: RunConfig) -> Iterator[Finding]:
@@ -49,12 +55,11 @@ def _start(run: RunConfig) -> Iterator[Finding]:
                 f"needs {_WHEN}; without them the configuration's own model is the large one, and load names a "
                 "checkpoint of the small one",
             )
+    at = _place_of_operator(grow)
     if checkpoint.load is None:
-        needed = f"{_WHEN}, or load: the folder of a smaller model's checkpoint"
-        yield Finding("grow.operator", f"{grow.operator} needs {needed}")
+        yield Finding(at, f"needs {_WHEN}, or load: the folder of a smaller model's checkpoint")
     elif checkpoint.save is None and not checkpoint.finetune:
-        needed = "save: the run goes on from a checkpoint of the larger model there"
-        yield Finding("grow.operator", f"{grow.operator} needs {needed}")
+        yield Finding(at, "needs save: the run goes on from a checkpoint of the larger model there")
 
 
 def _sizes(run: RunConfig) -> Iterator[Finding]:
@@ -109,8 +114,8 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
         if getattr(checkpoint, key):
             yield Finding(path, f"contradicts {key}: each says what the run starts from; keep one")
     if run.grow is not None and not _happens_in_training(run):
-        contradiction = f"{grow.operator} contradicts pretrain_partial_init, whose rule is the published one; keep one"
-        yield Finding("grow.operator", contradiction)
+        at = _place_of_operator(run.grow)
+        yield Finding(at, "contradicts pretrain_partial_init, whose rule is the published one; keep one")
 
 
 GROW_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_moment, _start, _sizes, _rules, _partial_init)
