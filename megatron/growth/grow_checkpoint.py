@@ -93,21 +93,23 @@ def _header(source: Checkpoint, reader: LayerReader, record: GrowthRecord) -> Ru
     state = replace(header.state, growth=(*source.state.growth, record))
     if rules.data == "restart":
         state = replace(state, consumed_train_samples=0)
-    if rules.schedule == "continue":
-        return replace(header, state=state)
-    engine = header.engine
-    if engine is not None:
-        engine = _with_schedule_at_start(engine, source.config.training)
-    return replace(header, state=replace(state, schedule_steps=0), engine=engine)
+    if rules.schedule == "restart":
+        state = replace(state, schedule_steps=0)
+    engine = None if header.engine is None else _engine_state(header.engine, rules, source.config.training)
+    return replace(header, state=state, engine=engine)
 
 
-def _with_schedule_at_start(engine: EngineState, training: TrainingConfig) -> EngineState:
-    # The optimizer keeps the learning rate of its next step beside the schedule.
-    peak = training.optimizer.lr
-    rate = lr_at(0, peak=peak, schedule=training.lr_schedule, train_iters=training.train_iters)
-    schedule = {**engine.counters["lr_scheduler"], "num_steps": 0}
-    return replace(
-        engine,
-        counters={**engine.counters, "lr_scheduler": schedule},
-        hyperparameters={name: {**group, "lr": rate} for name, group in engine.hyperparameters.items()},
-    )
+def _engine_state(engine: EngineState, rules: GrowthRules, training: TrainingConfig) -> EngineState:
+    """Returns what the engine goes on with. The optimizer's groups have the next learning rate, and may count steps."""
+    counters, again = dict(engine.counters), dict[str, float]()
+    if rules.schedule == "restart":
+        counters["lr_scheduler"] = {**counters["lr_scheduler"], "num_steps": 0}
+        schedule, train_iters = training.lr_schedule, training.train_iters
+        again["lr"] = lr_at(0, peak=training.optimizer.lr, schedule=schedule, train_iters=train_iters)
+    if rules.moments == "reset_all":
+        again["step"] = 0
+    groups = {
+        name: {key: again.get(key, value) for key, value in group.items()}
+        for name, group in engine.hyperparameters.items()
+    }
+    return replace(engine, counters=counters, hyperparameters=groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,20 @@ def test_every_operator_reads_and_writes_moments_of_any_layout(operator: str, fo
                 assert state_of.moments.keys() == {"exp_avg", "exp_avg_sq"}
                 assert all(torch.equal(wanted.moments[key], moment) for key, moment in state_of.moments.items())
                 assert not fresh or not any(moment.any() for moment in state_of.moments.values())
+
+
+def test_bf16_is_measured_by_its_masters(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A third of a value is no bf16 number, so the rounded weights would break the promise of copies."""
+    low = folder.config("bf16", SMALL | {"precision": "bfloat16"}, 1, 1)
+    words = ["--config_file", str(low), "--operator", "copy", "--factor", "3", "--output_dir"]
+    assert grow.main(["--input_dir", str(folder.path / "small"), *words, str(folder.path / "bf16")]) == 0
+    assert grow.main(["--input_dir", str(folder.path / "bf16"), *words, str(folder.path / "bf16 again")]) == 0
+    changes = re.findall(r"change by at most (\S+) of the largest", capsys.readouterr().out)
+    assert len(changes) == 2 and all(0 < float(change) <= 1e-5 for change in changes)
+    for layer in read_states(read_checkpoint(folder.path / "bf16 again" / f"global_step{STEPS}")):
+        for state in layer.parameters.values():
+            assert state.master is not None and state.weight.dtype == torch.bfloat16
+            assert torch.equal(state.weight, state.master.bfloat16())
 
 
 @pytest.mark.parametrize("operator", ["insert", pytest.param("copy", marks=pytest.mark.full)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.tiny_checkpoints import MODELS, VOCAB, make_checkpoint, tokens, write_yaml
-from tools.ckpts import grow
+from tools.ckpts import grow, inspect_checkpoint
 
 CASES: dict[str, list[str]] = {
     "zero_key": ["--qkv", "32", "--ffn", "64"],
@@ -153,6 +154,16 @@ def test_the_record_says_what_happened(folder: Folder) -> None:
     assert (second.state.consumed_train_samples, second.state.schedule_steps, second.state.iteration) == (0, 0, 7)
     third = folder.grow("--num_layers", "4", "--operator", "insert", name="third", source=second.path)
     assert third.state.growth[2].tokens == 7 * 8 * 16, "tokens that were read before the data restarted count"
+
+
+def test_inspection_shows_growths(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    grown = folder.grow("--qkv", "32", "--ffn", "64")
+    capsys.readouterr()
+    assert inspect_checkpoint.main([str(grown.path), "--no-tensors"]) == 0
+    assert "  grown           at step 7 by zero_key: qkv 24 > 32, ffn 48 > 64\n" in capsys.readouterr().out
+    assert inspect_checkpoint.main([str(grown.path), "--no-tensors", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)["state"]["growth"]
+    assert record["rules"]["operator"] == "zero_key"
 
 
 @pytest.mark.parametrize("text", ["a text of the tokenizer's own, long enough to fill a sequence or two", "ab"])
