@@ -18,7 +18,7 @@ from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
-from megatron.training.build_engine import build_engine, require_hardware
+from megatron.training.build_engine import build_engine, release_engine, require_hardware
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
@@ -105,7 +105,7 @@ def _train_one_size(
         with open_training_context(run, progress) as context:
             ending = train_steps(context, build_callbacks(context))
         if ending is Ending.GROW:
-            run.engine.destroy()
+            release_engine(run.engine)
         if ending is not Ending.ROLL_BACK:
             return ending
         start = roll_back(run.config.checkpoint, start, progress)
