@@ -49,7 +49,7 @@ def grow_start(config: RunConfig, start: RunStart, context: ParallelContext) -> 
         larger = config.model_copy(update={"model": due.after})
         report = PeriodicReport(logger.info, seconds=30.0)
         on_first_rank_meanwhile(
-            partial(grow_checkpoint, source, larger, due.rules, sizes, save),
+            partial(grow_checkpoint, source, larger, due.rules, sizes, save, has_lease=True),
             waiting=lambda: report("growing for %.0f s so far", time.monotonic() - began),
         )
     logger.info("grown in %.1f s", time.monotonic() - began)

@@ -146,6 +146,14 @@ def test_a_smaller_checkpoint_does_not_grow_unasked(runs: Runs, small: Path) -> 
         find_start(config)
 
 
+def test_a_growth_does_not_happen_twice(runs: Runs, grown: Path) -> None:
+    """A configuration that was changed to describe the larger model does not make it larger still."""
+    growth = RULES | {"at_step": GROWN, "factor": 2}
+    config = load_config([runs.config("twice", grow=growth, load=str(grown), **SIZES, **PINNED)]).run
+    with pytest.raises(CheckpointError, match=rf"has grown after step {GROWN} already"):
+        find_start(config)
+
+
 @pytest.mark.parametrize("layout", [(1, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.full)])
 def test_partial_init_is_the_published_rule(layout: tuple[int, int, int], runs: Runs, small: Path) -> None:
     """The checkpoint's tokens come first, the others as a fresh run starts with them; all else begins anew."""
