@@ -3,8 +3,8 @@
     python tools/plots/zero_shot_table.py eval_results/*.json --output zero_shot
 
 writes zero_shot.md, zero_shot.csv and zero_shot.png. A column is a task and its metric, `--columns task:metric ...`;
-the default ones are those of the TokenFormer paper. Files about the same model make one row. Averages are computed here;
-where a source prints another one, a note says so.
+the default ones are those of the TokenFormer paper. Files about the same model make one row. Averages are
+computed anew; where a source prints another one, a note says so.
 """
 
 from __future__ import annotations
