@@ -18,7 +18,7 @@ class NeoxMerger:
     """Merges the parameters of one checkpoint, and keeps in mind which of their replicas differed."""
 
     def __init__(self, vocabulary_rows: int, summed: tuple[str, ...]) -> None:
-        """`summed` are ends of names: those parameters are the sum of the parts that ranks hold."""
+        """Takes the ends of the names of parameters that are `summed` from the ranks' parts."""
         self.vocabulary_rows = vocabulary_rows
         self.summed = summed
         self.differing: dict[str, float] = {}
