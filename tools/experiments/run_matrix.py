@@ -241,6 +241,8 @@ class Runner:
                 stderr=subprocess.STDOUT,
             )
             self._children.append(child)
+            if self._stopped.is_set():
+                child.terminate()
             code = child.wait()
             self._children.remove(child)
         return code
