@@ -35,6 +35,12 @@ class ModelSizes(Section):
             return ModelSizes(num_layers=model.num_layers)
         return ModelSizes(qkv=tokens.qkv, proj=tokens.proj, ffn=tokens.ffn, num_layers=model.num_layers)
 
+    def change_to(self, larger: ModelSizes) -> str:
+        """Names the sizes that change, such as `ffn 48 to 96`."""
+        before, after = self.model_dump(), larger.model_dump()
+        changed = [name for name in after if after[name] != before[name]]
+        return ", ".join(f"{name} {before[name]:,} to {after[name]:,}" for name in changed)
+
 
 class GrowthRules(Section):
     """Rules by which a model grows and trains on, chosen apart from each other."""
