@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.config.sections.growth import GrowthRules
@@ -31,6 +32,8 @@ def grown_model(
     if factor is not None:
         if any(size is not None for size in asked.values()):
             raise ConfigError("factor: it stands for all sizes; give either it or sizes.")
+        if not 1 < factor < math.inf:
+            raise ConfigError(f"factor: {factor}: expected a number above 1, by which the model grows.")
         asked = dict(_multiplied(model, operator.adds == "layers", factor))
     tokens = model.param_tokens
     changes: dict[str, Any] = {"num_layers": asked.pop("num_layers") or model.num_layers}
