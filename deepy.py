@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron.config.command_line import load_command_line
 from megatron.errors import ConfigError, exit_on_user_error
+from megatron.growth.check_config import require_growable
 from megatron.launch.local import run_ranks, visible_devices
 
 TRAINING_SCRIPT = "train.py"
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     script, arguments = Path(argv[0]), argv[1:]
     if not script.is_file():
         raise ConfigError(f"{script}: no such script. deepy.py runs train.py, generate.py or eval.py.")
-    command, loaded = load_command_line(arguments)
+    command, loaded = load_command_line(arguments, require_growable)
     if command.answered:
         return 0
     ranks = loaded.run.launch.num_gpus or visible_devices()

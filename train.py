@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from megatron.config.command_line import load_command_line
 from megatron.errors import exit_on_user_error
+from megatron.growth.check_config import require_growable
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and trains. Returns the exit code."""
-    command, loaded = load_command_line(argv)
+    command, loaded = load_command_line(argv, require_growable)
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment

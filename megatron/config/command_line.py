@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ EVALUATION_FLAGS = {
     "--eval_task_limit": "eval_task_limit",
     "--limit": "eval_task_limit",
     "--eval_batch_size": "eval_batch_size",
+    "--bootstrap_iters": "eval_bootstrap_iters",
     "--include_path": "eval_include_path",
     "--output": "eval_output",
     "--hf_model": "eval_hf_model",
@@ -75,6 +76,9 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_tasks", "--eval-tasks", nargs="*", metavar="TASK", help="tasks of lm-eval")
+    group.add_argument(
+        "--log_samples", "--log-samples", action="store_true", help="eval_log_samples=true: lm-eval's log of samples"
+    )
     group.add_argument("--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py")
     for flag, key in EVALUATION_FLAGS.items():
         group.add_argument(flag, flag.replace("_", "-"), dest=key, metavar="VALUE", help=f"{key}=VALUE")
@@ -87,6 +91,8 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
         value = getattr(options, key)
         if value is not None:
             overrides.append(f"{key}={value}")
+    if options.log_samples:
+        overrides.append("eval_log_samples=true")
     for name, values in (("eval_tasks", options.eval_tasks), ("iteration", options.iteration)):
         own, others = split_words(values or ())
         overrides += others
@@ -101,15 +107,19 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
+def load_command_line(
+    argv: Sequence[str], check: Callable[[LoadedConfig], None] = lambda loaded: None
+) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
-    Raises ConfigError for what is wrong with it, also with its batch on `--world-size` ranks.
+    `check` is of what this package cannot know. Raises ConfigError for what is wrong with the configuration, also with
+    its batch on `--world-size` ranks.
     """
     command = parse_command_line(argv)
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
+    check(loaded)
     if command.print_effective_config:
         print(effective_text(loaded, command.world_size))
     elif command.check:

@@ -8,18 +8,23 @@ Keys: `iteration` (the optimizer step, from 1), `consumed_tokens`, and one key p
     train/tokens_per_second, train/step_seconds, train/seconds_left (estimate)
     train/mfu, train/data_wait_share [0..1]
     train/memory_gib         peak of this rank [GiB]
+    training_flops           of all training so far, over resumes and growth [FLOP]
+
+A row with the key `event` marks what happened between two steps, after `iteration` of them, with `text` in words.
+`event: growth` has `operator`, `before` and `after` (sizes), `parameters_before`, `parameters_after`, `consumed_tokens`
+and `training_flops`.
 
 JSON has no NaN or infinity: they are written as null, so that any JSON reader can read the file.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import DataError
+from megatron.errors import DataError, os_errors_as
+from megatron.io.json_files import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,15 +39,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each line of a metrics file with its record; leaves out and raises what `read_records` does."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with os_errors_as(DataError, str(path)):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 return
-            raise _not_a_record(path, number, f"not JSON ({error.msg})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            raise _not_a_record(path, number, str(error)) from error
+        if not isinstance(record, dict) or type(record.get("iteration")) is not int or record["iteration"] < 0:
             raise _not_a_record(path, number, "no object with a whole-number 'iteration'")
         yield line, record
 

@@ -11,7 +11,7 @@ from megatron.config.sections.monitor import MonitorConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.io.durable import replace_durably
 from megatron.monitor.metrics_file import METRICS_FILE, read_lines
-from megatron.monitor.metrics_writer import WRITERS, MonitoredRun
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, RunEvent
 
 
 class JsonlWriter:
@@ -45,18 +45,24 @@ class JsonlWriter:
 
     @classmethod
     def resume(cls, path: Path, iteration: int) -> JsonlWriter:
-        """Continues after step `iteration`: later rows, which the resumed run makes again, are dropped atomically.
+        """Continues after step `iteration`: what the resumed run writes again is dropped, atomically.
 
-        Raises DataError where `path` is not a metrics file.
+        That are later rows, and events of that step itself. Raises DataError where `path` is not a metrics file.
         """
         if path.exists():
-            kept = [line for line, record in read_lines(path) if record["iteration"] <= iteration]
+            kept = [
+                line for line, record in read_lines(path) if record["iteration"] < iteration + ("event" not in record)
+            ]
             replace_durably(path, "".join(f"{line}\n" for line in kept))
         return cls(path)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         record = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         self._file.write(json.dumps({"iteration": iteration, **record}, allow_nan=False) + "\n")
+
+    def mark(self, event: RunEvent) -> None:
+        record = {"iteration": event.iteration, "event": event.kind, "text": event.text, **event.details}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
