@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import layer_layouts
 from megatron.checkpointing.states.same_model import model_differences
-from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
+from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes, rule_contradictions
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import VocabSize
@@ -121,7 +121,7 @@ GROWTH_OPERATORS: Registry[GrowthOperator] = Registry("growth operator", package
 def require_growth(before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> None:
     """Raises ConfigError, naming the YAML key, when `rules.operator` cannot make a model `after` of one `before`."""
     operator = GROWTH_OPERATORS[rules.operator]
-    _require_used_rules(operator, rules)
+    _require_consistent_rules(operator, rules)
     _require_same_but_for_sizes(before, after)
     _require_more(before, after)
     if operator.adds == "layers":
@@ -172,7 +172,9 @@ def with_moments_by_rule(layer: LayerState, growth: Growth) -> LayerState:
     return layer.replace(changed)
 
 
-def _require_used_rules(operator: GrowthOperator, rules: GrowthRules) -> None:
+def _require_consistent_rules(operator: GrowthOperator, rules: GrowthRules) -> None:
+    for name, message in rule_contradictions(rules):
+        raise ConfigError(f"grow.{name}: {getattr(rules, name)}: {message}.")
     for field in RULES_OF_ONE_OPERATOR:
         value, default = getattr(rules, field), GrowthRules.model_fields[field].default
         if field not in operator.uses and value != default:

@@ -413,6 +413,10 @@ def test_an_unfinished_ramp_folds_into_keys_and_their_moments(theta: str) -> Non
         ({"ramp_iters": 5}, SIZES, "grow.ramp_iters: 5: has no effect with zero_key. It is a rule of mask_ramp"),
         ({"perturb": 0.5}, SIZES, "It is a rule of copy and shrink_perturb"),
         ({"insert_at": "top"}, SIZES, "It is a rule of insert"),
+        ({"learning_rate": "rewarm_all"}, SIZES, "grow.learning_rate: rewarm_all: needs grow.rewarm_iters"),
+        ({"rewarm_iters": 5}, SIZES, "grow.rewarm_iters: 5: needs grow.learning_rate"),
+        ({"old_rows_lr": 0.0}, SIZES, "grow.old_rows_lr: 0.0: needs grow.old_rows_iters"),
+        ({"old_rows_iters": 5}, SIZES, "grow.old_rows_iters: 5: needs grow.old_rows_lr"),
     ],
 )
 def test_growths_that_are_refused(rules: dict[str, Any], sizes: dict[str, Any], message: str) -> None:
