@@ -21,7 +21,8 @@ from megatron.config.optimizer import facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
+from megatron.growth.require_growth import require_growth
 
 logger = logging.getLogger(__name__)
 

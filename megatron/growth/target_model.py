@@ -8,7 +8,8 @@ from typing import Any
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS
+from megatron.growth.require_growth import require_growth
 
 
 def grown_model(

@@ -97,7 +97,7 @@ def with_sizes(job: Rewriting, args: argparse.Namespace, rules: GrowthRules) -> 
     asked = {name: getattr(args, name) for name in SIZES}
     if all(size is None for size in asked.values()):
         return job
-    from megatron.growth.growth_operator import require_growth
+    from megatron.growth.require_growth import require_growth
     from megatron.growth.target_model import grown_model
 
     theirs = job.source.config.model

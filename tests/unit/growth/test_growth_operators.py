@@ -23,7 +23,8 @@ from megatron.config.sections.parallel import ParallelConfig
 from megatron.errors import ConfigError
 from megatron.growth.added_tokens import with_new_rows
 from megatron.growth.grow_checkpoint import grow_checkpoint
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator, grown_layers, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator, grown_layers
+from megatron.growth.require_growth import require_growth
 from megatron.growth.target_model import grown_model
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.registry import variant_names
@@ -408,8 +409,8 @@ def test_an_unfinished_ramp_folds_into_keys_and_their_moments(theta: str) -> Non
         ({"operator": "copy"}, {"ffn": 100}, "Nearest valid values: 80 and 120"),
         ({"operator": "mask_ramp"}, SIZES, "grow.ramp_iters: mask_ramp opens"),
         ({"operator": "shrink_perturb"}, SIZES, "no other than random"),
-        ({"operator": "published"}, SIZES, "grow.moments: keep: published starts optimizer and schedule anew"),
-        ({"operator": "published", "moments": "reset_all"}, SIZES, "grow.schedule: continue: published"),
+        ({"operator": "published"}, SIZES, "grow.moments: keep, grow.schedule: continue: published starts optimizer"),
+        ({"operator": "published", "moments": "reset_all"}, SIZES, "^grow.schedule: continue: published"),
         ({"ramp_iters": 5}, SIZES, "grow.ramp_iters: 5: has no effect with zero_key. It is a rule of mask_ramp"),
         ({"perturb": 0.5}, SIZES, "It is a rule of copy and shrink_perturb"),
         ({"insert_at": "top"}, SIZES, "It is a rule of insert"),
