@@ -55,8 +55,20 @@ class Growth:
         return initial_values(self.specs[name], self.seed, name)
 
     def noise(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Returns standard normal float32 noise for the parameter `name`, apart from its initial values."""
-        return torch.randn(*shape, generator=named_generator(self.seed, f"{name} noise"))
+        """Returns standard normal float32 noise for the parameter `name`, other than earlier growths have drawn."""
+        return torch.randn(*shape, generator=named_generator(self.seed, f"{name} noise {self._sizes}"))
+
+    def initial_of_layer(self, name: str) -> Tensor:
+        """Returns whole float32 initial values of the parameter `name` of a new layer.
+
+        Under the name alone they would be those that the layer which has had this place once started with.
+        """
+        return initial_values(self.specs[name], self.seed, f"{name} {self._sizes}")
+
+    @property
+    def _sizes(self) -> str:
+        """Names the larger model by its sizes, which no earlier growth has led to."""
+        return " ".join(map(str, self.record.after.model_dump().values()))
 
     def first_new_row(self, name: str) -> int | None:
         """Returns the first row of the larger model's parameter `name` that is new; None where nothing is."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,19 @@ def test_layers_keep_weights_and_moments_where_they_go(
             theirs = old[1 + source][local]
             assert torch.equal(state.weight, theirs.weight) and state.moments.keys() == theirs.moments.keys()
             assert all(torch.equal(state.moments[name], theirs.moments[name]) for name in theirs.moments)
+
+
+def test_inserted_layers_start_as_no_other_layer_has_started() -> None:
+    """Also under the seed of the small model's initial values."""
+    before = small_model("l2_norm_gelu")
+    old = layers_of(before, build_local(before, VOCAB, seed=1), {})
+    _, _, growth = grow_layers(before, rules_of("insert"), old, num_layers=4)
+    again = replace(growth, seed=1)
+    new = list(grown_layers({layer.name: layer for layer in old}.__getitem__, again))
+    keys = [layer["mlp.key_tokens"].weight for layer in new[1:5]]
+    assert all(not torch.equal(one, two) for one, two in itertools.combinations(keys, 2))
+    deviations = [float(key.std()) for key in keys]
+    assert deviations == pytest.approx([0.02] * 4, rel=0.1)
 
 
 @pytest.mark.parametrize(("operator", "steps"), [
