@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from megatron.checkpointing.states.read_states import read_weights
@@ -18,7 +20,10 @@ from megatron.config.model_size import training_flops
 from megatron.errors import CheckpointError
 from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
+from megatron.training import pretrain
+from megatron.training.build_engine import BuiltEngine
 from megatron.training.run_start import find_start
+from megatron.training.stop_request import StopRequest
 from tests.helpers.configs import PYTHIA, TINY, TOKENFORMER, layout_keys
 from tests.helpers.records import records
 from tests.helpers.runs import run_ranks, train
@@ -28,6 +33,7 @@ from tools.ckpts import grow
 GROWN, STEPS, BATCH = 4, 8, 8
 SIZES = {"qkv_slot_num": 32, "ffn_slot_num": 96}
 RULES = {"operator": "zero_key", "learning_rate": "rewarm_new", "rewarm_iters": 3}
+FAST = {"type": "Adam", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8}}
 PINNED = {"qkv_scale_base": 24, "proj_scale_base": 40, "ffn_scale_base": 48}
 NEOX = {key: value for key, value in PYTHIA.items() if TINY.get(key) != value}
 NEOX |= dict.fromkeys(key for key in TOKENFORMER if key not in PYTHIA)
@@ -159,6 +165,33 @@ def test_partial_init_is_the_published_rule(layout: tuple[int, int, int], runs: 
     spent = read_checkpoint(small / f"global_step{GROWN}").state.training_flops
     assert state.training_flops > spent, "the small model's training counts"
     assert [record.rules.operator for record in state.growth] == ["published"]
+
+
+@pytest.mark.full
+def test_what_reads_a_checkpoint_in_mid_ramp_computes_what_training_evaluates(runs: Runs) -> None:
+    """The multiplier is then in the keys; without it, the loss is another."""
+    keys: dict[str, Any] = {"grow": SIZES | {"operator": "mask_ramp", "at_step": GROWN, "ramp_iters": 10}}
+    path = runs.config("opening", **keys, eval_iters=1, eval_interval=STEPS, optimizer=FAST)
+    train(path)
+    loaded = load_config([path], ["auto_resume=true"])
+    start = find_start(loaded.run)
+    parts = {"build_engine": lambda *_: BuiltEngine(*[cast(Any, None)] * 3), "describe_run": lambda *_: {}}
+    with mock.patch.multiple(pretrain, **parts):
+        run = pretrain.assemble(
+            loaded.run, loaded.batch(1), ParallelContext.single(), path.parent, start, StopRequest()
+        )  # fmt: skip
+    inputs, (labels, _) = next(run.data.read("test", 0))
+    assert start.checkpoint is not None
+    model = load_model(loaded.run, start.checkpoint, ParallelContext.single(), torch.device("cpu"))
+    loss = float(F.cross_entropy(model.logits(inputs).double().flatten(0, 1), labels.flatten()))
+    assert records(runs.folder / "opening", "test/lm_loss")[STEPS] == pytest.approx(loss, abs=1e-6)
+    multiplier = start.checkpoint.state.growth[-1].score_multiplier(STEPS)
+    assert multiplier == 0.4
+    for layer in model.module.layers:
+        with torch.no_grad():
+            layer.mlp.key_tokens[48:] /= multiplier
+    without = float(F.cross_entropy(model.logits(inputs).double().flatten(0, 1), labels.flatten()))
+    assert abs(without - loss) > 1e-4
 
 
 @pytest.mark.full
