@@ -11,10 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.config.command_line import load_command_line
-from megatron.errors import ConfigError, exit_on_user_error
-from megatron.growth.check_config import require_growable
-from megatron.launch.local import run_ranks, visible_devices
+from megatron.errors import ConfigError, end_at_once_when_stopped, exit_on_user_error
 
 TRAINING_SCRIPT = "train.py"
 """Every other script runs a trained model, which has no batch triangle and no pipeline."""
@@ -27,6 +24,12 @@ def main(argv: Sequence[str]) -> int:
     script, arguments = Path(argv[0]), argv[1:]
     if not script.is_file():
         raise ConfigError(f"{script}: no such script. deepy.py runs train.py, generate.py or eval.py.")
+    if script.name == TRAINING_SCRIPT:
+        end_at_once_when_stopped()
+    from megatron.config.command_line import load_command_line
+    from megatron.growth.check_config import require_growable
+    from megatron.launch.local import run_ranks, visible_devices
+
     command, loaded = load_command_line(arguments, require_growable)
     if command.answered:
         return 0

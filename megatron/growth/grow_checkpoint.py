@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,20 +24,28 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
 from megatron.growth.require_growth import require_growth
+from megatron.io.lease import leased
 
 logger = logging.getLogger(__name__)
 
 
 def grow_checkpoint(
-    source: Checkpoint, config: RunConfig, rules: GrowthRules, sizes: ParallelSizes, output: Path
+    source: Checkpoint,
+    config: RunConfig,
+    rules: GrowthRules,
+    sizes: ParallelSizes,
+    output: Path,
+    *,
+    has_lease: bool = False,
 ) -> Path:
     """Writes `output`/global_stepN and `latest`: the model of `config`, grown from `source`; returns the path.
 
     Model, parallel sizes, precision and the seed of what is new are taken from `config`, everything else from the
     checkpoint: steps go on as they were, schedule, data position and the optimizer's state as `rules` say, and the
-    growth is noted in the run's state. A layer is in memory at a time. Raises ConfigError when the models differ in
-    more than their sizes, the operator cannot do what it promises, or the larger model does not split over the ranks;
-    CheckpointError for damaged files.
+    growth is noted in the run's state. A layer is in memory at a time. `has_lease` says that this process holds the
+    lease of `output` already. Raises ConfigError when the models differ in more than their sizes, the operator cannot
+    do it, or the larger model does not split over the ranks; CheckpointError for damaged files, and when a run is
+    writing `output`.
     """
     growth = plan_growth(source, config, rules)
     grown = source.config.model_copy(
@@ -49,7 +58,8 @@ def grow_checkpoint(
     require_consistent(grown, source.config)
     reader = LayerReader(source)
     header = _header(source, reader, growth.record)
-    return write_states(_logged(grown_layers(reader.read, growth), growth), grown, sizes, output, header)
+    with nullcontext() if has_lease else leased(output, "grow.py"):
+        return write_states(_logged(grown_layers(reader.read, growth), growth), grown, sizes, output, header)
 
 
 def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Growth:

@@ -43,10 +43,11 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return] # what work() returned, sent as an object
 
 
-def on_first_rank_meanwhile(work: Callable[[], T], every: float = 2.0) -> T:
+def on_first_rank_meanwhile(work: Callable[[], T], waiting: Callable[[], object], every: float = 2.0) -> T:
     """Does what `on_first_rank` does with work that may take longer than ranks wait for each other. Collective.
 
-    Rank 0 does it in a thread, and tells the others `every` so many seconds [s] that it still goes on.
+    Rank 0 does it in a thread, and tells the others `every` so many seconds [s] that it still goes on; then `waiting`
+    is called on each.
     """
     outcome: list[Any] = []
     thread = threading.Thread(target=lambda: outcome.append(_outcome_of(work)), name="work of rank 0", daemon=True)
@@ -58,7 +59,7 @@ def on_first_rank_meanwhile(work: Callable[[], T], every: float = 2.0) -> T:
         return not thread.is_alive()
 
     while not on_first_rank(is_done):
-        pass
+        waiting()
 
     def handed_over() -> T:
         result, failure = outcome[0]

@@ -97,3 +97,14 @@ def build_engine(
     after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)
     install(engine, context, config.checkpoint, guard, after_growth)
     return BuiltEngine(engine, guard, after_growth)
+
+
+def release_engine(engine: PipelineEngine) -> None:
+    """Lets an engine go that takes no more steps; its memory is free once nothing else refers to it.
+
+    It keeps the graph of its last losses, which refers to it through hooks that Python's collector does not see.
+    """
+    engine.destroy()
+    engine.loss = engine.total_loss = None
+    for buffers in engine.pipe_buffers.values():
+        buffers.clear()

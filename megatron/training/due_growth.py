@@ -47,6 +47,13 @@ def _growth_of_this_step(config: RunConfig, checkpoint: Checkpoint) -> Growth | 
     grow, state = config.grow, checkpoint.state
     if grow is None or not grow.is_due(state.iteration, tokens_read(state, config.model.seq_length)):
         return None
+    last = state.growth[-1] if state.growth else None
+    if last is not None and grow.is_due(last.iteration, last.tokens):
+        raise CheckpointError(
+            f"{checkpoint.path} has grown after step {last.iteration} already, and `grow` would make it grow once "
+            "more. Describe the model as it was before that growth, as the run's own configuration does, or "
+            "remove `grow`."
+        )
     larger = grown_model(config.model, grow.rules, **grow.sizes)
     return plan_growth(checkpoint, config.model_copy(update={"model": larger}), grow.rules)
 

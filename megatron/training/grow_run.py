@@ -18,6 +18,7 @@ from megatron.checkpointing.store.keep_copy import keep_copy
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, os_errors_as
 from megatron.growth.grow_checkpoint import grow_checkpoint
+from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.mpu.context import ParallelContext
 from megatron.training.growth_event import sizes_in_words
@@ -46,7 +47,11 @@ def grow_start(config: RunConfig, start: RunStart, context: ParallelContext) -> 
             on_first_rank(partial(keep_copy, source.path, save / BEFORE_GROWTH))
         sizes = ParallelSizes(context.tensor_size, context.pipe_size, context.data_size)
         larger = config.model_copy(update={"model": due.after})
-        on_first_rank_meanwhile(partial(grow_checkpoint, source, larger, due.rules, sizes, save))
+        report = PeriodicReport(logger.info, seconds=30.0)
+        on_first_rank_meanwhile(
+            partial(grow_checkpoint, source, larger, due.rules, sizes, save, has_lease=True),
+            waiting=lambda: report("growing for %.0f s so far", time.monotonic() - began),
+        )
     logger.info("grown in %.1f s", time.monotonic() - began)
     found = find_checkpoint(save, source.state.iteration, config.checkpoint.verify_checkpoint)
     if found is None:

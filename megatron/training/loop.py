@@ -32,6 +32,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
     for callback in callbacks:
         batches = callback.wrap_batches(batches)
     with told_of_the_end(callbacks):
+        context.stop.early.begin()
         run.after_growth.set_step(progress.iteration)
         for callback in callbacks:
             callback.start()
@@ -39,6 +40,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
             seed_dropout(training.seed, progress.iteration, run.parallel)
             learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
             loss = run.engine.train_batch(batches)
+            context.stop.early.close()
             progress.iteration += 1
             progress.consumed_train_samples += run.batch.global_batch_size
             progress.training_flops += run.flops_per_step

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from megatron.checkpointing.states.same_model import described_model, require_same_vocabulary
-from megatron.checkpointing.store.checkpoint import require_writable
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -18,15 +17,17 @@ from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
-from megatron.training.build_engine import build_engine, require_hardware
+from megatron.training.build_engine import build_engine, release_engine, require_hardware
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
+from megatron.training.callbacks.run_folder import RunFolder
 from megatron.training.grow_run import grow_start
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
+from megatron.training.run_lease import RunLease, run_lease
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, newest_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stop_request import StopRequest, signals_request
@@ -41,17 +42,18 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
 
     That is 0 after the last step, STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1
     when the run was stopped and has nowhere to save.
-    Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
+    Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
+    CheckpointError and DataError for what the user can repair, before the first step
     wherever that is possible, and NonFiniteError for NaN and infinity.
     """
     stop = StopRequest(config.training.exit_duration_in_mins)
     with signals_request(stop):
         require_hardware(config)
-        if config.checkpoint.save is not None:
-            require_writable(Path(config.checkpoint.save))
         with process_group():
             join_process_group()
-            ending = pretrain_in_group(config, batch, run_folder, stop)
+            stop.early.connect()
+            with run_lease(config.checkpoint, run_folder, stop) as lease:
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -62,10 +64,15 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
 
 
 def pretrain_in_group(
-    config: RunConfig, batch: BatchConfig, run_folder: Path, stop: StopRequest | None = None
+    config: RunConfig,
+    batch: BatchConfig,
+    run_folder: Path,
+    stop: StopRequest | None = None,
+    lease: RunLease | None = None,
 ) -> Ending:
-    """Trains on the ranks of the process group that exists already; without `stop`, no signal ends the run.
+    """Trains on the ranks of the process group that exists already.
 
+    Without `stop`, no signal ends the run; without `lease`, the caller sees to it that nobody else writes its folders.
     A run whose model grows is assembled once for each size.
     """
     sizes = config.parallel
@@ -76,7 +83,7 @@ def pretrain_in_group(
         if start.due is not None and start.continues:
             start = grow_start(config, start, parallel)
         logger.info("%s", start)
-        ending = _train_one_size(config, batch, parallel, run_folder, start, stop)
+        ending = _train_one_size(config, batch, parallel, run_folder, start, stop, lease or RunLease())
         if ending is not Ending.GROW:
             return ending
         # What is left of the smaller model's engine goes in circles, and its memory is needed.
@@ -93,19 +100,20 @@ def _train_one_size(
     run_folder: Path,
     start: RunStart,
     stop: StopRequest,
+    lease: RunLease,
 ) -> Ending:
     """Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says.
 
     They end with the run, or when the model is to grow: then it is saved, and nothing holds its engine any longer.
     """
-    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop)
+    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, lease)
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
         with open_training_context(run, progress) as context:
             ending = train_steps(context, build_callbacks(context))
         if ending is Ending.GROW:
-            run.engine.destroy()
+            release_engine(run.engine)
         if ending is not Ending.ROLL_BACK:
             return ending
         start = roll_back(run.config.checkpoint, start, progress)
@@ -118,6 +126,7 @@ def assemble(
     run_folder: Path,
     start: RunStart,
     stop: StopRequest,
+    lease: RunLease | None = None,
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end, or to its growth. Collective."""
     next_growth = config.grow if config.grow is not None and config.grow.happens_in_training else None
@@ -145,17 +154,20 @@ def assemble(
         start.run_id,
         describe_run(config, batch, vocab, run_folder.name),
         folder=run_folder,
+        lease=lease or RunLease(),
     )
 
 
 def build_callbacks(context: TrainingContext) -> list[Callback]:
     """Builds the callbacks that the configuration asks for, in the order in which they see a step.
 
-    Metrics come after the evaluations that they record. Checkpoints come last: what the others count is saved too.
+    Whether the folder is still the run's comes first, before anything writes to it. Metrics come after the evaluations
+    that they record. Checkpoints come last: what the others count is saved too.
     """
     config, datasets = context.run.config, context.run.data.datasets
     evaluates = config.training.eval_iters > 0
     callbacks: list[tuple[type[Callback], bool]] = [
+        (RunFolder, True),
         (BatchHashes, config.monitor.log_batch_hashes),
         (Validation, evaluates and datasets.valid is not None),
         (FinalTest, evaluates and datasets.test is not None),

@@ -34,6 +34,9 @@ class RunRecord:
     flops_per_token: float | None
     """Forward and backward [FLOP], from run.json; None where there is none."""
 
+    file: Path
+    """The metrics.jsonl."""
+
     events: list[dict[str, Any]] = field(default_factory=list)
     """Rows that mark what happened between two steps, such as growth."""
 
@@ -73,7 +76,7 @@ def load_run(path: Path) -> RunRecord:
         if value is not None and not is_number(value):
             raise DataError(f"{described}: {key} is {value!r:.50}, no number. Remove the file if it is not yours.")
     name = one_line(str(description.get("name") or file.resolve().parent.name))
-    return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"), events)
+    return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"), file, events)
 
 
 def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -119,12 +122,12 @@ def positions(run: RunRecord, records: Sequence[dict[str, Any]], x: str) -> np.n
     if x == "flops" and all("training_flops" in record for record in records):
         return np.array([record["training_flops"] for record in records], dtype=float)
     if any("consumed_tokens" not in record for record in records):
-        raise DataError(f"{run.name}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
+        raise DataError(f"{run.file}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
     tokens = np.array([record["consumed_tokens"] for record in records], dtype=float)
     if x == "tokens":
         return tokens
     if not run.flops_per_token:
-        raise DataError(f"{run.name}: no flops_per_token in run.json beside {METRICS_FILE}, which --x flops needs.")
+        raise DataError(f"{run.file}: no flops_per_token in run.json beside it, which --x flops needs.")
     return tokens * run.flops_per_token
 
 

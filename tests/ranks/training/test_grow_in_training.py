@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -145,6 +146,14 @@ def test_a_smaller_checkpoint_does_not_grow_unasked(runs: Runs, small: Path) -> 
         find_start(config)
 
 
+def test_a_growth_does_not_happen_twice(runs: Runs, grown: Path) -> None:
+    """A configuration that was changed to describe the larger model does not make it larger still."""
+    growth = RULES | {"at_step": GROWN, "factor": 2}
+    config = load_config([runs.config("twice", grow=growth, load=str(grown), **SIZES, **PINNED)]).run
+    with pytest.raises(CheckpointError, match=rf"has grown after step {GROWN} already"):
+        find_start(config)
+
+
 @pytest.mark.parametrize("layout", [(1, 1, 1), pytest.param((2, 2, 1), marks=pytest.mark.full)])
 def test_partial_init_is_the_published_rule(layout: tuple[int, int, int], runs: Runs, small: Path) -> None:
     """The checkpoint's tokens come first, the others as a fresh run starts with them; all else begins anew."""
@@ -192,6 +201,29 @@ def test_what_reads_a_checkpoint_in_mid_ramp_computes_what_training_evaluates(ru
             layer.mlp.key_tokens[48:] /= multiplier
     without = float(F.cross_entropy(model.logits(inputs).double().flatten(0, 1), labels.flatten()))
     assert abs(without - loss) > 1e-4
+
+
+@pytest.mark.full
+def test_the_small_engine_is_gone_before_the_large_one_is_built(runs: Runs) -> None:
+    """Or a run would need memory for both."""
+    path = runs.config("memory", grow=RULES | SIZES | {"at_step": GROWN})
+    finished = run_ranks(path, before=require_one_engine)
+    assert finished.code == 0, finished.output
+    assert finished.output.count("engines before this one: ") == 2
+    assert "engines before this one: [True" not in finished.output
+
+
+def require_one_engine() -> None:
+    built: list[weakref.ref[Any]] = []
+    original = pretrain.build_engine
+
+    def build(*arguments: Any) -> BuiltEngine:
+        print("engines before this one:", [each() is not None for each in built])
+        found = original(*arguments)
+        built.extend(weakref.ref(part) for part in (found.engine, found.engine.module, found.engine.optimizer))
+        return found
+
+    pretrain.build_engine = build
 
 
 @pytest.mark.full
