@@ -43,9 +43,10 @@ def grow_checkpoint(
     Model, parallel sizes, precision and the seed of what is new are taken from `config`, everything else from the
     checkpoint: steps go on as they were, schedule, data position and the optimizer's state as `rules` say, and the
     growth is noted in the run's state. A layer is in memory at a time. `has_lease` says that this process holds the
-    lease of `output` already. Raises ConfigError when the models differ in more than their sizes, the operator cannot
-    do it, or the larger model does not split over the ranks; CheckpointError for damaged files, and when a run is
-    writing `output`.
+    lease of `output` already.
+
+    Raises ConfigError when the models differ in more than their sizes, the operator cannot do what it promises, or the
+    larger model does not split over the ranks; CheckpointError for damaged files, and when a run is writing `output`.
     """
     growth = plan_growth(source, config, rules)
     grown = source.config.model_copy(

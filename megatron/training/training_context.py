@@ -135,7 +135,8 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         )
         last = run.growth[-1] if run.growth else None
         if last is not None and last.iteration == progress.iteration:
-            monitor.mark(growth_event(last, run.config.model, run.vocab.padded, progress.training_flops))
+            event = growth_event(last, run.config.model, run.vocab.padded, progress.training_flops)
+            on_first_rank(partial(monitor.mark, event))
         yield TrainingContext(run, progress, monitor, throughput)
 
 

@@ -64,7 +64,8 @@ class JsonlWriter:
 
     def mark(self, event: RunEvent) -> None:
         record = {"iteration": event.iteration, "event": event.kind, "text": event.text, **event.details}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        with os_errors_as(EnvironmentSetupError, str(self._file.path)):
+            self._file.append(json.dumps(record, allow_nan=False))
 
     def close(self) -> None:
         self._file.close()
