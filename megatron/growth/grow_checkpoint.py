@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,15 +25,23 @@ from megatron.io.lease import leased
 
 
 def grow_checkpoint(
-    source: Checkpoint, config: RunConfig, rules: GrowthRules, sizes: ParallelSizes, output: Path
+    source: Checkpoint,
+    config: RunConfig,
+    rules: GrowthRules,
+    sizes: ParallelSizes,
+    output: Path,
+    *,
+    has_lease: bool = False,
 ) -> Path:
     """Writes `output`/global_stepN and `latest`: the model of `config`, grown from `source`; returns the path.
 
     Model, parallel sizes, precision and the seed of what is new are taken from `config`, everything else from the
     checkpoint: steps go on as they were, schedule, data position and the optimizer's state as `rules` say, and the
-    growth is noted in the run's state. A layer is in memory at a time. Raises ConfigError when the models differ in
-    more than their sizes, the operator cannot do what it promises, or the larger model does not split over the ranks;
-    CheckpointError for damaged files, and when a run is writing `output`.
+    growth is noted in the run's state. A layer is in memory at a time. `has_lease` says that this process holds the
+    lease of `output` already.
+
+    Raises ConfigError when the models differ in more than their sizes, the operator cannot do what it promises, or the
+    larger model does not split over the ranks; CheckpointError for damaged files, and when a run is writing `output`.
     """
     growth = plan_growth(source, config, rules)
     grown = source.config.model_copy(
@@ -45,7 +54,7 @@ def grow_checkpoint(
     require_consistent(grown, source.config)
     reader = LayerReader(source)
     header = _header(source, reader, growth.record)
-    with leased(output, "grow.py"):
+    with nullcontext() if has_lease else leased(output, "grow.py"):
         return write_states(grown_layers(reader.read, growth), grown, sizes, output, header)
 
 

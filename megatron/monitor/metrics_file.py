@@ -8,6 +8,11 @@ Keys: `iteration` (the optimizer step, from 1), `consumed_tokens`, and one key p
     train/tokens_per_second, train/step_seconds, train/seconds_left (estimate)
     train/mfu, train/data_wait_share [0..1]
     train/memory_gib         peak of this rank [GiB]
+    training_flops           of all training so far, over resumes and growth [FLOP]
+
+A row with the key `event` marks what happened between two steps, after `iteration` of them, with `text` in words.
+`event: growth` has `operator`, `before` and `after` (sizes), `parameters_before`, `parameters_after`, `consumed_tokens`
+and `training_flops`.
 
 JSON has no NaN or infinity: they are written as null, so that any JSON reader can read the file.
 """
