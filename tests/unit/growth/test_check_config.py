@@ -35,7 +35,7 @@ def write(folder: Path, settings: dict[str, Any], **grow: Any) -> Path:
         ({"norm_activation_type": "softmax"}, {"factor": 2, "allow_inexact": True}, None),
         ({}, {"factor": 2, "ramp_iters": 5}, r"grow\.ramp_iters: 5: has no effect with zero_key"),
         ({}, {"factor": 1.5, "operator": "copy"}, r"qkv_slot_num: 36"),
-        ({}, {"factor": 2, "operator": "published"}, r"grow\.moments: keep: published starts optimizer"),
+        ({}, {"factor": 2, "operator": "published"}, r"grow\.moments: keep, grow\.schedule: continue: published"),
     ],
 )
 def test_what_an_operator_requires(
