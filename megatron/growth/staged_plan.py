@@ -35,7 +35,7 @@ from megatron.config.value_types import did_you_mean
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, report, show
 from megatron.config.yaml.yaml_files import LocatedValue, read_yaml
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import require_growth
+from megatron.growth.require_growth import require_growth
 
 PLAN_KEYS = ("config_files", "folder", "stages")
 STAGE_KEYS = ("tokens", "steps", "restart", "keys")

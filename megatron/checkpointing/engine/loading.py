@@ -36,8 +36,14 @@ def load_checkpoint(
     """
     if not config.checkpoint.allow_unsafe_load:
         _require_safe(checkpoint, prefix="", allow_unsafe=False)
-    with configured_hyperparameters(engine.optimizer):
-        _load(engine, checkpoint, config, context, vocab)
+    try:
+        with configured_hyperparameters(engine.optimizer):
+            _load(engine, checkpoint, config, context, vocab)
+    # What Python raises where a file lacks an entry, or has one of another kind.
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not hold what DeepSpeed 0.19.8 writes ({error!r}). Load another checkpoint."
+        ) from error
 
 
 def _load(
@@ -57,13 +63,7 @@ def _load(
             same_precision=same_precision,
         )
         return
-    try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    # What Python raises where a file lacks an entry, or has one of another kind.
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path} does not hold what DeepSpeed 0.19.8 writes ({error!r}). Load another checkpoint."
-        ) from error
+    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
 
