@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megatron.config.checks import Finding, nearest_multiple
 from megatron.config.sections.grow import GrowConfig
+from megatron.config.sections.growth import rule_contradictions
 from megatron.config.sections.run_config import RunConfig
 
 TOKEN_SIZES = {"qkv_slot_num": "qkv", "proj_slot_num": "proj", "ffn_slot_num": "ffn"}
@@ -91,17 +92,8 @@ def _sizes(run: RunConfig) -> Iterator[Finding]:
 
 
 def _rules(run: RunConfig) -> Iterator[Finding]:
-    grow = run.grow
-    if grow is None:
-        return
-    if grow.learning_rate != "continue" and not grow.rewarm_iters:
-        yield Finding("grow.learning_rate", "needs grow.rewarm_iters: the steps of that warmup")
-    if grow.learning_rate == "continue" and grow.rewarm_iters:
-        yield Finding("grow.rewarm_iters", "needs grow.learning_rate: rewarm_new or rewarm_all")
-    if grow.old_rows_lr != 1.0 and not grow.old_rows_iters:
-        yield Finding("grow.old_rows_lr", "needs grow.old_rows_iters: the steps for which it holds")
-    if grow.old_rows_lr == 1.0 and grow.old_rows_iters:
-        yield Finding("grow.old_rows_iters", "needs grow.old_rows_lr: the multiplier that holds, 0 to freeze")
+    for name, message in rule_contradictions(run.grow) if run.grow is not None else ():
+        yield Finding(f"grow.{name}", message)
 
 
 def _partial_init(run: RunConfig) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
-from megatron.config.yaml.problems import Origin, report
+from megatron.config.yaml.problems import Given, Origin, report
 from megatron.errors import ConfigError
 
 
@@ -71,6 +71,11 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     given, problems = gather(sources, overrides)
     if problems:
         raise ConfigError(report(problems, sources))
+    return load_given(given, sources)
+
+
+def load_given(given: Mapping[str, Given], sources: Sequence[Path]) -> LoadedConfig:
+    """Translates and checks keys that have been gathered. Raises ConfigError with everything that is wrong."""
     translation = translate(given)
     run, wrong = build(translation.settings, translation.refused)
     problems = translation.problems + wrong
@@ -79,7 +84,7 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     return LoadedConfig(
         run=run,
         origins=origins(run, translation.settings),
-        sources=sources,
+        sources=tuple(sources),
         warnings=tuple(translation.warnings),
         inert=tuple(translation.inert),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +22,11 @@ from megatron.config.optimizer import facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
+from megatron.growth.require_growth import require_growth
 from megatron.io.lease import leased
+
+logger = logging.getLogger(__name__)
 
 
 def grow_checkpoint(
@@ -55,7 +60,7 @@ def grow_checkpoint(
     reader = LayerReader(source)
     header = _header(source, reader, growth.record)
     with nullcontext() if has_lease else leased(output, "grow.py"):
-        return write_states(grown_layers(reader.read, growth), grown, sizes, output, header)
+        return write_states(_logged(grown_layers(reader.read, growth), growth), grown, sizes, output, header)
 
 
 def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Growth:
@@ -98,6 +103,14 @@ def tokens_read(state: RunState, seq_length: int) -> int:
     """Counts the training tokens that a run has read, also before a growth that restarted the data [tokens]."""
     restarts = [record.tokens for record in state.growth if record.rules.data == "restart"]
     return (restarts[-1] if restarts else 0) + state.consumed_train_samples * seq_length
+
+
+def _logged(layers: Iterator[LayerState], growth: Growth) -> Iterator[LayerState]:
+    for layer in layers:
+        _, _, number = layer.name.partition(".")
+        if number:
+            logger.info("growing layer %d of %d", int(number) + 1, growth.after.num_layers)
+        yield layer
 
 
 def _header(source: Checkpoint, reader: LayerReader, record: GrowthRecord) -> RunHeader:
