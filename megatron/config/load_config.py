@@ -26,7 +26,8 @@ class LoadedConfig:
     sources: tuple[Path, ...]
     """The YAML files."""
     warnings: tuple[str, ...]
-    """Keys without effect that the user might count on."""
+    """Overrides that others take the place of, values read as others, and keys without effect that the user might
+    count on."""
     inert: tuple[str, ...]
     """All keys without effect, and why."""
 
@@ -60,10 +61,10 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     which would be misleading without it.
     """
     sources = tuple(Path(file) for file in files)
-    given, problems = gather(sources, overrides)
-    if problems:
-        raise ConfigError(report(problems, sources))
-    translation = translate(given)
+    gathered = gather(sources, overrides)
+    if gathered.problems:
+        raise ConfigError(report(gathered.problems, sources))
+    translation = translate(gathered.given)
     run, wrong = build(translation.settings, translation.refused)
     problems = translation.problems + wrong
     if problems or run is None:
@@ -72,6 +73,6 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
         run=run,
         origins=origins(run, translation.settings),
         sources=sources,
-        warnings=tuple(translation.warnings),
+        warnings=(*gathered.notices, *translation.warnings),
         inert=tuple(translation.inert),
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import PositiveInt
-
+from megatron.config.bounds import StepCount
 from megatron.config.section import Key, Section
 
 
@@ -36,7 +35,7 @@ class WandbConfig(Section):
 class MonitorConfig(Section):
     """Progress and metrics: what a run shows and records."""
 
-    log_interval: PositiveInt = 100
+    log_interval: StepCount = 100
     """Steps between progress lines and metric records [steps]."""
 
     log_batch_hashes: Annotated[bool, Key(difference="not a NeoX key")] = False

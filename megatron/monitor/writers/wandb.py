@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
+from megatron.config.redaction import redact
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
-from megatron.monitor.redaction import redact
 from megatron.registry import install_extra, require
 
 _logger = logging.getLogger(__name__)
