@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron.config.command_line import load_command_line
+from megatron.config.load_config import print_warnings
 from megatron.errors import ConfigError, exit_on_user_error
 from megatron.registry import install_extra, require
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.mpu.process_group import inference_context, local_device
 
     prepare_environment()
+    print_warnings(loaded)
     require("lm_eval", "eval.py", install_extra("eval"))
     from megatron.inference.evaluation.harness.harness_tasks import stay_offline_without_network
 

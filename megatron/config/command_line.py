@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.effective_config import effective_text, summary
-from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.merge_files import split_words
 
 SUFFIXES = (".yml", ".yaml", ".json")
@@ -115,7 +114,7 @@ def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
     elif command.check:
         print("\n".join(["the configuration is valid", *summary(loaded, command.world_size)]))
     if command.answered:
-        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+        print_warnings(loaded)
     return command, loaded
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,8 @@ class LoadedConfig:
     sources: tuple[Path, ...]
     """The YAML files."""
     warnings: tuple[str, ...]
-    """Overrides that others take the place of, values read as others, and keys without effect that the user might
-    count on."""
+    """Overrides that others take the place of, values read as others, and keys without effect: those that the user
+    might count on with the reason, the others by name."""
     inert: tuple[str, ...]
     """All keys without effect, and why."""
 
@@ -49,9 +51,17 @@ class LoadedConfig:
 
 
 def load_words(words: Sequence[str]) -> LoadedConfig:
-    """Loads the configuration of `a.yml b.yml key=value`, given as one list."""
+    """Loads the configuration of `a.yml b.yml key=value`, given as one list, and prints its warnings."""
     files, overrides = split_words(words)
-    return load_config([Path(file) for file in files], overrides)
+    loaded = load_config([Path(file) for file in files], overrides)
+    print_warnings(loaded)
+    return loaded
+
+
+def print_warnings(loaded: LoadedConfig) -> None:
+    """Prints the warnings of a configuration, on the first rank of those that read it."""
+    if loaded.warnings and os.environ.get("RANK", "0") == "0":
+        print("\n".join(loaded.warnings), file=sys.stderr)
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -73,6 +83,11 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
         run=run,
         origins=origins(run, translation.settings),
         sources=sources,
-        warnings=(*gathered.notices, *translation.warnings),
+        warnings=(*gathered.notices, *translation.warnings, *_named(translation.ignored)),
         inert=tuple(translation.inert),
     )
+
+
+def _named(ignored: Sequence[str]) -> list[str]:
+    names = ", ".join(ignored)
+    return [f"keys without effect here: {names} (--print-effective-config says why)"] if ignored else []

@@ -105,7 +105,7 @@ _FAR = 10**5
 def _is_worth_saying(name: str, schema: Schema, value: YamlValue) -> bool:
     if name not in schema:
         return False
-    bound = schema[name]
+    bound: float = schema[name]
     if "aximum" in name:
         return bound < _FAR or _size(value) >= bound
     return bound != SMALLEST or 0 < _size(value) < SMALLEST

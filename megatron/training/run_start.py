@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from megatron.training.progress import Progress
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def find_start(config: RunConfig) -> RunStart:
     """Decides where a run starts. Collective; the same on every rank.
 
     `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
-    checkpoint; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
+    checkpoint, unless it is `save`; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
     holds another run's checkpoints. Raises CheckpointError for each of these, and for a checkpoint that does not fit.
     """
     if config.checkpoint.pretrain_partial_init is not None:
@@ -138,6 +141,10 @@ def _locate(config: CheckpointConfig) -> RunStart:
     if config.load is None:
         return RunStart(run_id)
     found = find_checkpoint(Path(config.load), config.iteration, config.verify_checkpoint)
+    if found is None and goes_on_in_save:
+        # As in NeoX, whose YAMLs name one folder for both: the first start is fresh, and later ones go on.
+        logger.info("load: %s is save, and holds no checkpoint yet", config.load)
+        return RunStart(run_id)
     if found is None:
         raise CheckpointError(
             f"load: {config.load} holds no checkpoint. Correct the path, or remove `load` to start from step 0; "

@@ -48,7 +48,9 @@ class Translation:
     inert: list[str] = field(default_factory=list)
     """Keys without effect, and why."""
     warnings: list[str] = field(default_factory=list)
-    """Those of them that the user might count on."""
+    """Those of them that the user might count on, and values that are read as others."""
+    ignored: list[str] = field(default_factory=list)
+    """The names of all others of them that ask for something."""
 
 
 def translate(given: Mapping[str, Given]) -> Translation:
@@ -123,8 +125,12 @@ def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation)
         return
     note = f"{item}: no effect: {entry.reason}"
     translation.inert.append(note)
-    if entry.warn and item.value not in (False, {"enabled": False}):
+    if item.value in (False, {"enabled": False}):
+        return
+    if entry.warn:
         translation.warnings.append(note)
+    else:
+        translation.ignored.append(item.key)
 
 
 def _set(

@@ -19,10 +19,10 @@ class CheckpointConfig(Section):
     save: str | None = None
     """Folder for this run's checkpoints; None saves nothing."""
 
-    load: Annotated[str | None, Key(difference="must hold a checkpoint; NeoX starts from step 0 when it does not")] = (
-        None
-    )
-    """Folder to load from; it must hold a checkpoint."""
+    load: Annotated[
+        str | None, Key(difference="must hold a checkpoint unless it is save; NeoX always starts from step 0 without")
+    ] = None
+    """Folder to load from. It must hold a checkpoint, unless it is the folder `save`, in which a run starts fresh."""
 
     checkpoint_factor: StepCount | Ratio | None = None
     """Steps between checkpoints (linear, a whole number) or ratio between them (log, above 1); None saves only at

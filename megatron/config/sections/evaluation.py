@@ -34,7 +34,7 @@ class EvaluationConfig(Section):
     """Most sequences of a batch [sequences]; auto fills the memory, and takes less after it ran out."""
 
     include_path: Annotated[str | None, Key(difference="not a NeoX key")] = None
-    """Folder of further task YAMLs."""
+    """Folder of further task YAMLs. Those that run Python (`!function`) need eval_trust_remote_code."""
 
     iterations: Annotated[list[StepNumber] | Literal["all"], Key(difference="not a NeoX key")] = Field(default=[])
     """Steps of the checkpoints to score one after the other [steps]; none means the one that `iteration` names, or the
@@ -53,4 +53,4 @@ class EvaluationConfig(Section):
     """Name or folder of a Hugging Face causal model to score instead of a checkpoint."""
 
     trust_remote_code: Annotated[bool, Key(difference="not a NeoX key")] = False
-    """Run the Python files that come with hf_model. They can do anything."""
+    """Run the Python files that come with hf_model, or that task YAMLs of your own name. They can do anything."""

@@ -70,12 +70,17 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
         """Composes a node, and those inside it; raises MarkedYAMLError when they are nested too deep."""
         if self._depth > MAX_DEPTH:
             problem = f"lists and mappings are nested more than {MAX_DEPTH} deep"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self._mark())
         self._depth += 1
         try:
             return Composer.compose_node(self, parent, index)
         finally:
             self._depth -= 1
+
+
+    def _mark(self) -> yaml.Mark:
+        mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        return mark
 
 
 class _TooManyValuesError(Exception):
