@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from types import SimpleNamespace
 from typing import Any, cast
@@ -137,8 +138,17 @@ def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespac
 
 def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
     setting = settings.get(finding.path)
+    message = finding.message + _other_names(finding, settings)
     if setting is not None and setting.given is not None:
-        return problem_with(setting.given, finding.message)
+        return problem_with(setting.given, message)
     field = _fields(settings)[finding.path]
     shown = "" if field.default is None else f": {show(field.default)} (default)"
-    return Problem(field.key + shown, finding.message)
+    return Problem(field.key + shown, message)
+
+
+def _other_names(finding: Finding, settings: Mapping[str, Setting]) -> str:
+    """Says which key the user wrote, such as `batch_size`, for each that a message calls by its first name."""
+    said = set(re.findall(r"[a-z][a-z0-9_.]*[a-z0-9]", finding.message))
+    written = {field.key: settings[path].given for path, field in _fields(settings).items() if path in settings}
+    names = [f"{given.key} sets {key}" for key, given in written.items() if given and given.key != key and key in said]
+    return f" ({', '.join(names)})" if names else ""

@@ -225,6 +225,12 @@ _MOST_SAMPLES = 10**11
 """Samples of a run whose order is made: several hundred times what the published runs read."""
 
 
+def _batch_keys(run: RunConfig) -> str:
+    if run.training.train_batch_size is not None:
+        return "train_batch_size"
+    return "train_micro_batch_size_per_gpu x gradient_accumulation_steps"
+
+
 def _samples_are_countable(run: RunConfig) -> Iterator[Finding]:
     """Refuses runs whose index of samples no machine holds; `sample_counts` in megatron/data has the same numbers."""
     training = run.training
@@ -238,8 +244,8 @@ def _samples_are_countable(run: RunConfig) -> Iterator[Finding]:
         if batches * batch > _MOST_SAMPLES:
             yield Finding(
                 f"training.{path}",
-                f"{what} would read {batches * batch:,} samples (batches of {batch}); at most {_MOST_SAMPLES:,} are "
-                "put in order",
+                f"{what} would read {batches * batch:,} samples in batches of {batch} ({_batch_keys(run)}); at most "
+                f"{_MOST_SAMPLES:,} are put in order",
             )
 
 

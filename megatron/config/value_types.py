@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -78,6 +79,8 @@ def _narrowing(schema: Schema, value: YamlValue) -> str:
     if "pattern" in schema:
         longest = f", of at most {schema['maxLength']} characters" if "maxLength" in schema else ""
         return f" of the form {schema['pattern']}{longest}"
+    if "maxLength" in schema:
+        return f" of at most {schema['maxLength']} characters"
     if "items" in schema:
         length = f"{schema['minItems']} " if "minItems" in schema else ""
         worst = max(value, key=_size, default=None) if isinstance(value, list) else None
@@ -121,9 +124,10 @@ def _in_digits(bound: float) -> str:
 
 def likely_meant(value: YamlValue, schema: Schema) -> str:
     """Asks whether the user meant what a value that does not conform resembles; returns nothing when unclear."""
-    kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
+    options = schema.get("anyOf", [schema])
+    kinds = {option.get("type") for option in options}
     if "array" in kinds and not isinstance(value, list | dict):
-        return f"; did you mean [{show(value)}]?"
+        return f"; did you mean [{show(value)}]?" if any(_fits_alone(value, option) for option in options) else ""
     if isinstance(value, str):
         if "boolean" in kinds:
             guess = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(value.lower(), value.lower())
@@ -131,9 +135,17 @@ def likely_meant(value: YamlValue, schema: Schema) -> str:
         if kinds & {"integer", "number"} and _is_number(value):
             return "; remove the quotes"
         return did_you_mean(value, schema.get("enum", []))
+    return _likely_meant_by_number(value, kinds) if isinstance(value, int | float) else ""
+
+
+def _likely_meant_by_number(value: float, kinds: Set[str | None]) -> str:
+    if "string" in kinds:
+        return "; put it in quotes"
+    if not math.isfinite(value):
+        return "; infinity and NaN are none"
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
         return f"; did you mean {int(value)}?"
-    return "; put it in quotes" if "string" in kinds and isinstance(value, int | float) else ""
+    return ""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -147,6 +159,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=5, cutoff=0.7)
     nearest = next((name for name in near if _is_slip(word, name)), None)
     return f"; did you mean {nearest}?" if nearest else ""
+
+
+def _fits_alone(value: YamlValue, schema: Schema) -> bool:
+    """Tells whether a list of this value alone conforms."""
+    items = schema.get("items", {})
+    types = {"integer": int, "number": int | float, "string": str}
+    if items.get("type") not in types or schema.get("minItems", 1) > 1 or isinstance(value, bool):
+        return False
+    return isinstance(value, types[items["type"]]) and not (
+        _size(value) < items.get("minimum", -math.inf) or _size(value) > items.get("maximum", math.inf)
+    )
 
 
 _LONGEST_SLIP = 64

@@ -62,8 +62,9 @@ def find_start(config: RunConfig) -> RunStart:
     """Decides where a run starts. Collective; the same on every rank.
 
     `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
-    checkpoint, unless it is `save`; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
-    holds another run's checkpoints. Raises CheckpointError for each of these, and for a checkpoint that does not fit.
+    checkpoint, unless it is `save`; `finetune` takes only its weights. A run that loads nothing does not write into a
+    folder that already holds another run's checkpoints. Raises CheckpointError for each of these, and for a checkpoint
+    that does not fit.
     """
     if config.checkpoint.pretrain_partial_init is not None:
         raise ConfigError(

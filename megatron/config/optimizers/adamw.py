@@ -72,6 +72,7 @@ OPTIMIZERS.register("adamw")(
         check=_check,
         neox_keys={
             "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),
+            "max_grad_norm": Rejected("DeepSpeed's old place for it", "use gradient_clipping", accepts=float),
             "freeze_step": Rejected("1-bit Adam is not implemented"),
             "cuda_aware": absent_flag("1-bit Adam is not implemented"),
             "bias_correction": Rejected("Adam always corrects its bias", harmless=(True,), accepts=bool),

@@ -77,7 +77,6 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
         finally:
             self._depth -= 1
 
-
     def _mark(self) -> yaml.Mark:
         mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         return mark

@@ -115,7 +115,7 @@ LAUNCH_KEYS: dict[str, TableEntry] = {
     "world_size": Rejected(_SET_BY_LAUNCHER, accepts=int),
     "rank": Rejected(_SET_BY_LAUNCHER, accepts=int),
     "local_rank": Rejected(_SET_BY_LAUNCHER, accepts=int),
-    "global_num_gpus": Rejected(_SET_BY_LAUNCHER, "use num_gpus", accepts=int),
+    "global_num_gpus": Inert(int, "whatever starts the ranks counts them; num_gpus starts as many here", warn=True),
     "do_train": Inert(bool, "NeoX overwrites it; train_iters decides"),
     "do_valid": Inert(bool, "NeoX overwrites it; eval_iters decides"),
     "do_test": Inert(bool, "NeoX overwrites it; eval_iters decides"),

@@ -1,7 +1,7 @@
 """Asks before YAMLs of tasks run code: lm-eval imports the Python that they name as soon as it reads them.
 
-Code is what a tag such as `!function` imports, and a metric that `evaluate` loads. Templates are programs too; those run
-in jinja2's sandbox, which keeps them from Python's own objects.
+Code is what a tag such as `!function` imports, and a metric that `evaluate` loads. Templates are programs too; those
+run in jinja2's sandbox, which keeps them from Python's own objects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from jinja2.sandbox import SandboxedEnvironment
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.errors import ConfigError
 
-_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")}
+_PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")
+}
 
 
 def require_consent(config: EvaluationConfig) -> None:
