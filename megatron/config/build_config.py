@@ -149,6 +149,9 @@ def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
 def _other_names(finding: Finding, settings: Mapping[str, Setting]) -> str:
     """Says which key the user wrote, such as `batch_size`, for each that a message calls by its first name."""
     said = set(re.findall(r"[a-z][a-z0-9_.]*[a-z0-9]", finding.message))
-    written = {field.key: settings[path].given for path, field in _fields(settings).items() if path in settings}
-    names = [f"{given.key} sets {key}" for key, given in written.items() if given and given.key != key and key in said]
+    names = []
+    for path, field in _fields(settings).items():
+        given = settings[path].given if path in settings and path != finding.path else None
+        if given is not None and given.key != field.key and field.key in said:
+            names.append(f"{given.key} sets {field.key}")
     return f" ({', '.join(names)})" if names else ""

@@ -196,7 +196,7 @@ def test_tasks_run_python_only_with_consent(eval_config: Path, tmp_path: Path) -
     settings = yaml.safe_load(task.read_text())
     task.write_text(yaml.safe_dump(settings | {"include": "base/base.yaml"}))
     for asked in (["--include_path", str(folder), "--eval_tasks", "broken"], ["--eval_tasks", str(task)]):
-        with pytest.raises(ConfigError, match=r"base\.yaml:1: this task runs Python: !function .*eval_trust_remote_code"):
+        with pytest.raises(ConfigError, match=r"base\.yaml:1: this task runs Python: !function .*eval_trust_remote"):
             run_eval(eval_config, *asked)
     assert not trace.exists()
     with suppress(UserError):
