@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.config.command_line import load_command_line
-from megatron.errors import ConfigError, exit_on_user_error
-from megatron.launch.local import run_ranks, visible_devices
+from megatron.errors import ConfigError, end_at_once_when_stopped, exit_on_user_error
 
 TRAINING_SCRIPT = "train.py"
 """Every other script runs a trained model, which has no batch triangle and no pipeline."""
@@ -26,6 +24,11 @@ def main(argv: Sequence[str]) -> int:
     script, arguments = Path(argv[0]), argv[1:]
     if not script.is_file():
         raise ConfigError(f"{script}: no such script. deepy.py runs train.py, generate.py or eval.py.")
+    if script.name == TRAINING_SCRIPT:
+        end_at_once_when_stopped()
+    from megatron.config.command_line import load_command_line
+    from megatron.launch.local import run_ranks, visible_devices
+
     command, loaded = load_command_line(arguments)
     if command.answered:
         return 0

@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.command_line import load_command_line
-from megatron.config.load_config import print_warnings
 from megatron.errors import ConfigError, exit_on_user_error
 from megatron.registry import install_extra, require
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration, scores the models that it names, and writes a results file for each."""
+    from megatron.config.command_line import load_command_line
+    from megatron.config.load_config import print_warnings
+
     command, loaded = load_command_line(argv)
     if command.answered:
         return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
-from megatron.errors import UserError
+from megatron.errors import INTERRUPTED, UserError
 from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,13 @@ def main(argv: Sequence[str]) -> int:
 def run(arguments: list[str]) -> None:
     """Runs one command of the project in its root folder. Raises DemoError when it fails."""
     print(f"\n$ python {' '.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
+    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT) as command:
+        try:
+            code = command.wait()
+        except KeyboardInterrupt:
+            # The terminal has told the command as well, which says so.
+            command.wait()
+            sys.exit(INTERRUPTED)
     if code != 0:
         raise DemoError(f"`python {' '.join(arguments)}` ended with exit code {code}; its message is above.")
 

@@ -20,6 +20,7 @@ EVALUATION_FLAGS = {
     "--eval_task_limit": "eval_task_limit",
     "--limit": "eval_task_limit",
     "--eval_batch_size": "eval_batch_size",
+    "--bootstrap_iters": "eval_bootstrap_iters",
     "--include_path": "eval_include_path",
     "--output": "eval_output",
     "--hf_model": "eval_hf_model",
@@ -74,6 +75,9 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_tasks", "--eval-tasks", nargs="*", metavar="TASK", help="tasks of lm-eval")
+    group.add_argument(
+        "--log_samples", "--log-samples", action="store_true", help="eval_log_samples=true: lm-eval's log of samples"
+    )
     group.add_argument("--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py")
     for flag, key in EVALUATION_FLAGS.items():
         group.add_argument(flag, flag.replace("_", "-"), dest=key, metavar="VALUE", help=f"{key}=VALUE")
@@ -86,6 +90,8 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
         value = getattr(options, key)
         if value is not None:
             overrides.append(f"{key}={value}")
+    if options.log_samples:
+        overrides.append("eval_log_samples=true")
     for name, values in (("eval_tasks", options.eval_tasks), ("iteration", options.iteration)):
         own, others = split_words(values or ())
         overrides += others

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.checkpointing.states.same_model import require_same_vocabulary
-from megatron.checkpointing.store.checkpoint import require_writable
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -21,8 +20,10 @@ from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
+from megatron.training.callbacks.run_folder import RunFolder
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
+from megatron.training.run_lease import RunLease, run_lease
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stop_request import StopRequest, signals_request
@@ -37,17 +38,18 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
 
     That is 0 after the last step, STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1
     when the run was stopped and has nowhere to save.
-    Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
+    Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
+    CheckpointError and DataError for what the user can repair, before the first step
     wherever that is possible, and NonFiniteError for NaN and infinity.
     """
     stop = StopRequest(config.training.exit_duration_in_mins)
     with signals_request(stop):
         require_hardware(config)
-        if config.checkpoint.save is not None:
-            require_writable(Path(config.checkpoint.save))
         with process_group():
             join_process_group()
-            ending = pretrain_in_group(config, batch, run_folder, stop)
+            stop.early.connect()
+            with run_lease(config.checkpoint, run_folder, stop) as lease:
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -58,17 +60,23 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
 
 
 def pretrain_in_group(
-    config: RunConfig, batch: BatchConfig, run_folder: Path, stop: StopRequest | None = None
+    config: RunConfig,
+    batch: BatchConfig,
+    run_folder: Path,
+    stop: StopRequest | None = None,
+    lease: RunLease | None = None,
 ) -> Ending:
-    """Trains on the ranks of the process group that exists already; without `stop`, no signal ends the run.
+    """Trains on the ranks of the process group that exists already.
 
+    Without `stop`, no signal ends the run; without `lease`, the caller sees to it that nobody else writes its folders.
     Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says so.
     """
     sizes = config.parallel
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
     start = find_start(config)
     logger.info("%s", start)
-    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop or StopRequest())
+    adopted = adopt_schedule(config, start)
+    run = assemble(adopted, batch, parallel, run_folder, start, stop or StopRequest(), lease)
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
@@ -86,6 +94,7 @@ def assemble(
     run_folder: Path,
     start: RunStart,
     stop: StopRequest,
+    lease: RunLease | None = None,
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end. Collective."""
     tokenizer = build_tokenizer(config.data.tokenizer)
@@ -96,18 +105,30 @@ def assemble(
     engine, guard = build_engine(config, batch, vocab, parallel, stop)
     description = describe_run(config, batch, vocab, run_folder.name)
     return TrainingRun(
-        config, batch, parallel, vocab, data, engine, guard, start.run_id, description, folder=run_folder
+        config,
+        batch,
+        parallel,
+        vocab,
+        data,
+        engine,
+        guard,
+        start.run_id,
+        description,
+        folder=run_folder,
+        lease=lease or RunLease(),
     )
 
 
 def build_callbacks(context: TrainingContext) -> list[Callback]:
     """Builds the callbacks that the configuration asks for, in the order in which they see a step.
 
-    Metrics come after the evaluations that they record. Checkpoints come last: what the others count is saved too.
+    Whether the folder is still the run's comes first, before anything writes to it. Metrics come after the evaluations
+    that they record. Checkpoints come last: what the others count is saved too.
     """
     config, datasets = context.run.config, context.run.data.datasets
     evaluates = config.training.eval_iters > 0
     callbacks: list[tuple[type[Callback], bool]] = [
+        (RunFolder, True),
         (BatchHashes, config.monitor.log_batch_hashes),
         (Validation, evaluates and datasets.valid is not None),
         (FinalTest, evaluates and datasets.test is not None),

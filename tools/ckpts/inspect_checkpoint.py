@@ -109,7 +109,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     weights = sum(entry.size for name, entry in files.items() if name.startswith("layer_"))
     return {
         "path": str(checkpoint.path),
-        "state": asdict(checkpoint.state),
+        "state": asdict(checkpoint.state) | {"growth": [each.model_dump() for each in checkpoint.state.growth]},
         "layout": checkpoint.manifest.layout,
         "run_id": checkpoint.manifest.run_id,
         "sequence": checkpoint.manifest.sequence,
@@ -168,6 +168,13 @@ def text_of(report: dict[str, Any]) -> Iterator[str]:
     yield f"  samples read    {trained:,} training, {validated:,} validation"
     yield f"  layout          {', '.join(f'{name} {size}' for name, size in layout.items())}"
     yield f"  vocabulary      {state['vocab_size']:,}, padded to {state['padded_vocab_size']:,}"
+    for growth in state["growth"]:
+        sizes = ", ".join(
+            f"{name} {size} > {growth['after'][name]}"
+            for name, size in growth["before"].items()
+            if growth["after"][name] != size
+        )
+        yield f"  grown           at step {growth['iteration']:,} by {growth['rules']['operator']}: {sizes}"
     yield f"  run             {report['run_id']}, save {report['sequence']}"
     yield f"  written by      {', '.join(f'{name} {version}' for name, version in versions.items() if version)}"
     sizes = f"{mebibytes(report['bytes'])} MiB, {mebibytes(report['bytes_of_weights'])} of them weights"

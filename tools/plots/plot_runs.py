@@ -25,6 +25,7 @@ from matplotlib.ticker import FuncFormatter
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
+from tools.plots.foreign_values import label
 from tools.plots.run_records import RunRecord, load_runs, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -140,9 +141,9 @@ def draw(
         _dress(ax, panel)
         if panel is PANELS["loss"]:
             for value, name in references:
-                ax.axhline(value, label=f"{name}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
-    label, format_x = X_AXES[x]
-    axes[-1].set_xlabel(label)
+                ax.axhline(value, label=f"{label(name)}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
+    quantity, format_x = X_AXES[x]
+    axes[-1].set_xlabel(quantity)
     if log_x:
         axes[-1].set_xscale("log")
     else:
@@ -206,7 +207,9 @@ def _dress(ax: Axes, panel: Panel) -> None:
 
 def _name_runs(figure: Figure, runs: Sequence[RunRecord]) -> None:
     """Writes the title of a single run; for several, a legend of their colours over all panels."""
-    names = [f"{run.name}, {format_count(run.parameters)} parameters" if run.parameters else run.name for run in runs]
+    names = [
+        label(run.name) + (f", {format_count(run.parameters)} parameters" if run.parameters else "") for run in runs
+    ]
     if len(runs) == 1:
         figure.suptitle(names[0])
         return

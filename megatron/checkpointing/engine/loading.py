@@ -55,7 +55,13 @@ def _load(
             same_precision=same_precision,
         )
         return
-    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    # What Python raises where a file lacks an entry, or has one of another kind.
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not hold what DeepSpeed 0.19.8 writes ({error!r}). Load another checkpoint."
+        ) from error
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
 
@@ -78,13 +84,14 @@ def _layout_differences(
     return [f"{name} {before}, here {now}" for name, (before, now) in pairs.items() if before != now]
 
 
-def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
+def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext, *, keep_ramp: bool) -> None:
     """Loads weights alone, whatever layout wrote them. Collective.
 
+    The multiplier of a growth that still opens is folded into the keys, unless the run goes on with it (`keep_ramp`).
     Raises CheckpointError when a file is damaged or unsafe.
     """
     _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
-    load_parameters(engine.module.global_parameters(), checkpoint, context)
+    load_parameters(engine.module.global_parameters(), checkpoint, context, keep_ramp=keep_ramp)
     engine.optimizer.refresh_fp32_params()
 
 

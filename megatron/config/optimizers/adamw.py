@@ -42,6 +42,7 @@ OPTIMIZERS.register("adamw")(
     OptimizerFacts(
         section=AdamWConfig,
         moments=("exp_avg", "exp_avg_sq"),
+        squared_moments=("exp_avg_sq",),
         groups=(
             ParameterGroup(
                 "decayed",

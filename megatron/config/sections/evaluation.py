@@ -10,6 +10,7 @@ from megatron.config.bounds import Count, SampleCount, StepNumber
 from megatron.config.section import Key, Section
 
 FewShot = Annotated[int, Field(ge=0, le=10_000)]
+Resamples = Annotated[int, Field(ge=2, le=10**7)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -39,6 +40,15 @@ class EvaluationConfig(Section):
     iterations: Annotated[list[StepNumber] | Literal["all"], Key(difference="not a NeoX key")] = Field(default=[])
     """Steps of the checkpoints to score one after the other [steps]; none means the one that `iteration` names, or the
     newest."""
+
+    log_samples: Annotated[bool, Key(difference="not a NeoX key")] = False
+    """Write lm-eval's log of samples for each task, in a folder beside the results: documents, requests, answers."""
+
+    bootstrap_iters: Annotated[Literal[0] | Annotated[int, Field(ge=2, le=10**7)], Key(difference="not a NeoX key")] = (
+        100_000
+    )
+    """Resamples behind standard errors that have no formula [samples]; 0 gives none. Fewer are faster, and too few hide
+    the tail of a metric such as perplexity."""
 
     output: Annotated[str, Key(difference="not a NeoX key; there, the current folder")] = "eval_results"
     """Folder of the results, or the .json file of a single one."""
