@@ -56,7 +56,9 @@ A run is described by YAML files in NeoX's vocabulary. Several are merged; no ke
 
 - `-d DIR` goes before every file, and `.yml` may be left out. `key=value` words come after the files and take the place
   of their values; keys of nested dictionaries are joined by dots, as in `optimizer.params.lr=1e-3`.
-- Hyphens and underscores mean the same. A duplicate key is an error, also within a file and across `a-b` and `a_b`.
+- Hyphens and underscores mean the same. A duplicate key is an error, also within a file and across `a-b` and `a_b`; on
+  the command line the last counts, with a notice. `key=null` there clears a key of the files, and `fp16=null` a whole
+  dictionary.
 - `6e-4` is a number. Only `true` and `false` (also `True`, `TRUE` and so on) are booleans: `yes`, `no`, `on` and `off`
   are text. `12:30` and `010` are text. `null`, `None`, `~` and an empty value leave a key unset.
 - `--check` validates and stops, `--world-size N` with it also the batch on N ranks; neither needs a GPU or torch.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +117,9 @@ def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
+    if command.answered and isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal may not have all letters of a path.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if command.print_effective_config:
         print(effective_text(loaded, command.world_size))
     elif command.check:

@@ -67,7 +67,7 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Composes a node, and those inside it; raises MarkedYAMLError when they are nested too deep."""
+        """Builds a node, and those inside it; raises MarkedYAMLError when they are nested too deep."""
         if self._depth > MAX_DEPTH:
             problem = f"lists and mappings are nested more than {MAX_DEPTH} deep"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self._mark())

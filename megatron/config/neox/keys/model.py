@@ -75,14 +75,14 @@ def _norm(value: YamlValue, flat: Flat) -> Converted:
 
 
 def _activation(value: YamlValue, flat: Flat) -> Converted:
-    """Replaces exact GeLU by its tanh approximation under bias_gelu_fusion, as NeoX does."""
+    """Leaves exact GeLU to bias_gelu_fusion, under which NeoX computes the tanh approximation."""
     _refuse_absent(value, "geglu relu softsign swish mish silu reglu swiglu bilinear glu", "gelu and gelu_tanh")
-    return "gelu_tanh" if value == "gelu" and flat.get("bias_gelu_fusion") is True else value
+    return UNSET if value == "gelu" and flat.get("bias_gelu_fusion") is True else value
 
 
 def _fused_gelu(value: YamlValue, flat: Flat) -> Converted:
-    """Returns the approximation that NeoX's fused kernel computes. Beside `activation`, that key tells what it is."""
-    return "gelu_tanh" if value is True and flat.get("activation") is None else UNSET
+    """Returns the approximation that NeoX's fused kernel computes; of another activation it says nothing."""
+    return "gelu_tanh" if value is True and flat.get("activation") in (None, "gelu") else UNSET
 
 
 def _refuse_absent(value: YamlValue, absent: str, present: str) -> None:
