@@ -371,8 +371,8 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
     if run.checkpoint.pretrain_partial_init is not None:
         yield Finding(
             "checkpoint.pretrain_partial_init",
-            "starting from a model with fewer parameter tokens is not implemented; remove the key to start from "
-            "initial weights",
+            "starting from a model with fewer parameter tokens is not implemented; `tools/ckpts/grow.py --operator "
+            "published` makes the larger checkpoint as the release does, and a run goes on from that",
         )
 
 

@@ -115,7 +115,7 @@ def _suggestion(key: str) -> str:
     """Asks for the key that was probably meant: one of the same name in a dictionary, or one that is spelt alike."""
     _, _, name = key.rpartition(".")
     nested = [known for known in mapped_keys() if known.endswith(f".{name}")]
-    return f"; did you mean {nested[0]}?" if nested else did_you_mean(key, mapped_keys())
+    return f"; did you mean {nested[0]}?" if len(nested) == 1 else did_you_mean(key, mapped_keys())
 
 
 def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation) -> None:
@@ -125,7 +125,7 @@ def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation)
         return
     note = f"{item}: no effect: {entry.reason}"
     translation.inert.append(note)
-    if item.value in (False, {"enabled": False}):
+    if item.value is False or item.value == {"enabled": False}:
         return
     if entry.warn:
         translation.warnings.append(note)

@@ -255,7 +255,7 @@ _EXPECTED = {
     "null": "null",
     "bool": "true or false",
     "int": "a whole number",
-    "float": "a number with a point or an exponent",
+    "float": "a number",
     "str": "text",
 }
 
@@ -265,10 +265,14 @@ def _refusal(kind: str, text: str) -> str | None:
     if kind == "str":
         if len(text) > MAX_TEXT:
             return f"a text of {len(text):,} characters; at most {MAX_TEXT:,} are read"
-        return None if _is_text(text) else "the text holds a character that UTF-8 has not, or U+0000: no file name can"
+        return (
+            None if _is_text(text) else "the text holds U+0000 or a lone surrogate, which no file can have in its name"
+        )
     if kind in ("int", "float") and len(text) > MAX_DIGITS:
         return f"a number of {len(text):,} characters; at most {MAX_DIGITS} are read"
     if any(kind == known and re.fullmatch(pattern, text) for known, pattern in _PATTERNS):
+        return None
+    if kind == "float" and re.fullmatch(r"[-+]?[0-9][0-9_]*", text):
         return None
     return f"the tag !!{kind} stands before something else than {_EXPECTED[kind]}"
 

@@ -100,6 +100,7 @@ def assert_remedies_work(key: str, lines: list[str]) -> None:
             assert f"command line {name}: " not in again, (line, again)
         for proposed in re.findall(r"\b(?:use|see|give|leave) ([a-z]+_[a-z0-9_.]+)", said):
             assert is_known(proposed.rstrip(".")), line
+            assert not isinstance(find_entry(proposed.rstrip(".")), Rejected), line
         if re.search(r"leave (it|the key) out|remove the key", said):
             # That is no remedy where the key asks for another model.
             assert not isinstance(find_entry(key), Inert), line
