@@ -69,8 +69,8 @@ def find_start(config: RunConfig) -> RunStart:
     if config.checkpoint.pretrain_partial_init is not None:
         raise ConfigError(
             f"pretrain_partial_init: {config.checkpoint.pretrain_partial_init}: starting from a model with fewer "
-            "parameter tokens is not implemented. `tools/ckpts/grow.py --operator published` makes the larger checkpoint "
-            "as the release does, and a run goes on from that."
+            "parameter tokens is not implemented. `tools/ckpts/grow.py --operator published` makes the larger "
+            "checkpoint as the release does, and a run goes on from that."
         )
     start = _locate(config.checkpoint)
     if start.checkpoint is not None:
