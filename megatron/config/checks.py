@@ -367,15 +367,6 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _partial_init(run: RunConfig) -> Iterator[Finding]:
-    if run.checkpoint.pretrain_partial_init is not None:
-        yield Finding(
-            "checkpoint.pretrain_partial_init",
-            "starting from a model with fewer parameter tokens is not implemented; `tools/ckpts/grow.py --operator "
-            "published` makes the larger checkpoint as the release does, and a run goes on from that",
-        )
-
-
 def _optimizer_switches(run: RunConfig) -> Iterator[Finding]:
     own = facts_of(run.training.optimizer).switches
     others = {switch for facts in registered_optimizers() for switch in facts.switches}.difference(own)
@@ -438,7 +429,6 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _tokenizer_files,
     _checkpoint_steps,
     _checkpoint_to_load,
-    _partial_init,
     _flash_attention,
     _evaluation_output,
     _prompts,

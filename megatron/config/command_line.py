@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,15 +108,19 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def load_command_line(argv: Sequence[str]) -> tuple[CommandLine, LoadedConfig]:
+def load_command_line(
+    argv: Sequence[str], check: Callable[[LoadedConfig], None] = lambda loaded: None
+) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
-    Raises ConfigError for what is wrong with it, also with its batch on `--world-size` ranks.
+    `check` is of what this package cannot know. Raises ConfigError for what is wrong with the configuration, also with
+    its batch on `--world-size` ranks.
     """
     command = parse_command_line(argv)
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
+    check(loaded)
     if command.answered and isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal may not have all letters of a path.
         sys.stdout.reconfigure(errors="backslashreplace")

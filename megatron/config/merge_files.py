@@ -53,7 +53,7 @@ def gather(files: Sequence[Path], overrides: Sequence[str]) -> Gathered:
                 del entries[key]
             else:
                 top_level[key] = origin
-        _add(_flatten(entries, file), gathered.given, gathered.problems)
+        _add(flatten(entries, file), gathered.given, gathered.problems)
     for override in overrides:
         _override(override, gathered)
     return gathered
@@ -95,12 +95,13 @@ def _repeated_names(files: Sequence[Path]) -> Iterator[Problem]:
                 yield Problem(str(file), f"another file of this name is given: {earlier}", Origin("file", file=file))
 
 
-def _flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+def flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+    """Yields the flat keys that `entries` set in `file`, or on the command line, and what is wrong with them."""
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)
         if isinstance(entry.value, dict) and is_dictionary(key):
-            yield from _flatten(entry.value, file, f"{key}.")
+            yield from flatten(entry.value, file, f"{key}.")
         elif is_dictionary(key) and without_extra_args(key) not in neox_keys():
             block = Given(key, entry.plain(), origin)
             if entry.value is None:
@@ -126,4 +127,4 @@ def _parse_override(override: str) -> Iterator[Given | Problem]:
     written = Given(key, match["value"], COMMAND_LINE, is_known(key))
     yield from (problem_with(written, problem.message) for problem in problems)
     if not problems:
-        yield from _flatten({key: entry}, None)
+        yield from flatten({key: entry}, None)

@@ -25,7 +25,7 @@ from megatron_tokenformer import run_tool
 from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
 from megatron.checkpointing.states.parameter_layout import layer_layouts
 from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
-from megatron.checkpointing.store.find_checkpoint import survey
+from megatron.checkpointing.store.find_checkpoint import require_still_there, survey
 from megatron.checkpointing.store.manifest import damage, unlisted
 from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
@@ -80,7 +80,7 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
     if not found:
         reasons = "".join(f"\n  {problem}" for other in others for problem in other["problems"])
         raise CheckpointError(f"{path} holds no checkpoint that can be read.{reasons}\nName a run's folder.")
-    others += [{"name": each.path.name, "problems": verify(each, "sizes")} for each in found[1:]]
+    others += [{"name": each.path.name, "problems": verify(each, "sizes")} for each in found[1:] if each.path.is_dir()]
     return found[0], others
 
 
@@ -93,13 +93,18 @@ def readable(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, level: Verification) -> list[str]:
-    """Compares the files with the manifest, and describes each that is damaged in a sentence."""
+    """Compares the files with the manifest, and describes each that is damaged in a sentence.
+
+    Raises CheckpointError when the checkpoint was removed meanwhile.
+    """
     files = checkpoint.manifest.files
     problems = [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
     with shown_progress("verifying", sum(entry.size for entry in files.values())) as advance:
         for name, entry in files.items():
             problems += damage(checkpoint.path, {name: entry}, level)
             advance(entry.size)
+    if problems:
+        require_still_there(checkpoint.path)
     return problems
 
 

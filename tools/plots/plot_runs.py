@@ -26,7 +26,7 @@ from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
 from tools.plots.foreign_values import label
-from tools.plots.run_records import RunRecord, load_runs, series
+from tools.plots.run_records import RunRecord, load_runs, positions, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's palette, told apart by colour-blind readers; without its yellow, too pale for lines on white.
@@ -142,6 +142,8 @@ def draw(
         if panel is PANELS["loss"]:
             for value, name in references:
                 ax.axhline(value, label=f"{label(name)}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
+    for index, run in enumerate(runs):
+        _mark_events(axes, run, x, "0.35" if len(runs) == 1 else COLOURS[index % len(COLOURS)])
     quantity, format_x = X_AXES[x]
     axes[-1].set_xlabel(quantity)
     if log_x:
@@ -188,6 +190,30 @@ def _draw_curve(
         y = moving_average(y, window)
     # A handful of points, or a point between gaps, would not show as a line.
     ax.plot(x, y, gid=metric, color=colour, marker="." if len(x) < 30 else "", **style)
+
+
+def _mark_events(axes: Sequence[Axes], run: RunRecord, x: str, colour: str) -> None:
+    """Draws a line through all panels for each event of a run, and what it was beside the first one's."""
+    for event, place in zip(run.events, positions(run, run.events, x), strict=True):
+        for ax in axes:
+            ax.axvline(place, gid=f"event {event['event']}", color=colour, linestyle=":", linewidth=1.2, zorder=1)
+        axes[0].annotate(
+            _short(event),
+            (place, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, -4),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=7,
+            color=colour,
+        )
+
+
+def _short(event: dict[str, Any]) -> str:
+    before, after = (format_count(event[f"parameters_{when}"]) for when in ("before", "after"))
+    return f"{label(str(event.get('operator')))}: {before} to {after} parameters"
 
 
 def _dress(ax: Axes, panel: Panel) -> None:

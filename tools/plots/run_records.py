@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from megatron.errors import DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
 from tools.plots.foreign_values import is_number, one_line
+
+AXES_IN_ROWS = ("consumed_tokens", "training_flops")
+"""Places on a horizontal axis that rows hold beside their step."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class RunRecord:
 
     flops_per_token: float | None
     """Forward and backward [FLOP], from run.json; None where there is none."""
+
+    file: Path
+    """The metrics.jsonl."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that mark what happened between two steps, such as growth."""
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -47,16 +56,19 @@ def load_run(path: Path) -> RunRecord:
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path}: no {METRICS_FILE} here. Give a run's folder (log_dir, or save) or the file itself.")
-    records = sorted(read_records(file), key=lambda record: record["iteration"])
+    rows = sorted(read_records(file), key=lambda record: record["iteration"])
+    records, events = [row for row in rows if "event" not in row], [row for row in rows if "event" in row]
     _require_numbers(file, records)
+    _require_growths(file, events)
     if not records:
         raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
-    # An evaluation may have a row of its own, whose token count stands in the training row of the same step.
-    tokens = {record["iteration"]: record["consumed_tokens"] for record in records if "consumed_tokens" in record}
-    records = [
-        {"consumed_tokens": tokens[record["iteration"]]} | record if record["iteration"] in tokens else record
-        for record in records
-    ]
+    # An evaluation may have a row of its own, whose place on the axes stands in the training row of the same step.
+    for axis in AXES_IN_ROWS:
+        places = {record["iteration"]: record[axis] for record in records if axis in record}
+        records = [
+            {axis: places[record["iteration"]]} | record if record["iteration"] in places else record
+            for record in records
+        ]
     described = file.with_name("run.json")
     description = _read_description(described)
     for key in ("parameters", "flops_per_token"):
@@ -64,7 +76,7 @@ def load_run(path: Path) -> RunRecord:
         if value is not None and not is_number(value):
             raise DataError(f"{described}: {key} is {value!r:.50}, no number. Remove the file if it is not yours.")
     name = one_line(str(description.get("name") or file.resolve().parent.name))
-    return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"))
+    return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"), file, events)
 
 
 def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -76,6 +88,17 @@ def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
                     f"{file}: {key!r} of iteration {record['iteration']} is {value!r:.50}, no number, so this is no "
                     "metrics file of a run, or it is damaged."
                 )
+
+
+def _require_growths(file: Path, events: Sequence[dict[str, Any]]) -> None:
+    """Raises DataError where an event is not the growth of a run."""
+    numbers = (*AXES_IN_ROWS, "parameters_before", "parameters_after")
+    for event in events:
+        if event["event"] != "growth" or not all(is_number(event.get(key)) for key in numbers):
+            raise DataError(
+                f"{file}: the event of iteration {event['iteration']} is no growth of a run: {event['event']!r:.50}. "
+                "Remove the line, or move the file away."
+            )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -96,13 +119,15 @@ def positions(run: RunRecord, records: Sequence[dict[str, Any]], x: str) -> np.n
     """
     if x == "steps":
         return np.array([record["iteration"] for record in records], dtype=float)
+    if x == "flops" and all("training_flops" in record for record in records):
+        return np.array([record["training_flops"] for record in records], dtype=float)
     if any("consumed_tokens" not in record for record in records):
-        raise DataError(f"{run.name}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
+        raise DataError(f"{run.file}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
     tokens = np.array([record["consumed_tokens"] for record in records], dtype=float)
     if x == "tokens":
         return tokens
     if not run.flops_per_token:
-        raise DataError(f"{run.name}: no flops_per_token in run.json beside {METRICS_FILE}, which --x flops needs.")
+        raise DataError(f"{run.file}: no flops_per_token in run.json beside it, which --x flops needs.")
     return tokens * run.flops_per_token
 
 

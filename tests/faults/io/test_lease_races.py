@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from megatron.errors import CheckpointError
 from megatron.io.lease import LEASE_FILE, FolderLease
-from tests.helpers.forkserver import CONTEXT, ENVIRONMENT
+from tests.helpers.forkserver import CONTEXT, ENVIRONMENT, ROOT
 
 CONTENDERS = 6
 
@@ -59,3 +62,15 @@ def test_one_of_many_gets_it(left: bool, tmp_path: Path) -> None:
 def _die_as_holder(folder: Path) -> None:
     FolderLease(folder, "").acquire()
     os._exit(1)
+
+
+def test_a_holder_that_nobody_has_reaped_is_gone(tmp_path: Path) -> None:
+    """As in a container whose first process does not ask for exit codes: the holder stays in the list of processes."""
+    program = "import os, sys; from pathlib import Path; from megatron.io.lease import FolderLease\n"
+    program += "FolderLease(Path(sys.argv[1]), '').acquire(); os.kill(os.getpid(), 9)"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) as holder:
+        while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        claim = FolderLease(tmp_path, "")
+        assert claim.attempt(), "at once"
+        claim.release()

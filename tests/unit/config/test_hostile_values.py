@@ -68,7 +68,9 @@ FILES = [
     path
     for path, field in fields().items()
     if field.type_schema.get("type", "string") == "string"
-    and not path.startswith(("model.", "monitor.wandb", "training.", "speedups.", "parallel.", "generation.prompt_end"))
+    and not path.startswith(
+        ("model.", "grow.", "monitor.wandb", "training.", "speedups.", "parallel.", "generation.prompt_end")
+    )
 ]
 """Texts that may become names of files."""
 

@@ -166,6 +166,6 @@ TRAINING_KEYS: dict[str, TableEntry] = {
     "qkv_slot_num_new": Rejected(DELETED_EXPERIMENT, "set qkv_slot_num"),
     "proj_slot_num_new": Rejected(DELETED_EXPERIMENT, "set proj_slot_num"),
     "ffn_slot_num_new": Rejected(DELETED_EXPERIMENT, "set ffn_slot_num"),
-    "scale_pretrain": Rejected(DELETED_EXPERIMENT, "tools/ckpts/grow.py makes larger models"),
+    "scale_pretrain": Rejected(DELETED_EXPERIMENT, "use pretrain_partial_init"),
     "amp": Rejected("apex's mixed precision is not supported", "use precision: bfloat16 or fp16", accepts=dict),
 }
