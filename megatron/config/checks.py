@@ -258,7 +258,7 @@ def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
 def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
     lowest, peak = run.training.lr_schedule.min_lr, run.training.optimizer.lr
     if lowest > peak:
-        yield Finding("training.lr_schedule.min_lr", f"is above the peak learning rate {peak:g}")
+        yield Finding("training.lr_schedule.min_lr", f"is above optimizer.params.lr {peak:g}, the peak learning rate")
 
 
 def _one_schedule(run: RunConfig) -> Iterator[Finding]:

@@ -109,25 +109,25 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def load_command_line(
-    argv: Sequence[str], check: Callable[[LoadedConfig], None] = lambda loaded: None
+    argv: Sequence[str], check: Callable[[LoadedConfig], list[str]] = lambda loaded: []
 ) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
-    `check` is of what this package cannot know. Raises ConfigError for what is wrong with the configuration, also with
-    its batch on `--world-size` ranks.
+    `check` is of what this package cannot know; it returns lines for `--check` to print. Raises ConfigError for what is
+    wrong with the configuration, also with its batch on `--world-size` ranks.
     """
     command = parse_command_line(argv)
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
-    check(loaded)
+    found = check(loaded)
     if command.answered and isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal may not have all letters of a path.
         sys.stdout.reconfigure(errors="backslashreplace")
     if command.print_effective_config:
         print(effective_text(loaded, command.world_size))
     elif command.check:
-        print("\n".join(["the configuration is valid", *summary(loaded, command.world_size)]))
+        print("\n".join(["the configuration is valid", *summary(loaded, command.world_size), *found]))
     if command.answered:
         print_warnings(loaded)
     return command, loaded
