@@ -143,6 +143,7 @@ class Runner:
         self.started = time.monotonic()
         self._stopped = threading.Event()
         self._children: list[subprocess.Popen[bytes]] = []
+        self._running: set[str] = set()
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Ends what runs, and starts nothing more."""
@@ -163,12 +164,14 @@ class Runner:
                     if len(running) >= self.jobs:
                         break
                     tried.add(ready.name)
+                    self._running.add(ready.name)
                     running.add(pool.submit(self._run_cell, ready))
                 if not running:
                     break
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     outcome = future.result()
+                    self._running.discard(outcome.ready.name)
                     if outcome.status is None:
                         continue
                     self.table.add(outcome.ready, outcome.status, outcome.facts)
@@ -183,15 +186,22 @@ class Runner:
         return int(bool(failed))
 
     def _startable(self, tried: set[str]) -> Iterator[ReadyCell]:
+        """Yields cells that can run now: what is left, after runs that it starts from and whose folders are gone."""
         results = self.table.results()
         done = {result.name for result in results}
-        for cell in self.experiment.cells:
-            ready = self.experiment.ready(cell, results)
-            if ready is None or ready.name in done | tried:
-                continue
-            names = (ready.name, cell.group)
-            if not self.only or any(fnmatch.fnmatch(name, pattern) for name in names for pattern in self.only):
-                yield ready
+        ready = {cell.name: cell for cell in self._ready(results)}
+        left = [cell for name, cell in ready.items() if name not in done | tried and self._is_asked_for(cell)]
+        gone = {name for cell in left for name in cell.needs if not ready[name].folder.is_dir()}
+        yield from (ready[name] for name in sorted(gone - tried))
+        yield from (cell for cell in left if not (gone | self._running) & set(cell.needs))
+
+    def _ready(self, results: Sequence[Result]) -> list[ReadyCell]:
+        found = (self.experiment.ready(cell, results) for cell in self.experiment.cells)
+        return [ready for ready in found if ready is not None]
+
+    def _is_asked_for(self, ready: ReadyCell) -> bool:
+        names = (ready.name, ready.cell.group)
+        return not self.only or any(fnmatch.fnmatch(name, pattern) for name in names for pattern in self.only)
 
     def _prepare(self) -> None:
         self.experiment.work.mkdir(parents=True, exist_ok=True)
@@ -290,11 +300,12 @@ class Runner:
 
 
 def report_words(experiment: Experiment, table: ResultsTable) -> list[str]:
-    """Lists the words that tools/growth_report.py takes for the cells that are done, as seen from the root folder."""
+    """Lists the words that tools/growth_report.py takes for cells whose runs are there, from the root folder."""
     results = table.results()
     done = {result.name for result in results}
     ready = [experiment.ready(cell, results) for cell in experiment.cells]
-    words = [cell.report for cell in ready if cell is not None and cell.name in done and cell.report is not None]
+    there = [cell for cell in ready if cell is not None and cell.name in done and cell.folder.is_dir()]
+    words = [cell.report for cell in there if cell.report is not None]
     return [word.replace(f"{ROOT}{os.sep}", "") for word in words]
 
 

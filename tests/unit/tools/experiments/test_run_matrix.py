@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,19 @@ def test_a_changed_configuration_runs_again_with_all_that_depends_on_it(folder: 
     assert [folder.started().count(name) for name in (*SMALL, *GROWN)] == [2, 2, 2, 1, 1]
     listed = run_matrix.listing(Experiment(folder.write()), run_matrix.ResultsTable(Experiment(folder.write())))
     assert "zero_key-s1: to do, its configuration has changed" in listed
+
+
+def test_a_run_that_is_needed_and_gone_is_made_again(folder: Folder) -> None:
+    """Results are kept in the repository, and runs are not."""
+    assert folder.run() == 0
+    shutil.rmtree(folder.path / "work")
+    assert folder.run() == 0
+    assert not (folder.path / "work" / "cells").exists(), "nothing is left to do"
+    folder.groups["grown"]["vary"]["seed"] = [1, 2, 3]
+    assert folder.run() == 0
+    assert folder.started() == ["small-lr0.004", "zero_key-s3"]
+    words = (folder.path / "work" / "report.txt").read_text().splitlines()
+    assert [word.partition("=")[0] for word in words] == ["small", "zero_key"]
 
 
 def test_a_cell_that_fails_is_named_and_tried_again(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
