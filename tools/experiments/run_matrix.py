@@ -140,7 +140,6 @@ class Runner:
         self.table = table
         self.jobs = jobs
         self.only = only
-        self.started = time.monotonic()
         self._stopped = threading.Event()
         self._children: list[subprocess.Popen[bytes]] = []
         self._running: set[str] = set()
@@ -148,7 +147,7 @@ class Runner:
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Ends what runs, and starts nothing more."""
         self._stopped.set()
-        for child in self._children:
+        for child in list(self._children):
             if child.poll() is None:
                 child.terminate()
 
