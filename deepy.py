@@ -11,22 +11,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.config.command_line import load_command_line
+from megatron.config.command_line import SCRIPTS, command_parser, load_command_line
 from megatron.errors import ConfigError, exit_on_user_error
 from megatron.launch.local import run_ranks, visible_devices
 
 TRAINING_SCRIPT = "train.py"
 """Every other script runs a trained model, which has no batch triangle and no pipeline."""
+HELP = {"-h", "--help"}
 
 
 def main(argv: Sequence[str]) -> int:
     """Validates the configuration, then runs the script on the ranks of this machine; returns its exit code."""
+    if argv and argv[0] in HELP:
+        print(help_text())
+        return 0
     if not argv or not argv[0].endswith(".py"):
-        raise ConfigError("usage: python deepy.py SCRIPT.py [-d DIR] CONFIG.yml [CONFIG.yml ...] [key=value ...]")
-    script, arguments = Path(argv[0]), argv[1:]
-    if not script.is_file():
-        raise ConfigError(f"{script}: no such script. deepy.py runs train.py, generate.py or eval.py.")
-    command, loaded = load_command_line(arguments)
+        raise ConfigError(
+            "usage: python deepy.py SCRIPT.py [-d DIR] CONFIG.yml [CONFIG.yml ...] [key=value ...]; "
+            "`python deepy.py --help` lists scripts and flags"
+        )
+    script, arguments = find_script(argv[0]), argv[1:]
+    command, loaded = load_command_line(arguments, script.name)
     if command.answered:
         return 0
     ranks = loaded.run.launch.num_gpus or visible_devices()
@@ -35,6 +40,23 @@ def main(argv: Sequence[str]) -> int:
     else:
         loaded.replicas(ranks)
     return run_ranks([sys.executable, str(script), *arguments], ranks, loaded.run.launch.master_port)
+
+
+def help_text() -> str:
+    """Returns the scripts, and the flags of each, as its own parser has them."""
+    parser = command_parser()
+    parser.description = "\n".join(
+        ["Starts a script of this project on every rank:", *(f"  {name:<13}{does}" for name, does in SCRIPTS.items())]
+    )
+    return parser.format_help()
+
+
+def find_script(word: str) -> Path:
+    """Returns a script by its path, or by its name alone: then from any folder, and always the one beside this file."""
+    script = Path(__file__).resolve().with_name(word) if word in SCRIPTS else Path(word)
+    if not script.is_file():
+        raise ConfigError(f"{word}: no such script. deepy.py runs {', '.join(SCRIPTS)}.")
+    return script
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from megatron.registry import install_extra, require
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration, scores the models that it names, and writes a results file for each."""
-    command, loaded = load_command_line(argv)
+    command, loaded = load_command_line(argv, "eval.py")
     if command.answered:
         return 0
     run = loaded.run

@@ -15,7 +15,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and a checkpoint, and continues prompts. Returns the exit code."""
-    command, loaded = load_command_line(argv)
+    command, loaded = load_command_line(argv, "generate.py")
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment

@@ -12,7 +12,7 @@ from megatron.errors import exit_on_user_error
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and trains. Returns the exit code."""
-    command, loaded = load_command_line(argv)
+    command, loaded = load_command_line(argv, "train.py")
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment

@@ -22,6 +22,7 @@ from yaml.scanner import Scanner
 
 from megatron.config.yaml.problems import Origin, Problem, YamlValue
 from megatron.errors import ConfigError
+from megatron.io.checkout import hint_at_checkout
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -70,7 +71,8 @@ def read_yaml(file: Path) -> tuple[dict[str, LocatedValue], list[Problem]]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        return {}, [Problem(str(file), f"cannot be read: {error.strerror}", Origin("file", file=file))]
+        reason = f"cannot be read: {error.strerror}.{hint_at_checkout(file)}"
+        return {}, [Problem(str(file), reason, Origin("file", file=file))]
     return _Document(file).entries(content)
 
 
