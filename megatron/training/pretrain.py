@@ -67,6 +67,10 @@ def pretrain_in_group(
     sizes = config.parallel
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
     start = find_start(config)
+    if start.continues and start.progress.iteration >= config.training.train_iters:
+        done, asked = start.progress.iteration, config.training.train_iters
+        logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
+        return Ending.FINISHED
     logger.info("%s", start)
     run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop or StopRequest())
     while True:
