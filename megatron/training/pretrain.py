@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron.checkpointing.states.same_model import require_same_vocabulary
@@ -13,6 +14,7 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
+from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import build_engine, require_hardware
@@ -25,6 +27,7 @@ from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
+from megatron.training.stability.deepspeed_version import compare_unknown, refuse_known_faults
 from megatron.training.stop_request import StopRequest, signals_request
 from megatron.training.training_context import TrainingContext, TrainingRun, open_training_context
 from megatron.training.training_data import build_training_data
@@ -43,9 +46,11 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
     stop = StopRequest(config.training.exit_duration_in_mins)
     with signals_request(stop):
         require_hardware(config)
+        refuse_known_faults(config.parallel.pipe_parallel_size)
         if config.checkpoint.save is not None:
             require_writable(Path(config.checkpoint.save))
         with process_group():
+            on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             join_process_group()
             ending = pretrain_in_group(config, batch, run_folder, stop)
     if ending is not Ending.STOPPED:
