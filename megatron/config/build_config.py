@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,7 +16,8 @@ from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_f
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import describe, expected
-from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, show
+from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, report, show
+from megatron.errors import ConfigError
 
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
@@ -35,6 +37,22 @@ def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig
         return None, _checked_in_part(settings, refused)
     findings = [finding for check in CHECKS for finding in check(run)]
     return (None if findings else run), [_located(finding, settings) for finding in findings]
+
+
+def require_consistent(run: RunConfig, made_from: RunConfig) -> None:
+    """Checks a configuration that was made from another one rather than from YAML.
+
+    Raises ConfigError with everything that does not fit together, and did before.
+    """
+    known = {finding for check in CHECKS for finding in check(made_from)}
+    problems = [
+        Problem(f"{fields()[finding.path].key}: {show(attrgetter(finding.path)(run))}", finding.message)
+        for check in CHECKS
+        for finding in check(run)
+        if finding not in known
+    ]
+    if problems:
+        raise ConfigError(report(problems, ()))
 
 
 def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin]:

@@ -120,6 +120,9 @@ class OptimizerFacts(Generic[S]):
     """Classes that compute the same step, by the name that a run's log shows. The first is the reference; of
     those that fit a run, the last is used."""
 
+    squared_moments: tuple[str, ...] = ()
+    """Those moments that average squares of gradients: a gradient of twice the size makes them four times as large."""
+
     known_to_deepspeed: bool = False
     """Whether all these classes are on DeepSpeed's list of those tested under ZeRO, so that it needs no permission."""
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import layer_layouts
+from megatron.checkpointing.states.same_model import model_differences
+from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import VocabSize
+from megatron.model.new_rows import first_new_row
 from megatron.mpu.parameters import ParameterSpec, initial_values
 from megatron.registry import Registry
+
+TOKEN_COUNTS = {"qkv": "qkv_slot_num", "proj": "proj_slot_num", "ffn": "ffn_slot_num"}
+"""Counts of parameter tokens, and their YAML keys; each has a scale of its own, such as `qkv_scale_base`."""
+RULES_OF_ONE_OPERATOR = ("ramp_iters", "perturb", "shrink", "insert_at")
+"""Rules that have no effect but with the operators that declare them."""
 
 
 @dataclass(frozen=True)
@@ -23,51 +33,207 @@ class Growth:
 
     before: ModelConfig
     after: ModelConfig
-    specs: Mapping[str, ParameterSpec]
-    """Parameters of the larger model by global name."""
+    vocab: VocabSize
+    record: GrowthRecord
     seed: int
     """Seed of the values that are new."""
+    squared_moments: tuple[str, ...] = ()
+    """The optimizer's moments that average squares of gradients."""
 
-    @staticmethod
-    def between(before: ModelConfig, after: ModelConfig, vocab: VocabSize, seed: int) -> Growth:
-        """Describes the growth from one model to another of the same vocabulary."""
-        layouts = layer_layouts(after, vocab)
-        specs = {layout.global_name(local): spec for layout in layouts for local, spec in layout.parameters.items()}
-        return Growth(before, after, specs, seed)
+    @property
+    def rules(self) -> GrowthRules:
+        """Returns the rules of this growth."""
+        return self.record.rules
+
+    @cached_property
+    def specs(self) -> dict[str, ParameterSpec]:
+        """Returns the parameters of the larger model by global name."""
+        layouts = layer_layouts(self.after, self.vocab)
+        return {layout.global_name(local): spec for layout in layouts for local, spec in layout.parameters.items()}
 
     def initial(self, name: str) -> Tensor:
         """Returns the whole float32 values that the larger model's parameter `name` would start training with."""
         return initial_values(self.specs[name], self.seed, name)
 
-    def added_rows(self, name: str, rows: int) -> int:
-        """Returns how many rows the larger model's parameter `name` has beyond `rows`."""
-        return self.specs[name].full_shape[0] - rows
+    def first_new_row(self, name: str) -> int | None:
+        """Returns the first row of the larger model's parameter `name` that is new; None where nothing is."""
+        return first_new_row(name, self.record)
 
 
-class GrowthOperator(Protocol):
+class GrowthOperator(ABC):
     """One way to grow. Its docstring says what it preserves, and which new parameters train from which step on."""
 
-    def require(self, growth: Growth) -> None:
-        """Raises ConfigError, naming the YAML key, when the operator cannot keep its promise for this growth."""
+    adds: ClassVar[Literal["tokens", "layers"]]
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """Those of RULES_OF_ONE_OPERATOR that it follows."""
 
+    @abstractmethod
+    def is_exact(self, theta: str | None) -> bool:
+        """Tells whether the larger model computes what the smaller did.
+
+        `theta` normalizes its scores; None for a model without parameter tokens.
+        """
+
+    @abstractmethod
     def grow(self, layer: LayerState, growth: Growth) -> LayerState:
-        """Returns the larger model's layer of the same name."""
+        """Returns the larger model's layer of the same name, with what the optimizer keeps of it."""
+
+    def refusal(self, before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> str | None:
+        """Returns why it cannot make the one model of the other, beginning with the key; None when it can."""
+        return None
+
+    def rules(self, rules: GrowthRules) -> GrowthRules:
+        """Returns the rules with what the operator itself decides. Raises ConfigError where they contradict it."""
+        return rules
+
+    def scale_base(self, base: int, before: int, after: int) -> int:
+        """Returns the token count that scales the scores after growth from `before` to `after` tokens."""
+        return base
+
+    def source_layers(self, before: int, after: int, rules: GrowthRules) -> tuple[int, ...]:
+        """Returns, for each of the larger model's layers, the layer of the smaller that it is made of."""
+        return tuple(range(after))
+
+    def new_layers(self, before: int, after: int, rules: GrowthRules) -> tuple[int, ...]:
+        """Returns the larger model's layers that are new."""
+        return ()
 
 
 GROWTH_OPERATORS: Registry[GrowthOperator] = Registry("growth operator", package="megatron.growth.operators")
 
 
-def require_more_tokens(growth: Growth) -> None:
-    """Raises ConfigError unless both models are TokenFormers, and no count of parameter tokens shrinks."""
-    before, after = growth.before.param_tokens, growth.after.param_tokens
-    if before is None or after is None:
-        raise ConfigError("architecture: only a TokenFormer has parameter tokens to add. Grow another checkpoint.")
-    for key, old, new in (
-        ("qkv_slot_num", before.qkv, after.qkv),
-        ("proj_slot_num", before.proj, after.proj),
-        ("ffn_slot_num", before.ffn, after.ffn),
-    ):
-        if new < old:
+def require_growth(before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> None:
+    """Raises ConfigError, naming the YAML key, when `rules.operator` cannot make a model `after` of one `before`."""
+    operator = GROWTH_OPERATORS[rules.operator]
+    _require_used_rules(operator, rules)
+    _require_same_but_for_sizes(before, after)
+    _require_more(before, after)
+    if operator.adds == "layers":
+        _require_same_tokens(before, after, rules.operator)
+    else:
+        _require_same_layers(before, after, rules.operator)
+        _require_allowed(operator, before, rules)
+    refusal = operator.refusal(before, after, rules)
+    if refusal is not None:
+        raise ConfigError(refusal)
+    if operator.adds == "tokens":
+        _require_scale(operator, before, after, rules.operator)
+
+
+def grown_layers(read: Callable[[str], LayerState], growth: Growth) -> Iterator[LayerState]:
+    """Yields the larger model's layers in the order of the pipeline.
+
+    `read` returns the smaller model's layer of a name, such as `layers.3`. A layer is in memory at a time.
+    """
+    operator = GROWTH_OPERATORS[growth.rules.operator]
+    before, after = growth.before.num_layers, growth.after.num_layers
+    sources = operator.source_layers(before, after, growth.rules)
+    for layout in layer_layouts(growth.after, growth.vocab):
+        stack, _, number = layout.name.partition(".")
+        layer = read(f"{stack}.{sources[int(number)]}" if number else layout.name)
+        yield with_moments_by_rule(operator.grow(layer.renamed(layout.name), growth), growth)
+
+
+def with_moments_by_rule(layer: LayerState, growth: Growth) -> LayerState:
+    """Returns a grown layer with its moments as `rules.moments` says.
+
+    Adam's bias correction has one step count for all rows. `reset_new` keeps it: zero moments under a large count make
+    first updates of (1 - beta1) / sqrt(1 - beta2) of the learning rate, 0.45 with the usual betas, a warmup of its own.
+    `reset_all` sets it to 0, as at the start of a run.
+    """
+    if growth.rules.moments == "reset_all":
+        return layer.replace({name: state.without_moments() for name, state in layer.parameters.items()})
+    if growth.rules.moments == "keep":
+        return layer
+    changed = {}
+    for local, state in layer.parameters.items():
+        row = growth.first_new_row(f"{layer.name}.{local}")
+        if row is not None:
+            kept = {name: moment.clone() for name, moment in state.moments.items()}
+            for moment in kept.values():
+                moment[row:] = 0
+            changed[local] = state.with_moments(kept)
+    return layer.replace(changed)
+
+
+def _require_used_rules(operator: GrowthOperator, rules: GrowthRules) -> None:
+    for field in RULES_OF_ONE_OPERATOR:
+        value, default = getattr(rules, field), GrowthRules.model_fields[field].default
+        if field not in operator.uses and value != default:
+            users = [name for name in GROWTH_OPERATORS if field in GROWTH_OPERATORS[name].uses]
             raise ConfigError(
-                f"{key}: {new} is fewer than the checkpoint's {old}. Growing adds tokens: use {old} or more."
+                f"grow.{field}: {value}: has no effect with {rules.operator}. It is a rule of {' and '.join(users)}: "
+                "leave it out, or choose that operator."
+            )
+
+
+def _require_same_but_for_sizes(before: ModelConfig, after: ModelConfig) -> None:
+    tokens = before.param_tokens
+    if tokens is not None and after.param_tokens is not None:
+        tokens = tokens.model_copy(update={"theta": after.param_tokens.theta})
+    resized = after.model_copy(update={"param_tokens": tokens, "num_layers": before.num_layers})
+    differences = model_differences(before, resized)
+    if differences:
+        raise ConfigError(
+            "The checkpoint cannot grow into the configured model, which differs in more than parameter tokens and "
+            f"layers: {'; '.join(differences)}."
+        )
+
+
+def _require_more(before: ModelConfig, after: ModelConfig) -> None:
+    old, new = ModelSizes.of(before), ModelSizes.of(after)
+    counts = [(key, getattr(old, field), getattr(new, field), "tokens") for field, key in TOKEN_COUNTS.items()]
+    for key, fewer, more, what in (*counts, ("num_layers", old.num_layers, new.num_layers, "layers")):
+        if fewer is not None and more is not None and more < fewer:
+            raise ConfigError(
+                f"{key}: {more} is fewer than the checkpoint's {fewer}. Growing adds {what}: use {fewer} or more."
+            )
+    if old == new:
+        raise ConfigError("The configured model has the checkpoint's sizes, so there is nothing to grow.")
+
+
+def _require_same_tokens(before: ModelConfig, after: ModelConfig, name: str) -> None:
+    if before.param_tokens != after.param_tokens:
+        raise ConfigError(
+            f"operator: {name}: it adds layers, and the parameter tokens differ as well. Grow twice: layers by "
+            f"{name}, and tokens by another operator."
+        )
+
+
+def _require_same_layers(before: ModelConfig, after: ModelConfig, name: str) -> None:
+    if before.num_layers != after.num_layers:
+        depth = [name for name in GROWTH_OPERATORS if GROWTH_OPERATORS[name].adds == "layers"]
+        raise ConfigError(
+            f"num_layers: checkpoint {before.num_layers}, configuration {after.num_layers}, and {name} adds parameter "
+            f"tokens. Add layers by {' or '.join(depth)}."
+        )
+    if before.param_tokens is None:
+        raise ConfigError(
+            "architecture: only a TokenFormer has parameter tokens to add. Add layers, by stack or insert."
+        )
+
+
+def _require_allowed(operator: GrowthOperator, before: ModelConfig, rules: GrowthRules) -> None:
+    theta = None if before.param_tokens is None else before.param_tokens.theta
+    if theta == "softmax" and not operator.is_exact(theta) and not rules.allow_inexact:
+        exact = [name for name in GROWTH_OPERATORS if _adds_exactly(GROWTH_OPERATORS[name], theta)]
+        raise ConfigError(
+            f"norm_activation_type: softmax: every new token takes a share of the probabilities, so {rules.operator} "
+            f"would change the function. Grow by {' or '.join(exact)}, or set allow_inexact."
+        )
+
+
+def _adds_exactly(operator: GrowthOperator, theta: str) -> bool:
+    return operator.adds == "tokens" and operator.is_exact(theta)
+
+
+def _require_scale(operator: GrowthOperator, before: ModelConfig, after: ModelConfig, name: str) -> None:
+    for field in TOKEN_COUNTS:
+        key = f"{field}_scale_base"
+        base, given = getattr(before.param_tokens, key), getattr(after.param_tokens, key)
+        needed = operator.scale_base(base, getattr(before.param_tokens, field), getattr(after.param_tokens, field))
+        if given != needed:
+            raise ConfigError(
+                f"{key}: {given}: {name} scales the scores by {needed}, where the checkpoint's scale is {base} and the "
+                f"configuration's {given}. Set `{key}: {needed}`."
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from megatron.checkpointing.convert.imported_weights import VOCABULARY
+from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.read_states import read_states
 from megatron.checkpointing.states.same_model import model_differences
@@ -98,7 +99,7 @@ class ExportedWeights:
     def layers(self) -> Iterator[LayerState]:
         """Yields each layer under our names. Raises CheckpointError for NaN, infinity or overflow."""
         for layer in read_states(self.checkpoint, optimizer=False):
-            yield layer.map(self._exported)
+            yield fold_ramp(layer, self.checkpoint.state).map(self._exported)
 
     def under_their_names(self) -> Iterator[dict[str, Tensor]]:
         """Yields the weights of `layers` under the names of transformers."""

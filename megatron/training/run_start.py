@@ -86,7 +86,7 @@ def load_start(
     if start.loads_optimizer:
         load_checkpoint(engine, start.checkpoint, config, context, vocab)
         return
-    load_weights(engine, start.checkpoint, context)
+    load_weights(engine, start.checkpoint, context, keep_ramp=start.continues)
     if start.continues:
         engine.lr_scheduler.load_state_dict({"num_steps": start.checkpoint.state.schedule_steps})
 

@@ -57,6 +57,7 @@ def register() -> None:
     facts = OptimizerFacts(
         section=AdaBeliefConfig,
         moments=MOMENTS,
+        squared_moments=MOMENTS[1:],
         groups=(ParameterGroup("all", lambda parameter: True, lambda section: {"weight_decay": section.weight_decay}),),
         implementations={
             "plain": Implementation(

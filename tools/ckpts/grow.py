@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from megatron_tokenformer import run_tool
 
 from megatron.config.model_size import count_parameters
+from megatron.config.sections.growth import GrowthRules
 from megatron.registry import variant_names
 from tools.ckpts.rewriting import add_rewriting, read_rewriting
 from tools.command_line import stay_on_cpu, tool_parser
@@ -28,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
     job = read_rewriting(args)
     from megatron.growth.grow_checkpoint import grow_checkpoint
 
-    path = grow_checkpoint(job.source, job.config, args.operator, job.sizes, args.output_dir)
+    rules = GrowthRules(operator=args.operator)
+    path = grow_checkpoint(job.source, job.config, rules, job.sizes, args.output_dir)
     rows = job.source.state.padded_vocab_size
     before, after = (count_parameters(model, rows) for model in (job.source.config.model, job.config.model))
     print(f"{path}: {job.source.path} grown by {args.operator} from {before:,} to {after:,} parameters")

@@ -78,13 +78,14 @@ def _layout_differences(
     return [f"{name} {before}, here {now}" for name, (before, now) in pairs.items() if before != now]
 
 
-def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext) -> None:
+def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext, *, keep_ramp: bool) -> None:
     """Loads weights alone, whatever layout wrote them. Collective.
 
+    The multiplier of a growth that still opens is folded into the keys, unless the run goes on with it (`keep_ramp`).
     Raises CheckpointError when a file is damaged or unsafe.
     """
     _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
-    load_parameters(engine.module.global_parameters(), checkpoint, context)
+    load_parameters(engine.module.global_parameters(), checkpoint, context, keep_ramp=keep_ramp)
     engine.optimizer.refresh_fp32_params()
 
 

@@ -39,6 +39,15 @@ class ParameterState:
             step=self.step,
         )
 
+    def with_moments(self, moments: Mapping[str, Tensor]) -> ParameterState:
+        """Returns the parameter with other moments."""
+        return replace_fields(self, moments=moments)
+
+    def without_moments(self) -> ParameterState:
+        """Returns the parameter as the optimizer has it before its first step."""
+        zeros = {name: moment.new_zeros(moment.shape) for name, moment in self.moments.items()}
+        return replace_fields(self, moments=zeros, step=None if self.step is None else 0.0)
+
 
 @dataclass(frozen=True)
 class LayerState:
@@ -55,6 +64,10 @@ class LayerState:
     def replace(self, changed: Mapping[str, ParameterState]) -> LayerState:
         """Returns the layer with the parameters in `changed` in place of its own of the same names."""
         return replace_fields(self, parameters={**self.parameters, **changed})
+
+    def renamed(self, name: str) -> LayerState:
+        """Returns the layer at another place in the model."""
+        return replace_fields(self, name=name)
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> LayerState:
         """Applies `change(global name, tensor)` to every tensor of every parameter."""

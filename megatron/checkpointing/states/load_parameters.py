@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.parameter_layout import fit_vocabulary
 from megatron.checkpointing.states.read_states import StateReader
 from megatron.checkpointing.store.checkpoint import Checkpoint
@@ -16,10 +17,15 @@ from megatron.mpu.parameters import local_shard, parameter_spec
 
 
 def load_parameters(
-    named: Iterable[tuple[str, nn.Parameter]], checkpoint: Checkpoint, context: ParallelContext
+    named: Iterable[tuple[str, nn.Parameter]],
+    checkpoint: Checkpoint,
+    context: ParallelContext,
+    *,
+    keep_ramp: bool = False,
 ) -> None:
     """Copies a checkpoint's weights into this rank's parameters, which are given by global name.
 
+    The multiplier of a growth that still opens is folded into the keys, unless the model applies it (`keep_ramp`).
     The checkpoint's model must be that of the parameters, up to what does not change their meaning, such as masked
     padding of the vocabulary. A layer is in memory at a time. Raises CheckpointError as `read_states` does.
     """
@@ -33,6 +39,8 @@ def load_parameters(
         if layout.index not in wanted:
             continue
         layer = reader.read(layout)
+        if not keep_ramp:
+            layer = fold_ramp(layer, checkpoint.state)
         with torch.no_grad():
             for local, parameter in wanted[layout.index]:
                 spec = parameter_spec(parameter)

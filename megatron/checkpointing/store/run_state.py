@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron.config.sections.growth import GrowthRecord
 from megatron.errors import CheckpointError
 from megatron.io.durable import write_durably
 
@@ -60,10 +61,19 @@ class RunState:
     padded_vocab_size: int
     """Rows of the embedding."""
 
+    training_flops: float = 0.0
+    """Floating-point operations of all training so far, over resumes and growth, the smaller models' included [FLOP].
+    Unknown to checkpoints of earlier versions, which count from 0."""
+
+    growth: tuple[GrowthRecord, ...] = ()
+    """Growths of the model so far, the first one first."""
+
 
 def write_state(folder: Path, state: RunState) -> None:
     """Writes state.json."""
-    write_durably(folder / STATE_FILE, json.dumps({"format": STATE_FORMAT, **asdict(state)}, indent=1) + "\n")
+    growth = [record.model_dump(mode="json") for record in state.growth]
+    values = {"format": STATE_FORMAT, **asdict(state), "growth": growth}
+    write_durably(folder / STATE_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> RunState:
@@ -73,6 +83,7 @@ def read_state(folder: Path) -> RunState:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state.pop("format", None) != STATE_FORMAT:
             raise CheckpointError(f"{path}: written in another format than {STATE_FORMAT}")
-        return RunState(**state)
+        growth = tuple(GrowthRecord.model_validate_json(json.dumps(record)) for record in state.pop("growth", ()))
+        return RunState(**state, growth=growth)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

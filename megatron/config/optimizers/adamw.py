@@ -41,6 +41,7 @@ OPTIMIZERS.register("adamw")(
     OptimizerFacts(
         section=AdamWConfig,
         moments=("exp_avg", "exp_avg_sq"),
+        squared_moments=("exp_avg_sq",),
         groups=(
             ParameterGroup(
                 "decayed",

@@ -1,0 +1,28 @@
+"""Finds what a growth added to a parameter, by the parameter's global name."""
+
+from __future__ import annotations
+
+from megatron.config.sections.growth import GrowthRecord, ModelSizes
+
+
+def first_new_row(name: str, growth: GrowthRecord) -> int | None:
+    """Returns the first row of the parameter `name` that is new; those after it are new as well.
+
+    It is 0 for a parameter of a new layer, and None for one that has nothing new.
+    """
+    start, _, local = name.partition(".")
+    if start != "layers":
+        return None
+    layer, _, local = local.partition(".")
+    if int(layer) in growth.new_layers:
+        return 0
+    before, after = token_count(local, growth.before), token_count(local, growth.after)
+    return None if before == after else before
+
+
+def token_count(local_name: str, sizes: ModelSizes) -> int | None:
+    """Returns how many tokens a layer's parameter such as `mlp.key_tokens` has; None for one without tokens."""
+    *sublayers, kind = local_name.split(".")
+    if kind not in ("key_tokens", "value_tokens"):
+        return None
+    return {"mlp": sizes.ffn, "proj": sizes.proj}.get(sublayers[-1], sizes.qkv)
