@@ -41,7 +41,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = tool_parser(__doc__)
     add_rewriting(parser, "YAML files of the larger model")
-    parser.add_argument("--operator", choices=variant_names("megatron.growth.operators"), default="zero_key")
+    parser.add_argument(
+        "--operator",
+        choices=variant_names("megatron.growth.operators"),
+        default="zero_key",
+        help="way to grow (zero_key)",
+    )
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.convert.neox.neox_config import write_config
 from megatron.io.progress import PeriodicReport
 from tools.command_line import add_config_source, read_config_source, stay_on_cpu, tool_parser
 
@@ -37,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     stay_on_cpu()
     from megatron.checkpointing.convert.neox.import_neox import import_neox
+    from megatron.checkpointing.convert.neox.neox_config import write_config
 
     run = read_config_source(args, "checkpoint", partial(write_config, args.input))
     imported = import_neox(args.input, run, args.output_dir, progress_lines())

@@ -18,14 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
-from megatron.checkpointing.states.parameter_layout import layer_layouts
-from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
-from megatron.checkpointing.store.find_checkpoint import survey
 from megatron.checkpointing.store.manifest import damage, unlisted
 from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
@@ -33,6 +29,10 @@ from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
 from megatron.errors import CheckpointError
 from tools.command_line import add_config_file, progress_bar, stay_on_cpu, tool_parser
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.convert.tensor_summary import TensorSummary
+    from megatron.checkpointing.store.checkpoint import Checkpoint
 
 Advance = Callable[[int], None]
 
@@ -71,6 +71,9 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
 
     Raises CheckpointError when there is none, or it cannot be read.
     """
+    from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, checkpoint_name
+    from megatron.checkpointing.store.find_checkpoint import survey
+
     if CHECKPOINT_NAME.fullmatch(path.resolve().name):
         return readable(path), []
     if iteration is not None:
@@ -86,6 +89,8 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
 
 def readable(path: Path) -> Checkpoint:
     """Reads the checkpoint in a folder. Raises CheckpointError, with the path, when it cannot be read."""
+    from megatron.checkpointing.store.checkpoint import read_checkpoint
+
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
@@ -133,6 +138,9 @@ def summarize(checkpoint: Checkpoint, optimizer: bool) -> Iterator[TensorSummary
 
     Raises CheckpointError for an optimizer's state that a checkpoint of weights alone does not have.
     """
+    from megatron.checkpointing.convert.tensor_summary import summarize_tensors
+    from megatron.checkpointing.states.parameter_layout import layer_layouts
+
     if optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(f"{checkpoint.path} holds weights alone. Leave --optimizer out.")
     layouts = layer_layouts(checkpoint.config.model, checkpoint.vocab)

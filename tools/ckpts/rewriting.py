@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron.checkpointing.states.parameter_layout import ParallelSizes
-from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 from megatron.config.batch_triangle import data_parallel_size
 from megatron.config.load_config import load_words
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from tools.command_line import add_config_file, positive
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.states.parameter_layout import ParallelSizes
+    from megatron.checkpointing.store.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ def read_rewriting(args: argparse.Namespace) -> Rewriting:
     Raises ConfigError when the ranks do not divide, and CheckpointError without a whole checkpoint, or when the output
     would replace it.
     """
+    from megatron.checkpointing.states.parameter_layout import ParallelSizes
+    from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
+
     config = load_words(args.config_file).run
     parallel = config.parallel
     ranks = args.ranks or config.launch.num_gpus or parallel.model_parallel_size * parallel.pipe_parallel_size

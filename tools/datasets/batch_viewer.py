@@ -23,13 +23,11 @@ from megatron_tokenformer import run_tool
 import numpy as np
 import numpy.typing as npt
 
-from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config
 from megatron.config.sections.checkpoint import CheckpointConfig
-from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.io.durable import atomic_write
@@ -95,6 +93,8 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
     Raises ConfigError for steps that were trained with another global batch than the configuration's.
     """
+    from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
+
     run = loaded.run
     state = resumed_state(run.checkpoint)
     num_samples = sample_counts(run.training, size).train if state is None else state.train_index_samples
@@ -118,6 +118,8 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
 def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
     """Returns the state of this run's newest checkpoint, or of the one that it continues; None without any."""
+    from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+
     found = None
     if checkpoint.save is not None:
         found = find_checkpoint(Path(checkpoint.save), None, "sizes")

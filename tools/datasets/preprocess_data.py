@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     text.add_argument("--num-docs", type=int, help="documents in the input, if known, for the progress bar")
     text.add_argument("--max-bad-lines", type=int, default=0, help="malformed lines to leave out before failing (0)")
     tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer-type", required=True, choices=get_args(TokenizerType))
+    tokenizer.add_argument("--tokenizer-type", required=True, choices=get_args(TokenizerType), help="kind of tokenizer")
     tokenizer.add_argument("--vocab-file", help="tokenizer.json, vocab.json or .model, as the type needs")
     tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's <eod>")

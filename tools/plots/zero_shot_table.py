@@ -21,7 +21,6 @@ from megatron_tokenformer import run_tool
 from matplotlib.figure import Figure
 
 from megatron.errors import ConfigError, DataError
-from megatron.inference.evaluation.results_file import metrics_of
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
 
@@ -78,6 +77,8 @@ def read_published(path: Path) -> list[Row]:
 def read_results(paths: Sequence[Path]) -> list[Row]:
     """Reads a row per model; of several measurements of one column, the newest. Raises DataError for other files."""
     rows: dict[tuple[Any, ...], Row] = {}
+    from megatron.inference.evaluation.results_file import metrics_of
+
     for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1]["date"]):
         model, how = record["model"], record["config"]
         name = model["name"] + _reservations(how)
@@ -201,9 +202,11 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
 def main(argv: Sequence[str]) -> int:
     """Writes the three files. Raises DataError for files that are no results, ConfigError for a malformed column."""
     parser = tool_parser(__doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="files that eval.py wrote")
     parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC")
+    parser.add_argument(
+        "--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC", help="columns of the table"
+    )
     parser.add_argument("--published", type=Path, default=PUBLISHED, help="CSV of published rows")
     parser.add_argument("--without-published", action="store_true", help="leave the published rows out")
     options = parser.parse_args(argv)
