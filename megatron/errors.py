@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import NoReturn
 
 STOPPED_ON_REQUEST = 75
@@ -50,6 +51,27 @@ def os_errors_as(kind: type[UserError], place: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise kind(f"{error.filename or place}: {error.strerror or error}") from error
+
+
+class UntypedErrorsAs:
+    """Raises `describe(error)` for each error of the body, of a library in Rust, that has no type to be caught by.
+
+    `tokenizers` raises `Exception` itself, of no subclass, for whatever it finds wrong; where its code panics, a
+    PanicException, which derives from BaseException and cannot be imported. Those two are taken, and no others: an
+    error with a type passes.
+    """
+
+    def __init__(self, describe: Callable[[BaseException], UserError]) -> None:
+        self.describe = describe
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and (kind is Exception or type(error).__name__ == "PanicException"):
+            raise self.describe(error) from error
 
 
 def exit_on_user_error(main: Callable[[], int]) -> NoReturn:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
+from megatron.config.local_path import local_path
 from megatron.data.prepare.text_files import SUFFIXES, require_text_files
 from megatron.errors import DataError, EnvironmentSetupError, UserError, os_errors_as
 from tools.command_line import tool_parser
@@ -71,8 +72,10 @@ class Demo:
 def main(argv: Sequence[str]) -> int:
     """Runs all steps, then prints a report."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
-    parser.add_argument("--output-dir", type=Path, help="folder to make (demo, or demo-NAME for the text NAME.txt)")
+    parser.add_argument("--text", type=local_path, help="your own text, .txt or .jsonl, instead of Python's")
+    parser.add_argument(
+        "--output-dir", type=local_path, help="folder to make (demo, or demo-NAME for the text NAME.txt)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"changes of {CONFIG}")
     args = parser.parse_intermixed_args(argv)
     for word in args.overrides:

@@ -38,6 +38,9 @@ class ArchitectureFacts:
     attention_types: tuple[str, ...]
     """Names that NeoX's `attention_config` has for its layers."""
 
+    output_weights: tuple[str, ...] = ()
+    """Parameters of a layer, by name within it, that are zero where the layer adds nothing to the residual stream."""
+
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.config.effective_config import effective_text, summary
 from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.local_path import local_path, url_remedy
 from megatron.config.merge_files import split_words
 
 SUFFIXES = (".yml", ".yaml", ".json")
@@ -29,6 +30,7 @@ EVALUATION_FLAGS = {
     "--eval_task_limit": "eval_task_limit",
     "--limit": "eval_task_limit",
     "--eval_batch_size": "eval_batch_size",
+    "--bootstrap_iters": "eval_bootstrap_iters",
     "--include_path": "eval_include_path",
     "--output": "eval_output",
     "--hf_model": "eval_hf_model",
@@ -70,7 +72,13 @@ def command_parser(script: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "-d", "--conf_dir", "--conf-dir", metavar="DIR", type=Path, default=Path(), help="folder of the YAML files"
+        "-d",
+        "--conf_dir",
+        "--conf-dir",
+        metavar="DIR",
+        type=local_path,
+        default=Path(),
+        help="folder of the YAML files",
     )
     parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
     parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
@@ -92,6 +100,9 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
     parser = command_parser(script)
     options = parser.parse_intermixed_args(argv)
     names, overrides = split_words(options.words)
+    for name in names:
+        if url_remedy(name):
+            parser.error(f"{name}: expected a YAML file on this machine{url_remedy(name)}")
     files = [options.conf_dir / _with_suffix(name) for name in names]
     if not files:
         parser.error("at least one YAML file is needed; it stands before --eval_tasks")
@@ -109,6 +120,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser, *, shown: bool) -> No
         group.add_argument(*names, help=meaning if shown else argparse.SUPPRESS, **kind)
 
     add("--eval_tasks", "tasks of lm-eval", nargs="*", metavar="TASK")
+    add("--log_samples", "eval_log_samples=true: lm-eval's log of samples", action="store_true")
     for flag, key in EVALUATION_FLAGS.items():
         add(flag, f"{key}=VALUE", dest=key, metavar="VALUE")
 
@@ -120,6 +132,8 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
         value = getattr(options, key)
         if value is not None:
             overrides.append(f"{key}={value}")
+    if options.log_samples:
+        overrides.append("eval_log_samples=true")
     for name, values in (("eval_tasks", options.eval_tasks), ("iteration", options.iteration)):
         own, others = split_words(values or ())
         overrides += others

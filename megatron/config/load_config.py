@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron.config.batch_triangle import data_parallel_size, resolve_batch
 from megatron.config.build_config import build, origins
+from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
 from megatron.config.sections.run_config import RunConfig
@@ -50,6 +51,9 @@ class LoadedConfig:
 def load_words(words: Sequence[str]) -> LoadedConfig:
     """Loads the configuration of `a.yml b.yml key=value`, given as one list."""
     files, overrides = split_words(words)
+    for file in files:
+        if remedy := url_remedy(file):
+            raise ConfigError(f"{file}: expected a YAML file on this machine{remedy}.")
     return load_config([Path(file) for file in files], overrides)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron.config.local_path import PATH_NAMES, holds_paths, url_remedy
 from megatron.config.yaml.problems import YamlValue, show
 
 Schema: TypeAlias = Mapping[str, Any]
@@ -48,7 +49,8 @@ def mistyped(value: YamlValue, accepts: Any) -> str | None:
 
 def expected(value: YamlValue, schema: Schema) -> str:
     """Says what was expected in the place of `value`, and what was probably meant by it."""
-    return f"expected {describe(schema)}{likely_meant(value, schema)}"
+    remedy = url_remedy(value) if holds_paths(schema) else ""
+    return f"expected {describe(schema)}{remedy or likely_meant(value, schema)}"
 
 
 def describe(schema: Schema, plural: bool = False) -> str:
@@ -60,6 +62,8 @@ def describe(schema: Schema, plural: bool = False) -> str:
         return f"one of {', '.join(show(choice) for choice in schema['enum'])}"
     if "const" in schema:
         return show(schema["const"])
+    if schema.get("format") in PATH_NAMES:
+        return PATH_NAMES[schema["format"]][plural]
     if "type" not in schema:
         return "anything"
     return _NAMES[schema["type"]][plural] + _narrowing(schema)

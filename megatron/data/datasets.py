@@ -109,7 +109,7 @@ class _SampleReader:
             folder=folder,
             name=tokens.prefix.name,
         )
-        return GPTDataset(tokens, index, self.vocab_size)
+        return GPTDataset(tokens, index, self.vocab_size, self.seq_length)
 
 
 def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _SampleReader) -> Datasets:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
-from megatron.growth.growth_operator import Growth, GrowthOperator
+from megatron.growth.growth_operator import Growth
 
 Values = Literal["zero", "initial"]
 """New rows: zero, or as the larger model would start training with them."""
-
-
-class TokenOperator(GrowthOperator):
-    """An operator that adds parameter tokens after those that there are, under the scale of before."""
-
-    adds = "tokens"
-    ZERO_SCORES_WEIGH_NOTHING: ClassVar[frozenset[str]] = frozenset({"l2_norm_gelu", "gelu_l2_norm"})
-    """Normalizations in which a token that scores 0 changes neither the output nor the other tokens' weights."""
 
 
 def with_new_rows(layer: LayerState, growth: Growth, *, keys: Values, values: Values) -> LayerState:

@@ -9,13 +9,16 @@ from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import ParallelSizes
 from megatron.checkpointing.states.read_states import StateReader
+from megatron.checkpointing.states.read_zero_files import EngineState
 from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.build_config import require_consistent
+from megatron.config.learning_rate import lr_at
 from megatron.config.optimizer import facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers, require_growth
 
 
@@ -47,7 +50,6 @@ def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Gr
     """Returns what the operator has to do. Raises ConfigError when it cannot."""
     before, after = source.config.model, config.model
     operator = GROWTH_OPERATORS[rules.operator]
-    rules = operator.rules(rules)
     require_growth(before, after, rules)
     record = GrowthRecord(
         iteration=source.state.iteration,
@@ -70,6 +72,11 @@ class LayerReader:
         self._squared_moments = facts_of(source.config.training.optimizer).squared_moments
         self.header = RunHeader.of(self._reader)
 
+    @property
+    def names(self) -> list[str]:
+        """Returns the names of all layers in the order of the pipeline."""
+        return list(self._layouts)
+
     def read(self, name: str) -> LayerState:
         """Returns the layer of a name, such as `layers.3`. Raises CheckpointError as `read_states` does."""
         return fold_ramp(self._reader.read(self._layouts[name]), self.header.state, self._squared_moments)
@@ -86,10 +93,23 @@ def _header(source: Checkpoint, reader: LayerReader, record: GrowthRecord) -> Ru
     state = replace(header.state, growth=(*source.state.growth, record))
     if rules.data == "restart":
         state = replace(state, consumed_train_samples=0)
-    if rules.schedule == "continue":
-        return replace(header, state=state)
-    engine = header.engine
-    if engine is not None:
-        schedule = {**engine.counters["lr_scheduler"], "num_steps": 0}
-        engine = replace(engine, counters={**engine.counters, "lr_scheduler": schedule})
-    return replace(header, state=replace(state, schedule_steps=0), engine=engine)
+    if rules.schedule == "restart":
+        state = replace(state, schedule_steps=0)
+    engine = None if header.engine is None else _engine_state(header.engine, rules, source.config.training)
+    return replace(header, state=state, engine=engine)
+
+
+def _engine_state(engine: EngineState, rules: GrowthRules, training: TrainingConfig) -> EngineState:
+    """Returns what the engine goes on with. The optimizer's groups have the next learning rate, and may count steps."""
+    counters, again = dict(engine.counters), dict[str, float]()
+    if rules.schedule == "restart":
+        counters["lr_scheduler"] = {**counters["lr_scheduler"], "num_steps": 0}
+        schedule, train_iters = training.lr_schedule, training.train_iters
+        again["lr"] = lr_at(0, peak=training.optimizer.lr, schedule=schedule, train_iters=train_iters)
+    if rules.moments == "reset_all":
+        again["step"] = 0
+    groups = {
+        name: {key: again.get(key, value) for key, value in group.items()}
+        for name, group in engine.hyperparameters.items()
+    }
+    return replace(engine, counters=counters, hyperparameters=groups)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import LayerState
@@ -18,7 +19,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import VocabSize
 from megatron.model.new_rows import first_new_row
-from megatron.mpu.parameters import ParameterSpec, initial_values
+from megatron.mpu.parameters import ParameterSpec, initial_values, named_generator
 from megatron.registry import Registry
 
 TOKEN_COUNTS = {"qkv": "qkv_slot_num", "proj": "proj_slot_num", "ffn": "ffn_slot_num"}
@@ -55,6 +56,10 @@ class Growth:
         """Returns the whole float32 values that the larger model's parameter `name` would start training with."""
         return initial_values(self.specs[name], self.seed, name)
 
+    def noise(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Returns standard normal float32 noise for the parameter `name`, apart from its initial values."""
+        return torch.randn(*shape, generator=named_generator(self.seed, f"{name} noise"))
+
     def first_new_row(self, name: str) -> int | None:
         """Returns the first row of the larger model's parameter `name` that is new; None where nothing is."""
         return first_new_row(name, self.record)
@@ -82,10 +87,6 @@ class GrowthOperator(ABC):
         """Returns why it cannot make the one model of the other, beginning with the key; None when it can."""
         return None
 
-    def rules(self, rules: GrowthRules) -> GrowthRules:
-        """Returns the rules with what the operator itself decides. Raises ConfigError where they contradict it."""
-        return rules
-
     def scale_base(self, base: int, before: int, after: int) -> int:
         """Returns the token count that scales the scores after growth from `before` to `after` tokens."""
         return base
@@ -98,6 +99,21 @@ class GrowthOperator(ABC):
         """Returns the larger model's layers that are new."""
         return ()
 
+
+class TokenOperator(GrowthOperator):
+    """An operator that adds parameter tokens after those that there are, under the scale of before or its own."""
+
+    adds = "tokens"
+
+
+class LayerOperator(GrowthOperator):
+    """An operator that adds layers."""
+
+    adds = "layers"
+
+
+ZERO_SCORES_WEIGH_NOTHING = frozenset({"l2_norm_gelu", "gelu_l2_norm"})
+"""Normalizations in which a token that scores 0 changes neither the output nor the other tokens' weights."""
 
 GROWTH_OPERATORS: Registry[GrowthOperator] = Registry("growth operator", package="megatron.growth.operators")
 

@@ -79,7 +79,8 @@ def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, opti
         _write_config(folder, config, architecture)
         _generation_config(config, range(checkpoint.state.vocab_size, rows)).save_pretrained(folder)
         publication = options.published_as or Publication(output.name)
-        card = model_card(checkpoint, publication, str(weights.dtype).removeprefix("torch."), rows)
+        dtype = str(weights.dtype).removeprefix("torch.")
+        card = model_card(checkpoint, publication, dtype, rows, has_tokenizer=options.tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
         tokens = fixed_tokens(checkpoint.state.vocab_size, model.seq_length)
         return logit_difference(folder, tokens, weights.logits(tokens), rows)
@@ -135,10 +136,11 @@ def _write_config(folder: Path, config: PretrainedConfig, architecture: HFArchit
     """Writes config.json; with it, for a model that transformers does not know by itself, the file that defines it."""
     if config.is_remote_code():
         module = architecture.model_class.__module__.rpartition(".")[2]
-        base = architecture.model_class.__name__.removesuffix("ForCausalLM") + "Model"
+        name = architecture.model_class.__name__.removesuffix("ForCausalLM")
         config.auto_map = {
-            "AutoModel": f"{module}.{base}",
-            "AutoModelForCausalLM": f"{module}.{architecture.model_class.__name__}",
+            "AutoModel": f"{module}.{name}Model",
+            "AutoModelForCausalLM": f"{module}.{name}ForCausalLM",
+            "AutoModelForSequenceClassification": f"{module}.{name}ForSequenceClassification",
         }
     config.save_pretrained(folder)
 

@@ -51,6 +51,14 @@ def read_field(model: ModelConfig, path: str) -> Any:
     return value
 
 
+def default_rope(config: PretrainedConfig) -> tuple[float, float]:
+    """Returns the rotated share of a head, and the base. Raises ConfigError for scaled positions, unknown here."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        raise ConfigError(f"rope_parameters: rope_type {rope['rope_type']!r}; only 'default' is known here.")
+    return rope["partial_rotary_factor"], rope["rope_theta"]
+
+
 @dataclass(frozen=True)
 class HFArchitecture:
     """Counterpart of one of our architectures in transformers."""

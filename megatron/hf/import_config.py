@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron.config.neox.keys.table import key_of
 from megatron.config.yaml.yaml_files import write_new_yaml
-from megatron.errors import DataError
-from megatron.hf.hf_architecture import HF_ARCHITECTURES
-from megatron.hf.import_folder import read_config
+from megatron.errors import CheckpointError, DataError
+from megatron.hf.import_folder import folder_settings
 
 HEADER = """# {folder} as a configuration of this trainer. The model is as its config.json says; the rest is a start.
 # After tools/ckpts/convert_hf_to_neox.py, train on with `load: <output_dir>` and `finetune: true`.
@@ -36,8 +35,11 @@ def write_config(folder: Path, path: Path) -> None:
     Raises CheckpointError for a folder that is none we know, DataError without a tokenizer.json, ConfigError for a
     model that we cannot express, or when `path` exists.
     """
-    config = read_config(folder)
-    settings = HF_ARCHITECTURES[config.model_type].to_settings(config)
+    config, settings = folder_settings(folder)
+    for field in ("max_position_embeddings", "vocab_size"):
+        if type(getattr(config, field)) is not int or not 0 < getattr(config, field) < 2**31:
+            value = getattr(config, field)
+            raise CheckpointError(f"{folder / 'config.json'}: {field} {value!r} is no size of a model.")
     settings |= {"seq_length": config.max_position_embeddings, "padded_vocab_size": config.vocab_size}
     settings |= {"make_vocab_size_divisible_by": math.gcd(config.vocab_size, 128)}
     keys = {key_of(f"model.{field}"): value for field, value in settings.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES, read_field
 from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.io.durable import new_folder
+from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.model.causal_lm import VocabSize, build_local
 
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})
@@ -35,16 +37,38 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises CheckpointError when it is none we know.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise CheckpointError(f"{folder} holds no config.json: it is not a Hugging Face folder.")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if config.model_type not in HF_ARCHITECTURES:
+        model_type = read_json_object(path).get("model_type")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {describe_read_error(error)}. Copy it again.") from error
+    if not isinstance(model_type, str) or model_type not in HF_ARCHITECTURES:
         known = ", ".join(HF_ARCHITECTURES)
-        raise CheckpointError(f"{folder}: model_type {config.model_type!r} cannot be imported; known: {known}.")
-    return config
+        raise CheckpointError(f"{folder}: model_type {model_type!r} cannot be imported; known: {known}.")
+    with _library_errors(path):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def folder_settings(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Reads the folder's configuration, and the fields of ModelConfig that it decides, by dotted path.
+
+    Raises CheckpointError as `read_config` does, ConfigError for a model that we cannot express.
+    """
+    config = read_config(folder)
+    with _library_errors(folder / "config.json"):
+        return config, HF_ARCHITECTURES[config.model_type].to_settings(config)
+
+
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Raises CheckpointError for what transformers and its classes raise where a field is of a foreign type."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {reason}. Copy it again.") from error
 
 
 def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
@@ -65,7 +89,9 @@ def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits = model.eval()(tokens)
-        return logit_difference(folder, tokens, logits, rows=min(vocab.padded, read_config(folder).vocab_size))
+        rows = min(vocab.padded, read_config(folder).vocab_size)
+        with _library_errors(folder):
+            return logit_difference(folder, tokens, logits, rows=rows)
 
 
 def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:
@@ -74,8 +100,8 @@ def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:
     Raises ConfigError when the configuration describes another model, or its vocabulary does not fit; DataError without
     the configured tokenizer.
     """
-    config = read_config(folder)
-    _require_same_model(folder, HF_ARCHITECTURES[config.model_type].to_settings(config), run.model)
+    config, settings = folder_settings(folder)
+    _require_same_model(folder, settings, run.model)
     return imported_vocabulary(config.vocab_size, run, str(folder))
 
 
@@ -90,6 +116,10 @@ def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
     vocab = hf_vocabulary(folder, run)
     names = HF_ARCHITECTURES[read_config(folder).model_type].names
     tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
+    if run.model.num_layers > len(tensors.files):
+        raise CheckpointError(
+            f"{folder}: {len(tensors.files)} tensors cannot be the {run.model.num_layers:,} layers of its config.json."
+        )
     layouts = layer_layouts(run.model, vocab)
     expected = [layout.global_name(local) for layout in layouts for local in layout.parameters]
     theirs = our_names(names, tensors.files, expected, str(folder))

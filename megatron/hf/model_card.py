@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,20 @@ USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({where}{remote_code})
-tokenizer = AutoTokenizer.from_pretrained({where})
+tokenizer = AutoTokenizer.from_pretrained({where}{remote_code})
 inputs = tokenizer(["The parameter tokens"], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=40)))
+```"""
+
+USAGE_WITHOUT_TOKENIZER = """The tokenizer is not part of this folder.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({where}{remote_code})
+ids = torch.tensor([[0]])  # from the model's tokenizer
+print(model.generate(ids, max_new_tokens=40))
 ```"""
 
 
@@ -29,21 +41,27 @@ class Publication:
     """Branch of the repository; None for its main one."""
 
 
-def model_card(checkpoint: Checkpoint, publication: Publication, dtype: str, vocab_rows: int) -> str:
-    """Writes the card of an export, its weights in `dtype`, of a vocabulary of `vocab_rows` rows."""
+def model_card(
+    checkpoint: Checkpoint, publication: Publication, dtype: str, vocab_rows: int, *, has_tokenizer: bool
+) -> str:
+    """Writes the card of an export, its weights in `dtype`, of a vocabulary of `vocab_rows` rows.
+
+    Its snippet runs as it stands, where the name of the publication can be found.
+    """
     run, state = checkpoint.config, checkpoint.state
     tokenformer = run.model.architecture == "tokenformer"
     facts = _model_facts(run, vocab_rows, state.vocab_size) | _training_facts(run, state.consumed_train_samples)
     facts |= {"Checkpoint": f"step {state.iteration:,}", "Format of the weights": dtype}
     rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
-    where = f'"{publication.name}"'
+    where = json.dumps(publication.name, ensure_ascii=False)
     if publication.revision is not None:
-        where += f', revision="{publication.revision}"'
+        where += f", revision={json.dumps(publication.revision)}"
+    usage = USAGE if has_tokenizer else USAGE_WITHOUT_TOKENIZER
     kind = "TokenFormer (arXiv:2410.23168)" if tokenformer else "GPT-NeoX (arXiv:2204.06745)"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {run.model.architecture}\n---\n\n"
         f"# {publication.name}\n\nA {kind} language model.\n\n"
-        f"{USAGE.format(where=where, remote_code=', trust_remote_code=True' if tokenformer else '')}\n\n"
+        f"{usage.format(where=where, remote_code=', trust_remote_code=True' if tokenformer else '')}\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 

@@ -4,7 +4,8 @@ TokenFormer (Wang et al. 2024, arXiv:2410.23168) replaces every projection of a 
 attention from the tokens of the sequence to learnable parameter tokens. Needs transformers 5.
 
 Shape letters: B batch, S sequence, T cached and new positions, D hidden size, H heads, E features of a head, r rotated
-ones, P parameter tokens, V vocabulary.
+ones, P parameter tokens, V vocabulary. Under tensor parallelism, H and P are those of the rank in the layers that the
+plan splits.
 """
 
 import math
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 
 class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -32,83 +37,76 @@ class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
         are the current counts unless given; a model that was grown keeps those it had before.
     theta: normalization of the scores: "softmax", "gelu_l2_norm" or "l2_norm_gelu".
     norm, final_norm: "layernorm", "layernorm_nonparam" (no weights) or "rmsnorm".
-    rotary_pct: share of each head's features that is rotated; 0 for a model without position embeddings.
+    rope_parameters: rope_type, rope_theta and partial_rotary_factor, the share of each head's features that is rotated
+        (0 for a model without position embeddings). Earlier exports call the last two rotary_emb_base and rotary_pct.
     initializer_range: standard deviation of new embeddings and key tokens; new value tokens have 2 / (L sqrt(D)).
     """
 
     model_type = "tokenformer"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # q, k and v split their tokens and scatter the sum over them to the heads of each rank; proj takes those features
+    # and splits its own tokens by feature; the MLP splits its tokens. DTensor sums the norms of the scores.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.attention.query": "colwise",
+        "layers.*.attention.key": "colwise",
+        "layers.*.attention.value": "colwise",
+        "layers.*.attention.proj": "rowwise",
+        "layers.*.mlp": "colwise_gather_output",
+    }
 
-    def __init__(
-        self,
-        vocab_size: int = 50304,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        num_qkv_tokens: int = 768,
-        num_proj_tokens: int = 768,
-        num_ffn_tokens: int = 3072,
-        qkv_scale_base: int | None = None,
-        proj_scale_base: int | None = None,
-        ffn_scale_base: int | None = None,
-        theta: str = "l2_norm_gelu",
-        norm: str = "layernorm_nonparam",
-        final_norm: str = "layernorm",
-        layer_norm_eps: float = 1e-5,
-        rms_norm_eps: float = 1e-8,
-        rotary_pct: float = 0.25,
-        rotary_emb_base: float = 10000.0,
-        max_position_embeddings: int = 2048,
-        use_parallel_residual: bool = False,
-        attention_dropout: float = 0.0,
-        hidden_dropout: float = 0.0,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = True,
-        bos_token_id: int | None = 0,
-        eos_token_id: int | None = 0,
-        pad_token_id: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_qkv_tokens = num_qkv_tokens
-        self.num_proj_tokens = num_proj_tokens
-        self.num_ffn_tokens = num_ffn_tokens
-        self.qkv_scale_base = num_qkv_tokens if qkv_scale_base is None else qkv_scale_base
-        self.proj_scale_base = num_proj_tokens if proj_scale_base is None else proj_scale_base
-        self.ffn_scale_base = num_ffn_tokens if ffn_scale_base is None else ffn_scale_base
-        self.theta = theta
-        self.norm = norm
-        self.final_norm = final_norm
-        self.layer_norm_eps = layer_norm_eps
-        self.rms_norm_eps = rms_norm_eps
-        self.rotary_pct = rotary_pct
-        self.rotary_emb_base = rotary_emb_base
-        self.max_position_embeddings = max_position_embeddings
-        self.use_parallel_residual = use_parallel_residual
-        self.attention_dropout = attention_dropout
-        self.hidden_dropout = hidden_dropout
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            **kwargs,
-        )
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"{hidden_size=} is not a multiple of {num_attention_heads=}")
-        if int(hidden_size // num_attention_heads * rotary_pct) % 2:
-            raise ValueError(f"{rotary_pct=} of a head is an odd number of features; pairs are rotated")
-        if theta not in THETAS:
-            raise ValueError(f"unknown {theta=}; known: {', '.join(THETAS)}")
-        for name in (norm, final_norm):
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_qkv_tokens: int = 768
+    num_proj_tokens: int = 768
+    num_ffn_tokens: int = 3072
+    qkv_scale_base: int | None = None
+    proj_scale_base: int | None = None
+    ffn_scale_base: int | None = None
+    theta: str = "l2_norm_gelu"
+    norm: str = "layernorm_nonparam"
+    final_norm: str = "layernorm"
+    layer_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-8
+    rope_parameters: RopeParameters | Any = None
+    max_position_embeddings: int = 2048
+    use_parallel_residual: bool = False
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("qkv", "proj", "ffn"):
+            if getattr(self, f"{name}_scale_base") is None:
+                setattr(self, f"{name}_scale_base", getattr(self, f"num_{name}_tokens"))
+        super().__post_init__(**kwargs)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} attention heads"
+            )
+        share = self.rope_parameters["partial_rotary_factor"]
+        if int(self.hidden_size // self.num_attention_heads * share) % 2:
+            raise ValueError(f"partial_rotary_factor {share} of a head is an odd number of features; pairs are rotated")
+        if self.theta not in THETAS:
+            raise ValueError(f"unknown theta {self.theta!r}; known: {', '.join(THETAS)}")
+        for name in (self.norm, self.final_norm):
             if name not in NORMS:
                 raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        rope = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+        rope.setdefault("rope_theta", kwargs.pop("rotary_emb_base", self.default_theta))
+        rope.setdefault("partial_rotary_factor", kwargs.pop("rotary_pct", 0.25))
+        self.rope_parameters = rope
+        self.standardize_rope_params()
+        return kwargs
 
 
 def softmax(scores: Tensor, scale_base: int) -> Tensor:
@@ -175,13 +173,17 @@ NORMS: dict[str, type[nn.Module]] = {
 class TokenFormerPattention(nn.Module):
     """Y = theta(X K^T) V over P parameter tokens: keys [P, D], values [P, D]. No bias, no 1/sqrt(D).
 
-    Scores are computed in the format of the model, their normalization in float32.
+    `part` names the counts of the configuration: "qkv", "proj" or "ffn". Scores are computed in the format of the
+    model, their normalization in float32.
     """
 
-    def __init__(self, config: TokenFormerConfig, num_tokens: int, scale_base: int) -> None:
+    def __init__(self, config: TokenFormerConfig, part: str) -> None:
         super().__init__()
+        # The styles of a tensor-parallel plan read these of any layer that maps features to features.
+        self.in_features = self.out_features = config.hidden_size
         self.theta = config.theta
-        self.scale_base = scale_base
+        self.scale_base: int = getattr(config, f"{part}_scale_base")
+        num_tokens = getattr(config, f"num_{part}_tokens")
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, config.hidden_size))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, config.hidden_size))
 
@@ -196,22 +198,60 @@ class TokenFormerPattention(nn.Module):
         return f"{hidden_size}, num_tokens={num_tokens}, theta={self.theta!r}, scale_base={self.scale_base}"
 
 
-def rotary_tables(config: TokenFormerConfig, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Computes cosines and sines, each [B or 1, 1, S, r] in float32; r = int(E * rotary_pct) features are rotated."""
-    rotated = int(config.hidden_size // config.num_attention_heads * config.rotary_pct)
-    if rotated == 0:
-        return None
-    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_ids.device) / rotated
-    frequencies = 1.0 / config.rotary_emb_base**exponents
-    angles = (position_ids[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)
-    return angles.cos(), angles.sin()
+class TokenFormerRotaryEmbedding(nn.Module):
+    """Cosines and sines of positions; r = int(E * partial_rotary_factor) features of a head are rotated."""
+
+    def __init__(self, config: TokenFormerConfig) -> None:
+        super().__init__()
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        compute: Callable[..., tuple[Tensor, float]] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        frequencies, self.attention_scaling = compute(config)
+        self.inv_freq = nn.Buffer(frequencies, persistent=False)
+        self.original_inv_freq = nn.Buffer(frequencies.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: TokenFormerConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[Tensor, float]:
+        """Computes the frequencies [r / 2] of Su et al. 2021 (arXiv:2104.09864), and the factor 1 of their tables."""
+        rope = config.rope_parameters
+        rotated = int(config.hidden_size // config.num_attention_heads * rope["partial_rotary_factor"])
+        exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+        return (1.0 / rope["rope_theta"] ** exponents).to(device), 1.0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TokenFormerRotaryEmbedding":
+        """Keeps the frequencies in float32 where the model is cast to another format."""
+        before = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not before[0].is_meta:
+            self.inv_freq, self.original_inv_freq = (
+                nn.Buffer(frequencies.to(self.inv_freq.device), persistent=False) for frequencies in before
+            )
+        return self
+
+    @torch.no_grad()
+    @dynamic_rope_update  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes cosines and sines, each [B or 1, S, r] in float32, on the device of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (i, i + r/2) of the first r features of x [B, H, S, E]; in float32, to the format of x."""
-    rotated, kept = x.tensor_split([cos.shape[-1]], dim=-1)
-    first, second = rotated.chunk(2, dim=-1)
-    turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+def rotate_half(x: Tensor) -> Tensor:
+    """Turns pairs (i, i + r/2) of the last dimension by a right angle."""
+    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first r features of x [B, H, S, E]; in float32, to the format of x."""
+    rotated, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = rotated * cos[:, None] + rotate_half(rotated) * sin[:, None]
     return torch.cat((turned.to(x.dtype), kept), dim=-1)
 
 
@@ -247,26 +287,24 @@ class TokenFormerAttention(nn.Module):
         self.is_causal = True
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.query, self.key, self.value = (
-            TokenFormerPattention(config, config.num_qkv_tokens, config.qkv_scale_base) for _ in range(3)
-        )
-        self.proj = TokenFormerPattention(config, config.num_proj_tokens, config.proj_scale_base)
+        self.query, self.key, self.value = (TokenFormerPattention(config, "qkv") for _ in range(3))
+        self.proj = TokenFormerPattention(config, "proj")
 
     def forward(
         self,
         hidden_states: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         batch, length = hidden_states.shape[:2]
         query, key, value = (
             projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query = apply_rotary_pos_emb(query, *position_embeddings)
+        key = apply_rotary_pos_emb(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -292,34 +330,42 @@ class TokenFormerLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.input_layernorm = NORMS[config.norm](config)
         self.attention = TokenFormerAttention(config, layer_idx)
         self.post_attention_layernorm = NORMS[config.norm](config)
-        self.mlp = TokenFormerPattention(config, config.num_ffn_tokens, config.ffn_scale_base)
+        self.mlp = TokenFormerPattention(config, "ffn")
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
         hidden_states: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        output, probabilities = self.attention(
-            self.input_layernorm(hidden_states), rotary, attention_mask, past_key_values, **kwargs
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        output, _ = self.attention(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
         attended = hidden_states + self.dropout(output)
         mlp_input = hidden_states if self.use_parallel_residual else attended
-        return attended + self.dropout(self.mlp(self.post_attention_layernorm(mlp_input))), probabilities
+        result: Tensor = attended + self.dropout(self.mlp(self.post_attention_layernorm(mlp_input)))
+        return result
 
 
 class TokenFormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """Declarations of a TokenFormer that transformers reads, and its initialization."""
 
+    config: TokenFormerConfig
     config_class = TokenFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["TokenFormerLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
+        "hidden_states": TokenFormerLayer,
+        "attentions": TokenFormerAttention,
+    }
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draws the published initialization.
@@ -343,16 +389,12 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(TokenFormerLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = NORMS[config.final_norm](config)
+        self.rotary_emb = TokenFormerRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -361,32 +403,20 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Computes the residual stream [B, S, D] of input_ids [B, S] or inputs_embeds [B, S, D].
 
         attention_mask [B, T] is 0 where a token is padding. Positions count from the number of cached tokens unless
-        given. Attention probabilities come from the eager implementation only. hidden_states are the embeddings, each
-        layer's output, and last the normalized output.
+        given. With output_hidden_states, hidden_states are the embeddings, each layer's output, and last the normalized
+        output; with output_attentions, attentions are the probabilities, which the eager implementation alone computes.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("output_attentions needs the model loaded with attn_implementation='eager'")
-        if use_cache is None:
-            use_cache = self.config.use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
@@ -397,22 +427,19 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = rotary_tables(self.config, position_ids)
         hidden_states = self.dropout(inputs_embeds)
-        all_hidden_states, all_attentions = [hidden_states], []
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
-            hidden_states, probabilities = layer(
-                hidden_states, rotary, mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings,
+                mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
             )
-            all_hidden_states.append(hidden_states)
-            all_attentions.append(probabilities)
-        hidden_states = self.norm(hidden_states)
-        all_hidden_states[-1] = hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_attentions) if output_attentions else None,
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
 
@@ -420,18 +447,13 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):  # ty
     """A TokenFormer with its language-model head, which is tied to the embeddings unless configured otherwise."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: TokenFormerConfig) -> None:
         super().__init__(config)
         self.model = TokenFormerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -443,10 +465,8 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):  # ty
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Computes logits [B, S, V], and the loss where labels are given; other arguments are TokenFormerModel's.
 
@@ -460,12 +480,9 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):  # ty
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -478,9 +495,21 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):  # ty
         )
 
 
+class TokenFormerForSequenceClassification(GenericForSequenceClassification, TokenFormerPreTrainedModel):  # type: ignore[misc]
+    """A TokenFormer that classifies a sequence by its last token; config.pad_token_id tells which that is."""
+
+    def __init__(self, config: TokenFormerConfig) -> None:
+        TokenFormerPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        self.num_labels = config.num_labels
+        self.model = TokenFormerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
 # So that save_pretrained copies this file and names it in the configuration's auto_map.
 TokenFormerConfig.register_for_auto_class()
 TokenFormerModel.register_for_auto_class("AutoModel")
 TokenFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+TokenFormerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["TokenFormerConfig", "TokenFormerForCausalLM", "TokenFormerModel"]
+__all__ = ["TokenFormerConfig", "TokenFormerForCausalLM", "TokenFormerForSequenceClassification", "TokenFormerModel"]

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
+from megatron.data.tokenizers.huggingface import read_tokenizer_json
 from megatron.errors import DataError
 from megatron.registry import Registry
 
@@ -33,7 +34,7 @@ TOKENIZER_FILES: Registry[Callable[[TokenizerConfig, Tokenizer], tokenizers.Toke
 
 @TOKENIZER_FILES.register("HFTokenizer")
 def _from_tokenizer_json(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(config.vocab_file))
+    return read_tokenizer_json(Path(str(config.vocab_file)))
 
 
 @TOKENIZER_FILES.register("GPT2BPETokenizer")

@@ -14,12 +14,12 @@ JSON has no NaN or infinity: they are written as null, so that any JSON reader c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import DataError
+from megatron.errors import DataError, os_errors_as
+from megatron.io.json_files import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,15 +34,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each line of a metrics file with its record; leaves out and raises what `read_records` does."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with os_errors_as(DataError, str(path)):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 return
-            raise _not_a_record(path, number, f"not JSON ({error.msg})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            raise _not_a_record(path, number, str(error)) from error
+        if not isinstance(record, dict) or type(record.get("iteration")) is not int or record["iteration"] < 0:
             raise _not_a_record(path, number, "no object with a whole-number 'iteration'")
         yield line, record
 

@@ -94,12 +94,16 @@ def initial_values(spec: ParameterSpec, seed: int, name: str) -> Tensor:
 
     Each parameter has a generator of its own, seeded by (seed, name).
     """
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     values = torch.empty(spec.full_shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        spec.initializer(values, generator)
+        spec.initializer(values, named_generator(seed, name))
     return values
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Builds the generator on the CPU of what is drawn under a name, the same in every layout."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def local_shard(full: Tensor, shard_dim: int | None, context: ParallelContext) -> Tensor:

@@ -20,10 +20,10 @@ CONTEXT = 64
 
 
 def write_eval_config(folder: Path) -> Path:
-    """Writes the YAML of a tiny TokenFormer and its tokenizer to `folder`."""
+    """Writes the YAML of a tiny TokenFormer and its tokenizer to `folder`; standard errors come from few resamples."""
     tokenizer = {"tokenizer_type": "HFTokenizer", "vocab_file": str(train_tokenizer(folder / "tokenizer.json"))}
     lengths = {"seq_length": CONTEXT, "max_position_embeddings": CONTEXT}
-    return write_yaml(folder, MODELS["l2_norm_gelu"] | lengths | tokenizer)
+    return write_yaml(folder, MODELS["l2_norm_gelu"] | lengths | tokenizer | {"eval_bootstrap_iters": 1000})
 
 
 def train_tokenizer(path: Path) -> Path:

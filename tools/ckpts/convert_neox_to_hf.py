@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.registry import install_extra, require
 from tools.ckpts.export_flags import add_export_flags
 from tools.command_line import add_config_file, positive, stay_on_cpu, tool_parser
@@ -46,9 +46,11 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses NeoX's flags, with its defaults."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
+    parser.add_argument("--input_dir", type=local_path, required=True, help="a global_stepN folder, or a run's folder")
     add_config_file(parser, "the run's YAML files", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument(
+        "--output_dir", type=local_path, required=True, help="folder to make; it must not hold anything"
+    )
     add_export_flags(parser)
     parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")
     parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")

@@ -25,6 +25,7 @@ from megatron_tokenformer import run_tool
 from megatron.checkpointing.store.manifest import damage, unlisted
 from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
 from megatron.errors import CheckpointError
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses which checkpoint to inspect, and how much of it."""
     parser = tool_parser(__doc__)
-    parser.add_argument("path", type=Path, help="a run's folder, or a global_stepN folder")
+    parser.add_argument("path", type=local_path, help="a run's folder, or a global_stepN folder")
     parser.add_argument("--iteration", type=int, help="step of the checkpoint in a run's folder (the newest)")
     add_config_file(parser, "configuration to compare with")
     parser.add_argument("--verify", choices=get_args(Verification), default="full", help="hashes too, or sizes (full)")
@@ -114,7 +115,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     weights = sum(entry.size for name, entry in files.items() if name.startswith("layer_"))
     return {
         "path": str(checkpoint.path),
-        "state": asdict(checkpoint.state),
+        "state": asdict(checkpoint.state) | {"growth": [each.model_dump() for each in checkpoint.state.growth]},
         "layout": checkpoint.manifest.layout,
         "run_id": checkpoint.manifest.run_id,
         "sequence": checkpoint.manifest.sequence,
@@ -176,6 +177,13 @@ def text_of(report: dict[str, Any]) -> Iterator[str]:
     yield f"  samples read    {trained:,} training, {validated:,} validation"
     yield f"  layout          {', '.join(f'{name} {size}' for name, size in layout.items())}"
     yield f"  vocabulary      {state['vocab_size']:,}, padded to {state['padded_vocab_size']:,}"
+    for growth in state["growth"]:
+        sizes = ", ".join(
+            f"{name} {size} > {growth['after'][name]}"
+            for name, size in growth["before"].items()
+            if growth["after"][name] != size
+        )
+        yield f"  grown           at step {growth['iteration']:,} by {growth['rules']['operator']}: {sizes}"
     yield f"  run             {report['run_id']}, save {report['sequence']}"
     yield f"  written by      {', '.join(f'{name} {version}' for name, version in versions.items() if version)}"
     sizes = f"{mebibytes(report['bytes'])} MiB, {mebibytes(report['bytes_of_weights'])} of them weights"

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.errors import CheckpointError
 from megatron.registry import install_extra, require
 from tools.ckpts.export_flags import add_export_flags
@@ -72,7 +72,7 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses folder, repository and branch as in NeoX, and the options of an export."""
     parser = tool_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="an exported folder, or with --config_file a run's folder")
+    parser.add_argument("folder", type=local_path, help="an exported folder, or with --config_file a run's folder")
     parser.add_argument("repo", help="repository, as in my-org/my-model; made if it is not there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("branch", nargs="?", help="branch for an exported folder (main)")

@@ -27,6 +27,7 @@ from megatron.checkpointing.store.run_state import RunState
 from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
@@ -66,7 +67,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
     )
     parser.add_argument("--start", type=int, required=True, help="first step, counted from 1")
     parser.add_argument("--end", type=int, required=True, help="last step")
-    parser.add_argument("--output", type=Path, help="array to write (.npy)")
+    parser.add_argument("--output", type=local_path, help="array to write (.npy)")
     parser.add_argument("--text", action="store_true", help="print the samples as text")
     args, rest = parser.parse_known_args(argv)
     if not 1 <= args.start <= args.end:

@@ -22,9 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from megatron.config.local_path import local_path
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
+from tools.plots.foreign_values import label
 from tools.plots.run_records import RunRecord, load_runs, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -140,9 +142,9 @@ def draw(
         _dress(ax, panel)
         if panel is PANELS["loss"]:
             for value, name in references:
-                ax.axhline(value, label=f"{name}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
-    label, format_x = X_AXES[x]
-    axes[-1].set_xlabel(label)
+                ax.axhline(value, label=f"{label(name)}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
+    quantity, format_x = X_AXES[x]
+    axes[-1].set_xlabel(quantity)
     if log_x:
         axes[-1].set_xscale("log")
     else:
@@ -206,7 +208,9 @@ def _dress(ax: Axes, panel: Panel) -> None:
 
 def _name_runs(figure: Figure, runs: Sequence[RunRecord]) -> None:
     """Writes the title of a single run; for several, a legend of their colours over all panels."""
-    names = [f"{run.name}, {format_count(run.parameters)} parameters" if run.parameters else run.name for run in runs]
+    names = [
+        label(run.name) + (f", {format_count(run.parameters)} parameters" if run.parameters else "") for run in runs
+    ]
     if len(runs) == 1:
         figure.suptitle(names[0])
         return
@@ -243,9 +247,9 @@ def _name_lines(axes: Sequence[Axes], runs: Sequence[RunRecord], panels: Sequenc
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the runs, panels and output of the command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help=".png, .pdf or .svg to write")
+    parser.add_argument("--output", type=local_path, default=Path("curves.png"), help=".png, .pdf or .svg to write")
     parser.add_argument("--metrics", nargs="+", choices=PANELS, help=f"panels (default: {' '.join(DEFAULT_PANELS)})")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="moving average over N rows")
     parser.add_argument("--log-x", action="store_true", help="logarithmic horizontal axis")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import DataError
+from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
+from tools.plots.foreign_values import is_number, one_line
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def load_run(path: Path) -> RunRecord:
     if not file.is_file():
         raise DataError(f"{path}: no {METRICS_FILE} here. Give a run's folder (log_dir, or save) or the file itself.")
     records = sorted(read_records(file), key=lambda record: record["iteration"])
+    _require_numbers(file, records)
     if not records:
         raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
     # An evaluation may have a row of its own, whose token count stands in the training row of the same step.
@@ -55,21 +57,36 @@ def load_run(path: Path) -> RunRecord:
         {"consumed_tokens": tokens[record["iteration"]]} | record if record["iteration"] in tokens else record
         for record in records
     ]
-    description = _read_description(file.with_name("run.json"))
-    name = description.get("name") or file.resolve().parent.name
-    return RunRecord(str(name), records, description.get("parameters"), description.get("flops_per_token"))
+    described = file.with_name("run.json")
+    description = _read_description(described)
+    for key in ("parameters", "flops_per_token"):
+        value = description.get(key)
+        if value is not None and not is_number(value):
+            raise DataError(f"{described}: {key} is {value!r:.50}, no number. Remove the file if it is not yours.")
+    name = one_line(str(description.get("name") or file.resolve().parent.name))
+    return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"))
+
+
+def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Raises DataError where a value is neither a number nor the null of one that was not finite."""
+    for record in records:
+        for key, value in record.items():
+            if value is not None and not is_number(value):
+                raise DataError(
+                    f"{file}: {key!r} of iteration {record['iteration']} is {value!r:.50}, no number, so this is no "
+                    "metrics file of a run, or it is damaged."
+                )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: not JSON ({error}). Training writes this file; remove it if it is not yours."
+            f"{path}: {describe_read_error(error)}. Training writes this file; remove it if it is not yours."
         ) from error
-    return description if isinstance(description, dict) else {}
 
 
 def positions(run: RunRecord, records: Sequence[dict[str, Any]], x: str) -> np.ndarray:

@@ -9,20 +9,23 @@ the default ones are those of the TokenFormer paper. Files about the same model 
 from __future__ import annotations
 
 import csv
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_tokenformer import run_tool
 
 from matplotlib.figure import Figure
+from pydantic import Field, TypeAdapter
 
+from megatron.config.local_path import local_path
 from megatron.errors import ConfigError, DataError
+from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
+from tools.plots.foreign_values import LARGEST, is_number, label, one_line
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (
@@ -59,6 +62,34 @@ class Row:
         return math.fsum(known) / len(known) if known and len(known) == len(shares) else None
 
 
+@dataclass(frozen=True)
+class _Model:
+    """The part of a results file about the model; what else is there is left alone."""
+
+    name: str
+    parameters: Annotated[float, Field(ge=0, lt=LARGEST, allow_inf_nan=False)]
+    manifest_sha256: str | None = None
+    sha256: str | None = None
+    hub_commit: str | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    limit: int | float | None
+    num_fewshot: int | None = None
+
+
+@dataclass(frozen=True)
+class _Record:
+    results: dict[str, dict[str, Any]]
+    date: str
+    model: _Model
+    config: _Settings
+
+
+_RECORD = TypeAdapter(_Record)
+
+
 def is_share(column: str) -> bool:
     """Tells whether the column's metric is a share of right answers."""
     return column.rpartition(":")[2] in SHARES
@@ -79,13 +110,13 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
     rows: dict[tuple[Any, ...], Row] = {}
     from megatron.inference.evaluation.results_file import metrics_of
 
-    for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1]["date"]):
-        model, how = record["model"], record["config"]
-        name = model["name"] + _reservations(how)
-        digest = model.get("manifest_sha256") or model.get("sha256") or model.get("hub_commit")
-        row = rows.setdefault((name, digest), Row(name, model["parameters"], "", False))
+    for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1].date):
+        model = record.model
+        name = one_line(model.name) + _reservations(record.config)
+        digest = model.manifest_sha256 or model.sha256 or model.hub_commit
+        row = rows.setdefault((name, digest), Row(name, model.parameters, "", False))
         row.source = ", ".join(filter(None, [row.source, path.name]))
-        for (task, metric), (value, error) in metrics_of(record["results"]).items():
+        for (task, metric), (value, error) in metrics_of(record.results).items():
             column = f"{task}:{metric}"
             scale = 100.0 if is_share(column) else 1.0
             row.values[column] = scale * value
@@ -93,19 +124,26 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
     return list(rows.values())
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> _Record:
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        record["results"], record["date"], record["model"]["name"], record["config"]["limit"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a results file of eval.py ({error}). Name its .json files.") from error
+        record = _RECORD.validate_python(read_json_object(path))
+        foreign = [key for entries in record.results.values() for key, value in entries.items() if _is_foreign(value)]
+        if foreign:
+            raise ValueError(f"{foreign[0]!r:.50} has no number that was measured")
+    except (OSError, ValueError) as error:
+        reason = describe_read_error(error).replace("\n", " ")
+        raise DataError(f"{path}: not a results file of eval.py ({reason}). Name its .json files.") from error
     return record
 
 
-def _reservations(how: Mapping[str, Any]) -> str:
+def _is_foreign(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not is_number(value)
+
+
+def _reservations(how: _Settings) -> str:
     """Notes what keeps a measurement from being compared with the published ones."""
-    notes = [f"first {how['limit']} only"] if how["limit"] else []
-    notes += [f"{how['num_fewshot']}-shot"] if how["num_fewshot"] else []
+    notes = [f"first {how.limit} only"] if how.limit else []
+    notes += [f"{how.num_fewshot}-shot"] if how.num_fewshot else []
     return f" ({', '.join(notes)})" if notes else ""
 
 
@@ -192,9 +230,9 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
         axes.grid(alpha=0.3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    grid[0].set_yticks(list(places), [row.model for row in rows])
-    for label, row in zip(grid[0].get_yticklabels(), rows, strict=True):
-        label.set_color(PUBLISHED_COLOUR if row.published else MEASURED_COLOUR)
+    grid[0].set_yticks(list(places), [label(row.model) for row in rows])
+    for tick, row in zip(grid[0].get_yticklabels(), rows, strict=True):
+        tick.set_color(PUBLISHED_COLOUR if row.published else MEASURED_COLOUR)
     figure.suptitle("measured (filled) and published (hollow)", fontsize=9)
     return figure
 
@@ -202,12 +240,14 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
 def main(argv: Sequence[str]) -> int:
     """Writes the three files. Raises DataError for files that are no results, ConfigError for a malformed column."""
     parser = tool_parser(__doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="files that eval.py wrote")
-    parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")
+    parser.add_argument("results", nargs="+", type=local_path, metavar="RESULTS.json", help="files that eval.py wrote")
+    parser.add_argument(
+        "--output", type=local_path, default=Path("zero_shot"), help="path of the files, without suffix"
+    )
     parser.add_argument(
         "--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC", help="columns of the table"
     )
-    parser.add_argument("--published", type=Path, default=PUBLISHED, help="CSV of published rows")
+    parser.add_argument("--published", type=local_path, default=PUBLISHED, help="CSV of published rows")
     parser.add_argument("--without-published", action="store_true", help="leave the published rows out")
     options = parser.parse_args(argv)
     for column in options.columns:

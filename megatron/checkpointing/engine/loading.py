@@ -55,7 +55,13 @@ def _load(
             same_precision=same_precision,
         )
         return
-    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    try:
+        loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    # What Python raises where a file lacks an entry, or has one of another kind.
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not hold what DeepSpeed 0.19.8 writes ({error!r}). Load another checkpoint."
+        ) from error
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
 

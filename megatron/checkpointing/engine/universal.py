@@ -23,11 +23,19 @@ from megatron.checkpointing.states.parameter_layout import LayerLayout
 from megatron.checkpointing.states.read_states import StateReader
 from megatron.checkpointing.states.universal_files import UniversalFiles
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.manifest import MANIFEST_FILE, FileEntry, damage
+from megatron.checkpointing.store.manifest import (
+    MANIFEST_FILE,
+    FileEntry,
+    damage,
+    describe_problem,
+    is_file_name,
+    parse_files,
+)
 from megatron.config.sections.checkpoint import Verification
 from megatron.errors import CheckpointError, os_errors_as
 from megatron.io.durable import flush_folder, write_durably
 from megatron.io.hashing import file_sha256
+from megatron.io.json_files import read_json_object
 from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather_objects, on_first_rank, rank_and_size
 
@@ -154,16 +162,18 @@ def _problem(folder: Path, checkpoint: Checkpoint, level: Verification) -> str |
 
 def _listed(folder: Path, checkpoint: Checkpoint) -> tuple[Mapping[str, FileEntry] | None, str]:
     try:
-        content = json.loads((folder / CONVERSION_FILE).read_text(encoding="utf-8"))
-        if content["format"] != CONVERSION_FORMAT:
+        content = read_json_object(folder / CONVERSION_FILE)
+        if content.get("format") != CONVERSION_FORMAT:
             return None, f"{CONVERSION_FILE} is of another format than {CONVERSION_FORMAT}"
-        if content["source"] != file_sha256(checkpoint.path / MANIFEST_FILE):
+        if content.get("source") != file_sha256(checkpoint.path / MANIFEST_FILE):
             return None, "it was converted from something else"
-        return {name: FileEntry(**entry) for name, entry in content["files"].items()}, ""
+        files = parse_files(content.get("files"))
     except FileNotFoundError:
         return None, f"it has no {CONVERSION_FILE}" if folder.exists() else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, f"{CONVERSION_FILE} cannot be read ({error})"
+    except (OSError, ValueError) as error:
+        return None, f"{CONVERSION_FILE} cannot be read ({describe_problem(error)})"
+    outside = [name for name in files if not all(map(is_file_name, name.split("/")))]
+    return (None, f"{CONVERSION_FILE} names {outside[0]!r}, which leads out of the folder") if outside else (files, "")
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.checkpointing.states.parameter_layout import LayerLayout, layer_layouts, merge
 from megatron.checkpointing.states.read_zero_files import EngineState, ZeroFiles
+from megatron.checkpointing.states.tensor_folder import named_tensors
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
@@ -33,7 +34,14 @@ class StateReader:
 
     def __init__(self, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
         self.checkpoint = checkpoint
-        self.layouts = layer_layouts(checkpoint.config.model, checkpoint.vocab)
+        model, files = checkpoint.config.model, checkpoint.manifest.files
+        # Layouts are built of all layers that the configuration claims.
+        if model.num_layers > sum(name.startswith("layer_") for name in files):
+            raise CheckpointError(
+                f"{checkpoint.path}: its configuration has {model.num_layers:,} layers, more than it has files. It is "
+                "damaged, or not of this trainer."
+            )
+        self.layouts = layer_layouts(model, checkpoint.vocab)
         self._has_optimizer = optimizer and not checkpoint.holds_weights_alone
 
     @cached_property
@@ -81,9 +89,7 @@ def _merged_weights(checkpoint: Checkpoint, layout: LayerLayout) -> dict[str, Te
 
 
 def _named_weights(file: Path, layout: LayerLayout) -> Mapping[str, Tensor]:
-    shard = load_tensors(file)
-    if not isinstance(shard, dict) or not all(isinstance(value, Tensor) for value in shard.values()):
-        raise CheckpointError(f"{file} does not hold named tensors: it is not a layer's weights.")
+    shard = named_tensors(load_tensors(file), file)
     missing, left_over = layout.parameters.keys() - shard.keys(), shard.keys() - layout.parameters.keys()
     if missing or left_over:
         raise CheckpointError(

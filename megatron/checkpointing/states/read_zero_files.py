@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import ParameterState
 from megatron.checkpointing.states.parameter_layout import LayerLayout, merge, shard_shape
+from megatron.checkpointing.states.tensor_folder import named_tensors
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.config.optimizer import facts_of
@@ -29,6 +30,8 @@ COUNTERS = ("lr_scheduler", "global_steps", "global_samples", "skipped_steps", "
 """Entries of the engine's file that mean the same in every layout."""
 LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
 """Entries of fp16's loss scale, the same on all ranks."""
+MISFITS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""Errors of Python and torch where a file that could be read holds other things than DeepSpeed writes."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,21 @@ class ZeroFiles:
         sizes = checkpoint.state
         ranks = product(*map(range, (sizes.pipe_parallel_size, sizes.tensor_parallel_size, sizes.data_parallel_size)))
         stage_of: dict[str, int] = {}
+        steps: dict[tuple[int, str], float | None] = {}
         for pipe, tensor, data in ranks:
             model_rank = pipe * sizes.tensor_parallel_size + tensor
             file = optimizer_file(checkpoint.path, model_rank, data, self._config.training.precision.dtype)
             content = load_tensors(file)
             try:
-                for name, piece in self._read(content["optimizer_state_dict"]):
+                for name, piece in self._read(content["optimizer_state_dict"], file):
+                    group = (pipe, self._facts.group_of(self._specs[name]).name)
+                    if steps.setdefault(group, piece.step) != piece.step:
+                        raise ValueError(f"{group[1]} stepped {piece.step} times, by another rank {steps[group]}")
                     # A tied embedding lies on the last stage as well, with the same values.
                     if stage_of.setdefault(name, pipe) == pipe:
                         shares = self._pieces.setdefault(name, [[] for _ in range(sizes.tensor_parallel_size)])
                         shares[tensor].append(piece)
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            except MISFITS as error:
                 raise CheckpointError(
                     f"{file} does not hold the optimizer state that DeepSpeed 0.19.8 writes ({error!r})."
                 ) from error
@@ -109,7 +116,7 @@ class ZeroFiles:
         """
         return {local: self._merged(layout, local, weight) for local, weight in weights.items()}
 
-    def _read(self, content: dict[str, Any]) -> Iterator[tuple[str, _Piece]]:
+    def _read(self, content: dict[str, Any], file: Path) -> Iterator[tuple[str, _Piece]]:
         base, self._clip_grad = content["base_optimizer_state"], content["clip_grad"]
         self._loss_scale = {key: content[key] for key in LOSS_SCALE if key in content}
         groups = zip(content["single_partition_of_fp32_groups"], content["param_slice_mappings"], strict=True)
@@ -118,10 +125,14 @@ class ZeroFiles:
             # torch counts steps by parameter, apex by group.
             step = state.get("step", base["param_groups"][group].get("step"))
             flat = {MASTER: master.detach(), **{name: state[name] for name in self._facts.moments if name in state}}
+            named_tensors(flat, file)
+            hyperparameters = base["param_groups"][group]
+            if not isinstance(hyperparameters, dict) or not all(isinstance(key, str) for key in hyperparameters):
+                raise TypeError(f"hyperparameters of group {group}")
             for engine_name, address in pieces.items():
                 name = from_engine_name(engine_name, self._config.model)
                 label = self._facts.group_of(self._specs[name]).name
-                self._hyperparameters[label] = base["param_groups"][group]
+                self._hyperparameters[label] = hyperparameters
                 yield name, _Piece(flat, None if step is None else float(step), address.start, address.numel)
 
     def _merged(self, layout: LayerLayout, local: str, weight: Tensor) -> ParameterState:
@@ -134,11 +145,11 @@ class ZeroFiles:
             merged = {
                 key: merge([_joined(pieces, key).reshape(shape) for pieces in shares], spec) for key in first.flat
             }
-        except (KeyError, IndexError, RuntimeError) as error:
+            return ParameterState(weight, merged.pop(MASTER), merged, first.step)
+        except MISFITS as error:
             raise CheckpointError(f"{path}: the optimizer state of {name} is not whole: {error!r}.") from error
         except CheckpointError as error:
             raise CheckpointError(f"{path}: the optimizer state of {name}: {error}.") from error
-        return ParameterState(weight, merged.pop(MASTER), merged, first.step)
 
 
 def optimizer_file(folder: Path, model_rank: int, data_rank: int, dtype: str) -> Path:

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron.checkpointing.store.manifest import describe_problem, is_file_name
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
+from megatron.io.json_files import read_json_object
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
@@ -102,18 +105,19 @@ def open_file(file: Path, *, allow_unsafe: bool = False) -> TensorFolder:
 
 def _indexed_files(index: Path, allow_unsafe: bool) -> dict[str, Path]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: index.parent / file for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error}.") from error
+        weight_map = read_json_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} cannot be read: {describe_problem(error)}.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index} has no `weight_map` of tensor names to files. Copy it again.")
     for file in set(weight_map.values()):
-        if Path(file).name != file:
+        if not is_file_name(file):
             raise CheckpointError(f"{index} names {file!r}, which is not a file of its folder.")
         there = set(_tensor_names(index.parent / file, allow_unsafe))
         listed = {name for name in weight_map if weight_map[name] == file}
         if there != listed:
             raise CheckpointError(f"{index.parent / file} and {index.name} disagree about {sorted(there ^ listed)[0]}.")
-    return files
+    return {name: index.parent / file for name, file in weight_map.items()}
 
 
 def _tensor_names(file: Path, allow_unsafe: bool) -> list[str]:
@@ -143,12 +147,25 @@ def _read_bin(file: Path, allow_unsafe: bool) -> dict[str, Tensor]:
 
 
 def named_tensors(content: object, file: Path) -> dict[str, Tensor]:
-    """Returns `content`, which was read from `file`. Raises CheckpointError when it is no dictionary of tensors."""
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
+    """Returns `content`, which was read from `file`.
+
+    Raises CheckpointError when it is no dictionary of tensors that lie in memory, one number after the other: a file of
+    some bytes may claim a view of any size.
+    """
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{file} does not hold named tensors.")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{file} does not hold named tensors: {name} is none.")
+        if not _is_stored(value):
+            raise CheckpointError(f"{file}: {name} is no tensor whose numbers are all in the file.")
     return content
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Tells whether each number of a tensor has a place of its own in memory."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _unreadable(file: Path, error: Exception) -> CheckpointError:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megatron.checkpointing.store.manifest import MANIFEST_FILE, Manifest, damage, read_manifest
+from megatron.checkpointing.store.manifest import MANIFEST_FILE, Manifest, damage, describe_problem, read_manifest
 from megatron.checkpointing.store.run_state import STATE_FILE, RunState, read_state
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
@@ -47,11 +47,10 @@ class Checkpoint:
         try:
             return RunConfig.model_validate_json((self.path / CONFIG_FILE).read_bytes())
         except (OSError, ValidationError) as error:
-            reasons = _reasons(error) if isinstance(error, ValidationError) else str(error.strerror)
             writer = self.manifest.versions.get("code") or "an unknown commit"
             raise CheckpointError(
-                f"{self.path / CONFIG_FILE} cannot be understood: {reasons}. The checkpoint was written by {writer}. "
-                "Load it with that version of the code, or, if the file was changed, restore it."
+                f"{self.path / CONFIG_FILE} cannot be understood: {describe_problem(error)}. The checkpoint was "
+                f"written by {writer}. Load it with that version of the code, or, if the file was changed, restore it."
             ) from error
 
     @property
@@ -63,12 +62,6 @@ class Checkpoint:
     def holds_weights_alone(self) -> bool:
         """Tells whether the optimizer's and the engine's state are missing, so that no run can go on from it."""
         return not any(name.startswith("mp_rank_") for name in self.manifest.files)
-
-
-def _reasons(error: ValidationError) -> str:
-    found = error.errors(include_url=False)
-    shown = [": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in found[:3]]
-    return "; ".join(shown) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -98,6 +91,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     problems = damage(path, small, "full") if len(small) == 2 else [f"{MANIFEST_FILE} does not name all files"]
     if problems:
         raise CheckpointError("; ".join(problems))
+    if state.tensor_parallel_size > len(manifest.files):
+        raise CheckpointError(
+            f"it is of {state.tensor_parallel_size:,} tensor-parallel ranks, and has {len(manifest.files)} files"
+        )
     if path.resolve().name != checkpoint_name(state.iteration):
         raise CheckpointError(f"it is of step {state.iteration}, which its name does not say")
     return Checkpoint(path, state, manifest)

@@ -18,25 +18,35 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron.config.sections.checkpoint import Verification
 from megatron.errors import CheckpointError
 from megatron.io.durable import write_durably
 from megatron.io.hashing import file_sha256
+from megatron.io.json_files import describe_read_error, read_json_object
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
+
+NO_OTHERS = ConfigDict(extra="forbid")
+"""Setting of pydantic for what is read back from a checkpoint: these fields and no others."""
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """One file."""
 
-    size: int
+    __pydantic_config__ = NO_OTHERS
+
+    size: Count
     """[bytes]."""
 
-    sha256: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """Of the whole file, hexadecimal."""
 
 
@@ -44,13 +54,19 @@ class FileEntry:
 class Manifest:
     """The content of manifest.json; the module's docstring says what each field is."""
 
+    __pydantic_config__ = NO_OTHERS
+
     run_id: str
-    sequence: int
-    iteration: int
-    layout: dict[str, int]
+    sequence: Count
+    iteration: Count
+    layout: dict[str, Size]
     config: str
     versions: dict[str, str | None]
     files: dict[str, FileEntry]
+
+
+_MANIFEST = TypeAdapter(Manifest)
+_FILES = TypeAdapter(dict[str, FileEntry])
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -62,21 +78,39 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Reads manifest.json. Raises CheckpointError, with a reason alone, when it is missing, damaged or foreign."""
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        if content.pop("sha256") != _digest(content):
+        content = read_json_object(folder / MANIFEST_FILE)
+        if content.pop("sha256", None) != _digest(content):
             raise CheckpointError(f"{MANIFEST_FILE} is damaged: its SHA-256 differs")
-        if content.pop("format") != MANIFEST_FORMAT:
+        if content.pop("format", None) != MANIFEST_FORMAT:
             raise CheckpointError(f"{MANIFEST_FILE} is of another format than {MANIFEST_FORMAT}")
-        files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
-        manifest = Manifest(**content, files=files)
+        manifest = _MANIFEST.validate_python(content)
     except FileNotFoundError as error:
         raise CheckpointError(f"it has no {MANIFEST_FILE}: not a whole checkpoint of this trainer") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{MANIFEST_FILE} cannot be read ({error})") from error
-    outside = [name for name in files if name == ".." or Path(name).name != name]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST_FILE} cannot be read ({describe_problem(error)})") from error
+    outside = [name for name in manifest.files if not is_file_name(name)]
     if outside:
         raise CheckpointError(f"{MANIFEST_FILE} names {outside[0]!r}, which is not a file of the checkpoint's folder")
     return manifest
+
+
+def parse_files(content: object) -> dict[str, FileEntry]:
+    """Returns a list of files, from JSON. Raises ValueError when it is none."""
+    return _FILES.validate_python(content)
+
+
+def is_file_name(name: str) -> bool:
+    """Tells whether a name that was read from a file is one that a folder's file can have, and leads nowhere else."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name and name.isprintable()
+
+
+def describe_problem(error: OSError | ValueError) -> str:
+    """Describes why JSON of a checkpoint cannot be read, in a few words; of many wrong fields the first three."""
+    if not isinstance(error, ValidationError):
+        return describe_read_error(error)
+    found = error.errors(include_url=False)
+    shown = [": ".join([*filter(None, [".".join(map(str, each["loc"]))]), each["msg"]]) for each in found[:3]]
+    return "; ".join(shown) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def damage(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-from pathlib import Path
+import struct
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,29 @@ from megatron.errors import CheckpointError
 
 NUMPY_ARRAY_MAKER = np.arange(0).__reduce__()[0]
 """What NumPy's pickles call to make an empty array, whose memory they then fill."""
+
+MALFORMED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    BufferError,
+    ImportError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""Errors of torch's reader on a malformed file, beside UnpicklingError and OSError.
+
+It interprets pickle's instructions with a stack and a memo that it does not check, and calls the constructors of the
+allowed types with whatever arguments it finds there: each may raise what a wrong operand or argument makes it raise.
+"""
+
+ZIP_MAGIC = b"PK\x03\x04"
 
 
 def _allowed_types() -> list[Any]:
@@ -46,13 +71,14 @@ def _allowed_types() -> list[Any]:
 
 
 def load_tensors(path: Path, *, allow_unsafe: bool | None = None, mmap: bool = True) -> Any:
-    """Reads a .pt file on the CPU, memory-mapped or into memory.
+    """Reads a .pt file on the CPU, memory-mapped or into memory; one in torch's format before 1.6 always into memory.
 
-    Raises CheckpointError for a damaged file, and for one that holds anything but tensors, plain values and the types
-    that DeepSpeed and GPT-NeoX write, unless `allow_unsafe`: then such a file may run any code. None is False where
-    the user is offered no choice.
+    Raises CheckpointError for a file that is damaged or gone, and for one that holds anything but tensors, plain values
+    and the types that DeepSpeed and GPT-NeoX write, unless `allow_unsafe`: then such a file may run any code. None is
+    False where the user is offered no choice.
     """
     try:
+        mmap = _is_plain_archive(path) and mmap
         with torch.serialization.safe_globals(_allowed_types()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -67,8 +93,45 @@ def load_tensors(path: Path, *, allow_unsafe: bool | None = None, mmap: bool = T
             f"{path} holds more than tensors and plain values ({_reason(error)}), and loading it could run code: it is "
             f"refused. {remedy}"
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is damaged or incomplete.") from error
+    except (OSError, *MALFORMED) as error:
+        raise unreadable_tensors(path, error) from error
+
+
+def unreadable_tensors(path: Path, error: BaseException) -> CheckpointError:
+    """Returns the error about a file of tensors whose reading has raised `error`: it is gone, out of reach, or damaged.
+
+    Gone is what retention makes of an old checkpoint while another process reads it, and no damage.
+    """
+    if isinstance(error, FileNotFoundError) or not path.exists():
+        return CheckpointError(
+            f"{path} is not there. If it was a moment ago, its run has removed the checkpoint meanwhile, as "
+            "`keep_last_n_checkpoints` asks: load a newer one. Otherwise restore it."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return CheckpointError(f"{path} cannot be read ({error.strerror}).")
+    words = (str(error) or repr(error)).splitlines()[0]
+    return CheckpointError(f"{path} cannot be read: {type(error).__name__}: {words}. It is damaged or incomplete.")
+
+
+def _is_plain_archive(path: Path) -> bool:
+    """Tells whether a file is an archive of torch's present format, rather than of that before 1.6.
+
+    Raises zipfile.BadZipFile for an archive that torch.save does not write: its reader would unpack any compression
+    into memory, and takes the last of two entries of the same name, where other readers take the first.
+    """
+    with path.open("rb") as file:
+        if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+            return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise zipfile.BadZipFile(f"entry {entry.filename!r} is compressed, which torch never does")
+        if entry.filename in seen or entry.filename.startswith("/") or ".." in PurePosixPath(entry.filename).parts:
+            raise zipfile.BadZipFile(f"entry {entry.filename!r} stands twice or leads out of the archive")
+        seen.add(entry.filename)
+    return True
 
 
 def _load_trusted(path: Path, mmap: bool) -> Any:
@@ -78,8 +141,8 @@ def _load_trusted(path: Path, mmap: bool) -> Any:
         raise CheckpointError(
             f"{path} needs code that is not installed here: {error}. Install it, or save the tensors alone where it is."
         ) from error
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. The checkpoint is damaged or incomplete.") from error
+    except (pickle.UnpicklingError, OSError, *MALFORMED) as error:
+        raise unreadable_tensors(path, error) from error
 
 
 def _reason(error: pickle.UnpicklingError) -> str:

@@ -20,5 +20,15 @@ def layer_biases(model: ModelConfig) -> int:
 
 ARCHITECTURES.register("gpt_neox")(
     # Flash and global are the same function: the attention kernel is chosen elsewhere.
-    ArchitectureFacts(layer_matrices, layer_biases, attention_types=("flash", "global"))
+    ArchitectureFacts(
+        layer_matrices,
+        layer_biases,
+        attention_types=("flash", "global"),
+        output_weights=(
+            "attention.dense.weight",
+            "attention.dense.bias",
+            "mlp.dense_4h_to_h.weight",
+            "mlp.dense_4h_to_h.bias",
+        ),
+    )
 )

@@ -30,6 +30,7 @@ ARCHITECTURES.register("tokenformer")(
         layer_matrices,
         layer_biases=lambda model: 0,
         attention_types=("tokenformer",),
+        output_weights=("attention.proj.value_tokens", "mlp.value_tokens"),
         split_sizes=("param_tokens.qkv", "param_tokens.proj", "param_tokens.ffn"),
         defaults={"use_bias_in_attn_linear": False, "use_bias_in_mlp": False},
         fixed={

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron.config.local_path import PathText
 from megatron.config.section import Key, Section
 
 Verification = Literal["full", "sizes"]
@@ -14,12 +15,12 @@ Verification = Literal["full", "sizes"]
 class CheckpointConfig(Section):
     """Checkpoints: where they are written and read, when, and how they are checked."""
 
-    save: str | None = None
+    save: PathText | None = None
     """Folder for this run's checkpoints; None saves nothing."""
 
-    load: Annotated[str | None, Key(difference="must hold a checkpoint; NeoX starts from step 0 when it does not")] = (
-        None
-    )
+    load: Annotated[
+        PathText | None, Key(difference="must hold a checkpoint; NeoX starts from step 0 when it does not")
+    ] = None
     """Folder to load from; it must hold a checkpoint."""
 
     checkpoint_factor: PositiveInt | PositiveFloat | None = None
@@ -64,7 +65,7 @@ class CheckpointConfig(Section):
     finetune: bool = False
     """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""
 
-    pretrain_partial_init: Annotated[str | None, Key(difference="TokenFormer release")] = None
+    pretrain_partial_init: Annotated[PathText | None, Key(difference="TokenFormer release")] = None
     """Checkpoint folder of a TokenFormer with fewer parameter tokens, as the published growth runs start from: its
     tokens fill the first rows, the other rows keep their initial values, and everything else is copied."""
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import NonNegativeInt
 
+from megatron.config.local_path import PathText
 from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
@@ -19,30 +20,32 @@ class TokenizerConfig(Section):
     type: Annotated[TokenizerType, Key("tokenizer_type")] = "GPT2BPETokenizer"
     """Kind of tokenizer."""
 
-    vocab_file: str | None = None
+    vocab_file: PathText | None = None
     """tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer) or .model (SPMTokenizer); CharLevelTokenizer
     needs none."""
 
-    merge_file: str | None = None
+    merge_file: PathText | None = None
     """merges.txt (GPT2BPETokenizer only)."""
 
 
 class DataConfig(Section):
     """Tokenized datasets: one that is split by documents, or separate ones, possibly blended."""
 
-    data_path: str | None = None
+    data_path: PathText | None = None
     """Prefix of one .bin/.idx pair, split by `split`."""
 
     split: str = "969, 30, 1"
     """Shares of documents for training, validation and test when data_path is given."""
 
-    train_data_paths: list[str] | None = None
+    train_data_paths: list[PathText] | None = None
     """Prefixes of the training datasets, blended by their weights."""
 
-    valid_data_paths: Annotated[list[str] | None, Key(difference="may be left out with eval_iters: 0")] = None
+    valid_data_paths: Annotated[list[PathText] | None, Key(difference="may be left out with eval_iters: 0")] = None
     """Prefixes of the validation datasets."""
 
-    test_data_paths: Annotated[list[str] | None, Key(difference="may be left out; then there is no final test")] = None
+    test_data_paths: Annotated[
+        list[PathText] | None, Key(difference="may be left out; then there is no final test")
+    ] = None
     """Prefixes of the test datasets."""
 
     train_data_weights: list[float] | None = None
@@ -65,7 +68,7 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 2
     """Loader processes per rank [processes]."""
 
-    index_cache_dir: Annotated[str | None, Key(difference="not a NeoX key; there, beside the dataset")] = None
+    index_cache_dir: Annotated[PathText | None, Key(difference="not a NeoX key; there, beside the dataset")] = None
     """Folder for the sample indices, shared by all ranks of a machine; None keeps them beside the dataset."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()

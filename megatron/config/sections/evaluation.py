@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from megatron.config.local_path import NameOrPath, PathText
 from megatron.config.section import Key, Section
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -16,7 +17,7 @@ class EvaluationConfig(Section):
 
     key_prefix = "eval_"
 
-    tasks: list[str] = Field(default=[])
+    tasks: list[NameOrPath] = Field(default=[])
     """Tasks, groups or tags of lm-eval, or paths of task YAMLs."""
 
     num_fewshot: Annotated[NonNegativeInt | None, Key(difference="a NeoX flag, not a key")] = None
@@ -31,23 +32,30 @@ class EvaluationConfig(Section):
     )
     """Most sequences of a batch [sequences]; auto fills the memory, and takes less after it ran out."""
 
-    include_path: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    include_path: Annotated[PathText | None, Key(difference="not a NeoX key")] = None
     """Folder of further task YAMLs."""
 
     iterations: Annotated[list[NonNegativeInt] | Literal["all"], Key(difference="not a NeoX key")] = Field(default=[])
     """Steps of the checkpoints to score one after the other [steps]; none means the one that `iteration` names, or the
     newest."""
 
-    output: Annotated[str, Key(difference="not a NeoX key; there, the current folder")] = "eval_results"
+    log_samples: Annotated[bool, Key(difference="not a NeoX key")] = False
+    """Write lm-eval's log of samples for each task, in a folder beside the results: documents, requests, answers."""
+
+    bootstrap_iters: Annotated[Literal[0] | Annotated[int, Field(ge=2)], Key(difference="not a NeoX key")] = 100_000
+    """Resamples behind standard errors that have no formula [samples]; 0 gives none. Fewer are faster, and too few hide
+    the tail of a metric such as perplexity."""
+
+    output: Annotated[PathText, Key(difference="not a NeoX key; there, the current folder")] = "eval_results"
     """Folder of the results, or the .json file of a single one."""
 
     results_prefix: str = ""
     """Start of the results' file names."""
 
-    cache: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    cache: Annotated[PathText | None, Key(difference="not a NeoX key")] = None
     """Folder of answers by checkpoint, so that an evaluation that was ended goes on where it was; None keeps none."""
 
-    hf_model: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    hf_model: Annotated[NameOrPath | None, Key(difference="not a NeoX key")] = None
     """Name or folder of a Hugging Face causal model to score instead of a checkpoint."""
 
     trust_remote_code: Annotated[bool, Key(difference="not a NeoX key")] = False

@@ -16,13 +16,14 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
 
     As in NeoX the length is one less than the number of samples in the index; item `len` is still served, and items
     beyond wrap modulo the length. Reading raises DataError when a token id is not below `vocab_size`, the padded
-    vocabulary.
+    vocabulary, and when a damaged index leads out of the documents.
     """
 
-    def __init__(self, documents: TokenDataset, index: SampleIndex, vocab_size: int) -> None:
+    def __init__(self, documents: TokenDataset, index: SampleIndex, vocab_size: int, seq_length: int) -> None:
         self.documents = documents
         self.index = index
         self.vocab_size = vocab_size
+        self.seq_length = seq_length
 
     def __len__(self) -> int:
         return max(1, len(self.index.shuffle_idx) - 1)
@@ -30,13 +31,7 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
     def __getitem__(self, item: int) -> npt.NDArray[np.int64]:
         if item >= len(self.index.shuffle_idx):
             item %= len(self)
-        sample = int(self.index.shuffle_idx[item])
-        first, first_offset = self.index.sample_idx[sample].tolist()
-        last, last_offset = self.index.sample_idx[sample + 1].tolist()
-        documents = self.index.doc_idx[first : last + 1].tolist()
-        stops = self.documents.sizes[documents].tolist()
-        stops[-1] = last_offset + 1
-        starts = [first_offset] + [0] * (last - first)
+        documents, starts, stops = self._places(int(self.index.shuffle_idx[item]))
         pieces = [
             self.documents.read(document, start, stop - start)
             for document, start, stop in zip(documents, starts, stops, strict=True)
@@ -46,6 +41,29 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         if tokens.view(np.uint64).max() >= self.vocab_size:
             raise self._foreign_token(documents, pieces)
         return tokens
+
+    def _places(self, sample: int) -> tuple[list[int], list[int], list[int]]:
+        """Returns the documents of a sample, and where it starts and stops in each [tokens].
+
+        Raises DataError where the index, which is read from files, does not lead to as many tokens as a sample has.
+        """
+        index, sizes = self.index, self.documents.sizes
+        if 0 <= sample < len(index.shuffle_idx):
+            first, first_offset = index.sample_idx[sample].tolist()
+            last, last_offset = index.sample_idx[sample + 1].tolist()
+            if 0 <= first <= last < len(index.doc_idx):
+                documents = index.doc_idx[first : last + 1]
+                if documents.min() >= 0 and documents.max() < len(sizes):
+                    stops = sizes[documents]
+                    inside = 0 <= first_offset <= stops[0] and 0 <= last_offset < stops[-1]
+                    length = int(stops[:-1].sum(dtype=np.int64)) + last_offset + 1 - first_offset
+                    if inside and length == self.seq_length + 1:
+                        starts = [first_offset] + [0] * (last - first)
+                        return documents.tolist(), starts, [*stops[:-1].tolist(), last_offset + 1]
+        raise DataError(
+            f"{self.documents.token_file}: its sample index leads out of the documents, so a file of the index cache "
+            "is damaged. Delete the folder (index_cache_dir, or the one beside the dataset); it is made anew."
+        )
 
     def _foreign_token(self, documents: list[int], pieces: list[npt.NDArray[np.integer]]) -> DataError:
         largest = self.vocab_size - 1

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import struct
 import time
+import tokenize
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.order.sample_index import SampleIndex, build_sample_index, num_epochs_for, num_tokens_in
+from megatron.data.order.sample_index import IndexExtent, SampleIndex, build_sample_index, index_extent
 from megatron.errors import DataError
 from megatron.io.durable import atomic_write, file_lock
 
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
+MALFORMED_NPY = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+    struct.error,
+)
+"""Errors of NumPy on the header of a damaged .npy file, which is a Python literal that it parses, and mends before."""
 
 
 def cached_sample_index(
@@ -36,7 +52,8 @@ def cached_sample_index(
     data that was tokenized again never meets an old order. Ranks that race build it once and then share it. Damaged
     files are built again. Raises DataError like `build_sample_index`, and when the folder cannot be written.
     """
-    files = _IndexFiles(folder / f"{name}_{_key(sizes, documents, num_samples, seq_length, seed)}")
+    extent = index_extent(sizes, documents, num_samples, seq_length)
+    files = _IndexFiles(folder / f"{name}_{_key(sizes, documents, extent.num_epochs, seq_length, seed)}", extent)
     cached = files.load()
     if cached is not None:
         return cached
@@ -59,9 +76,8 @@ def cached_sample_index(
     return cached
 
 
-def _key(sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int) -> str:
+def _key(sizes: npt.NDArray[np.integer], documents: range, num_epochs: int, seq_length: int, seed: int) -> str:
     """Hashes what decides the index: sizes and range of the documents, epochs, sample length, seed."""
-    num_epochs = num_epochs_for(num_tokens_in(sizes, documents), num_samples, seq_length)
     facts = (_FORMAT_VERSION, sizes.dtype.str, documents.start, documents.stop, num_epochs, seq_length, seed)
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=12)
     digest.update(np.ascontiguousarray(sizes[documents.start : documents.stop]).data)
@@ -71,8 +87,9 @@ def _key(sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq
 class _IndexFiles:
     """The .npy files of one index, a file for each of its arrays."""
 
-    def __init__(self, stem: Path) -> None:
+    def __init__(self, stem: Path, extent: IndexExtent) -> None:
         self.stem = stem
+        self.extent = extent
         self.lock = stem.with_name(f"{stem.name}.lock")
 
     def _path(self, part: str) -> Path:
@@ -92,15 +109,24 @@ class _IndexFiles:
         try:
             # open_memmap reads .npy alone and refuses pickled objects, whatever the file holds.
             index = SampleIndex(*(np.lib.format.open_memmap(path, mode="r").view(np.ndarray) for path in paths))
-            _check(index)
-        except (ValueError, OSError) as error:
+            self._check(index)
+        except (OSError, *MALFORMED_NPY) as error:
             logger.warning("%s: the sample index there is damaged (%s) and is built again", self.stem, error)
             return None
         return index
 
+    def _check(self, index: SampleIndex) -> None:
+        """Raises ValueError unless the arrays have the sizes and types of this index.
 
-def _check(index: SampleIndex) -> None:
-    """Raises ValueError when the three arrays cannot belong together."""
-    num_samples = len(index.shuffle_idx)
-    if index.sample_idx.shape != (num_samples + 1, 2) or index.sample_idx[-1, 0] >= len(index.doc_idx):
-        raise ValueError("its arrays do not belong together")
+        Their values are looked at where they are used (gpt_dataset.py): reading all of them would take minutes.
+        """
+        extent = self.extent
+        expected = {
+            "doc_idx": ((extent.num_entries,), extent.types.doc),
+            "sample_idx": ((extent.num_samples + 1, 2), extent.types.sample),
+            "shuffle_idx": ((extent.num_samples,), extent.types.shuffle),
+        }
+        for name, array in vars(index).items():
+            shape, dtype = expected[name]
+            if array.shape != shape or array.dtype != np.dtype(dtype):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")

@@ -61,6 +61,19 @@ def build_sample_index(
     `sizes` are the token counts of all documents of the dataset. Takes little more memory than the result. Raises
     DataError when the documents hold no token, or less than one sample in the epochs that `num_samples` needs.
     """
+    extent = index_extent(sizes, documents, num_samples, seq_length)
+    generator = np.random.RandomState(seed)
+    doc_idx = _repeated(documents, extent.num_epochs, extent.types.doc)
+    generator.shuffle(doc_idx)
+    shuffle_idx = np.arange(extent.num_samples, dtype=extent.types.shuffle)
+    generator.shuffle(shuffle_idx)
+    sample_idx = np.empty((extent.num_samples + 1, 2), dtype=extent.types.sample)
+    _cut_samples(sizes, doc_idx, sample_idx, seq_length, chunk)
+    return SampleIndex(doc_idx, sample_idx, shuffle_idx)
+
+
+def index_extent(sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int) -> IndexExtent:
+    """Returns the sizes of the index that `build_sample_index` builds, and raises what it raises."""
     tokens_per_epoch = num_tokens_in(sizes, documents)
     if tokens_per_epoch == 0:
         raise DataError(f"documents {documents.start:,} to {documents.stop:,} hold no token.")
@@ -71,22 +84,26 @@ def build_sample_index(
             f"documents {documents.start:,} to {documents.stop:,} hold {tokens_per_epoch:,} tokens; one sample needs "
             f"{seq_length + 1:,}."
         )
-    generator = np.random.RandomState(seed)
-    doc_idx = _repeated(documents, num_epochs)
-    generator.shuffle(doc_idx)
-    types = index_types(documents.stop, len(doc_idx), num_built)
-    shuffle_idx = np.arange(num_built, dtype=types.shuffle)
-    generator.shuffle(shuffle_idx)
-    sample_idx = np.empty((num_built + 1, 2), dtype=types.sample)
-    _cut_samples(sizes, doc_idx, sample_idx, seq_length, chunk)
-    return SampleIndex(doc_idx, sample_idx, shuffle_idx)
+    num_entries = num_epochs * len(documents)
+    return IndexExtent(num_epochs, num_entries, num_built, index_types(documents.stop, num_entries, num_built))
 
 
-def _repeated(documents: range, num_epochs: int) -> npt.NDArray[np.integer]:
-    dtype = index_types(documents.stop, 0, 0).doc
+def _repeated(documents: range, num_epochs: int, dtype: type[np.integer]) -> npt.NDArray[np.integer]:
     doc_idx = np.empty((num_epochs, len(documents)), dtype=dtype)
     doc_idx[:] = np.arange(documents.start, documents.stop, dtype=dtype)
     return doc_idx.reshape(-1)
+
+
+@dataclass(frozen=True)
+class IndexExtent:
+    """Sizes of an index before it is built: they follow from the request alone."""
+
+    num_epochs: int
+    num_entries: int
+    """Entries of doc_idx."""
+
+    num_samples: int
+    types: IndexTypes
 
 
 class IndexTypes(NamedTuple):

@@ -13,25 +13,33 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, configured_file, no_end_of_document
-from megatron.errors import DataError
+from megatron.errors import DataError, UntypedErrorsAs
+from megatron.io.json_files import describe_read_error, read_json_object
 
 
 class LibraryTokenizer:
-    """A tokenizer of the library, with the id of its end-of-document token."""
+    """A tokenizer of the library, with the id of its end-of-document token.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eod: int) -> None:
+    A tokenizer that could be loaded may still find, at some text, that it is not whole: that raises DataError as well.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eod: int, path: Path) -> None:
         self._tokenizer = tokenizer
+        self._path = path
         self.eod = eod
         self.vocab_size = tokenizer.get_vocab_size()
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
+        with _library_errors(self._path):
+            return self._tokenizer.encode(text).ids
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        with _library_errors(self._path):
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([id_ for id_ in ids if id_ != self.eod])
+        with _library_errors(self._path):
+            return self._tokenizer.decode([id_ for id_ in ids if id_ != self.eod])
 
 
 @TOKENIZERS.register("HFTokenizer")
@@ -40,15 +48,15 @@ class HFTokenizer(LibraryTokenizer):
 
     def __init__(self, config: TokenizerConfig) -> None:
         path = configured_file(config.vocab_file, "vocab_file", config, "a tokenizer.json")
-        if "model" not in _read_json(path):
+        if "model" not in _read_object(path):
             raise DataError(
                 f"{path}: not a tokenizer.json (it has no 'model'). A vocab.json belongs to GPT2BPETokenizer."
             )
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = read_tokenizer_json(path)
         eod = tokenizer.token_to_id(END_OF_DOCUMENT)
         if eod is None:
             raise no_end_of_document(path)
-        super().__init__(tokenizer, eod)
+        super().__init__(tokenizer, eod, path)
 
 
 @TOKENIZERS.register("GPT2BPETokenizer")
@@ -57,8 +65,8 @@ class GPT2BPETokenizer(LibraryTokenizer):
 
     def __init__(self, config: TokenizerConfig) -> None:
         path = configured_file(config.vocab_file, "vocab_file", config, "a vocab.json")
-        content = _read_json(path)
-        vocabulary = {token: id_ for token, id_ in content.items() if isinstance(id_, int)}
+        content = _read_object(path)
+        vocabulary = {token: id_ for token, id_ in content.items() if type(id_) is int and 0 <= id_ < 2**31}
         if len(vocabulary) < len(content):
             raise DataError(f"{path}: not a vocab.json (token to id). A tokenizer.json belongs to HFTokenizer.")
         if END_OF_DOCUMENT not in vocabulary:
@@ -70,25 +78,42 @@ class GPT2BPETokenizer(LibraryTokenizer):
                     f"{config.merge_file}: merges {left!r} and {right!r}, but {path} has no {left + right!r}. "
                     "The two files belong to different tokenizers."
                 )
-        tokenizer = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges))
+        with _library_errors(path):
+            tokenizer = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges))
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
         tokenizer.decoder = ByteLevelDecoder()
-        super().__init__(tokenizer, vocabulary[END_OF_DOCUMENT])
+        super().__init__(tokenizer, vocabulary[END_OF_DOCUMENT], path)
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """Reads a tokenizer.json. Raises DataError when it is damaged or no tokenizer's."""
+    with _library_errors(path):
+        return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _library_errors(path: Path) -> UntypedErrorsAs:
+    return UntypedErrorsAs(
+        lambda error: DataError(f"{path}: not a whole tokenizer ({error}). Copy the tokenizer's files again.")
+    )
+
+
+def _read_object(path: Path) -> dict[str, object]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error}). Copy the tokenizer's file again.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a JSON {type(content).__name__}, not an object. Is it a tokenizer's file?")
+        content = read_json_object(path)
+        # Half of a surrogate pair is JSON, and no text.
+        json.dumps(content, ensure_ascii=False).encode()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {describe_read_error(error)}. Copy the tokenizer's file again.") from error
     return content
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {describe_read_error(error)}. Copy the tokenizer's file again.") from error
     merges = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if (number == 1 and line.startswith("#version")) or not line.strip():
             continue
         pair = line.split(" ")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
-from megatron.growth.added_tokens import TokenOperator, with_new_rows
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth
+from megatron.growth.added_tokens import with_new_rows
+from megatron.growth.growth_operator import GROWTH_OPERATORS, ZERO_SCORES_WEIGH_NOTHING, Growth, TokenOperator
 
 
 class MaskRamp(TokenOperator):
@@ -23,7 +23,7 @@ class MaskRamp(TokenOperator):
 
     def is_exact(self, theta: str | None) -> bool:
         """Tells whether a zero score weighs nothing."""
-        return theta in self.ZERO_SCORES_WEIGH_NOTHING
+        return theta in ZERO_SCORES_WEIGH_NOTHING
 
     def refusal(self, before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> str | None:
         """Requires the length of the ramp."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron.checkpointing.states.layer_state import LayerState
-from megatron.growth.added_tokens import TokenOperator, with_new_rows
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth
+from megatron.growth.added_tokens import with_new_rows
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator
 
 
 class Random(TokenOperator):

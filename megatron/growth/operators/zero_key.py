@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron.checkpointing.states.layer_state import LayerState
-from megatron.growth.added_tokens import TokenOperator, with_new_rows
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth
+from megatron.growth.added_tokens import with_new_rows
+from megatron.growth.growth_operator import GROWTH_OPERATORS, ZERO_SCORES_WEIGH_NOTHING, Growth, TokenOperator
 
 
 class ZeroKey(TokenOperator):
@@ -17,7 +17,7 @@ class ZeroKey(TokenOperator):
 
     def is_exact(self, theta: str | None) -> bool:
         """Tells whether a zero score weighs nothing."""
-        return theta in self.ZERO_SCORES_WEIGH_NOTHING
+        return theta in ZERO_SCORES_WEIGH_NOTHING
 
     def grow(self, layer: LayerState, growth: Growth) -> LayerState:
         """Returns the layer with as many parameter tokens as the larger model has."""

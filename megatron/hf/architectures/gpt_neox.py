@@ -10,7 +10,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PretrainedConfig
 from megatron.checkpointing.states.name_map import NameMap
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
-from megatron.hf.hf_architecture import HF_ARCHITECTURES, FieldMap, HFArchitecture
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, FieldMap, HFArchitecture, default_rope
 
 NAMES = NameMap(
     prefixes=(
@@ -81,14 +81,12 @@ def to_settings(config: PretrainedConfig) -> dict[str, Any]:
         )
     if config.hidden_act not in THEIR_ACTIVATIONS:
         raise ConfigError(f"hidden_act: {config.hidden_act!r}; known: {', '.join(THEIR_ACTIVATIONS)}.")
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default":
-        raise ConfigError(f"rope_parameters: rope_type {rope['rope_type']!r}; only 'default' is known here.")
+    share, base = default_rope(config)
     return FIELDS.to_ours(config) | {
         "final_norm": "layernorm",
         "activation": THEIR_ACTIVATIONS[config.hidden_act],
-        "rotary_pct": rope["partial_rotary_factor"],
-        "rotary_emb_base": rope["rope_theta"],
+        "rotary_pct": share,
+        "rotary_emb_base": base,
     }
 
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+)
 
 from megatron.checkpointing.states.name_map import NameMap
 from megatron.config.sections.model import ModelConfig
-from megatron.hf.hf_architecture import HF_ARCHITECTURES, FieldMap, HFArchitecture
-from megatron.hf.modeling_tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, FieldMap, HFArchitecture, default_rope
+from megatron.hf.modeling_tokenformer import (
+    TokenFormerConfig,
+    TokenFormerForCausalLM,
+    TokenFormerForSequenceClassification,
+    TokenFormerModel,
+)
 
 NAMES = NameMap(
     prefixes=(
@@ -36,7 +47,6 @@ FIELDS = FieldMap(
         "norm": "norm",
         "layernorm_epsilon": "layer_norm_eps",
         "rms_norm_epsilon": "rms_norm_eps",
-        "rotary_emb_base": "rotary_emb_base",
         "parallel_residual": "use_parallel_residual",
         "tie_embeddings": "tie_word_embeddings",
         "attention_dropout": "attention_dropout",
@@ -52,15 +62,20 @@ def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
     return TokenFormerConfig(
         vocab_size=vocab_rows,
         final_norm=model.final_norm or model.norm,
-        rotary_pct=model.rotary_pct if model.pos_emb == "rotary" else 0.0,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": model.rotary_emb_base,
+            "partial_rotary_factor": model.rotary_pct if model.pos_emb == "rotary" else 0.0,
+        },
         **FIELDS.to_theirs(model, "TokenFormerForCausalLM"),
     )
 
 
 def to_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns our settings of their configuration."""
-    positions = {"pos_emb": "rotary", "rotary_pct": config.rotary_pct} if config.rotary_pct else {"pos_emb": "none"}
-    return FIELDS.to_ours(config) | positions | {"final_norm": config.final_norm}
+    """Returns our settings of their configuration. Raises ConfigError for scaled rotary positions, unknown here."""
+    share, base = default_rope(config)
+    positions = {"pos_emb": "rotary", "rotary_pct": share} if share else {"pos_emb": "none"}
+    return FIELDS.to_ours(config) | positions | {"final_norm": config.final_norm, "rotary_emb_base": base}
 
 
 HF_ARCHITECTURES.register("tokenformer")(HFArchitecture(TokenFormerForCausalLM, NAMES, to_config, to_settings))
@@ -68,3 +83,4 @@ HF_ARCHITECTURES.register("tokenformer")(HFArchitecture(TokenFormerForCausalLM, 
 AutoConfig.register("tokenformer", TokenFormerConfig)
 AutoModel.register(TokenFormerConfig, TokenFormerModel)
 AutoModelForCausalLM.register(TokenFormerConfig, TokenFormerForCausalLM)
+AutoModelForSequenceClassification.register(TokenFormerConfig, TokenFormerForSequenceClassification)

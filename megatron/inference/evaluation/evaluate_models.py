@@ -33,12 +33,10 @@ from megatron.inference.evaluation.results_file import (
     results_file,
     write_record,
 )
+from megatron.inference.evaluation.sample_log import Samples, task_hashes, write_samples
 from megatron.io.hashing import file_sha256
 from megatron.loaded_model.rank_pool import RankPool
 from megatron.mpu.context import ParallelContext
-
-RESAMPLES = 1000
-"""Bootstrap samples behind standard errors that have no formula; lm-eval's 100,000 take longer than small models."""
 
 
 def evaluate_checkpoints(config: RunConfig, context: ParallelContext, device: torch.device) -> list[Path]:
@@ -60,9 +58,9 @@ def evaluate_checkpoints(config: RunConfig, context: ParallelContext, device: to
         records, files = [], []
         for iteration in iterations:
             pool.request("load", [None] * context.data_size, iteration=iteration)
-            record = _evaluate_loaded(config, worker, pool, tasks)
+            record, samples = _evaluate_loaded(config, worker, pool, tasks)
             records.append(record)
-            files.append(_write(config, record))
+            files.append(_write(config, record, samples))
         if several:
             curve = results_file(config.evaluation, "learning_curve", ".csv")
             write_curve(curve_rows(records), curve)
@@ -80,7 +78,7 @@ def evaluate_hf_model(config: RunConfig) -> Path:
 
     model = load_hf_model(config.evaluation)
     how = describe_evaluation(config, {}, str(model.model.dtype).removeprefix("torch."), model.max_length)
-    return _write(config, _run(config, model, tasks, describe_hf_model(config.evaluation, model), how))
+    return _write(config, *_run(config, model, tasks, describe_hf_model(config.evaluation, model), how))
 
 
 def _iterations(config: RunConfig) -> Sequence[int | None]:
@@ -115,7 +113,7 @@ def _iterations(config: RunConfig) -> Sequence[int | None]:
 
 def _evaluate_loaded(
     config: RunConfig, worker: EvaluationWorker, pool: RankPool, tasks: HarnessTasks
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Samples]:
     (checkpoint, model), context = worker.loaded, worker.context
     sizes = {"tensor": context.tensor_size, "data": context.data_size}
     dtype = str(model.dtype).removeprefix("torch.")
@@ -140,8 +138,8 @@ def _cache_file(folder: str | None, what: dict[str, Any]) -> Path | None:
 
 def _run(
     config: RunConfig, model: Any, tasks: HarnessTasks, what: dict[str, Any], how: dict[str, Any]
-) -> dict[str, Any]:
-    """Runs lm-eval's evaluation of one model, prints its table and returns the record."""
+) -> tuple[dict[str, Any], Samples]:
+    """Runs lm-eval's evaluation of one model, prints its table; returns the record, and the samples if logged."""
     print(f"evaluating {what['name']}", flush=True)
     tasks.set_seeds()
     start = time.monotonic()
@@ -149,12 +147,15 @@ def _run(
         lm=model,
         task_dict=tasks.content,
         limit=config.evaluation.task_limit,
-        bootstrap_iters=RESAMPLES,
-        log_samples=False,
+        bootstrap_iters=config.evaluation.bootstrap_iters,
+        log_samples=config.evaluation.log_samples,
     )
+    samples: Samples = found.pop("samples", None) or {}
+    if samples:
+        found["task_hashes"] = task_hashes(samples)
     print(metrics_table(found["results"]), flush=True)
-    how = {**how, **SEEDS, "bootstrap_iters": RESAMPLES}
-    return complete_record(found, what, how, config, time.monotonic() - start)
+    how = {**how, **SEEDS, "bootstrap_iters": config.evaluation.bootstrap_iters}
+    return complete_record(found, what, how, config, time.monotonic() - start), samples
 
 
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
@@ -165,8 +166,10 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _write(config: RunConfig, record: dict[str, Any]) -> Path:
+def _write(config: RunConfig, record: dict[str, Any], samples: Samples) -> Path:
     path = results_file(config.evaluation, record["model"]["name"])
     write_record(path, record)
     print(f"written: {path}", flush=True)
+    for file in write_samples(samples, path):
+        print(f"written: {file}", flush=True)
     return path

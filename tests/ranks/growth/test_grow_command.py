@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from megatron.errors import CheckpointError, ConfigError
-from tests.helpers.configs import PYTHIA, TOKENFORMER, layout_keys, write_dataset
+from megatron.checkpointing.states.read_states import read_states
+from megatron.checkpointing.store.checkpoint import read_checkpoint
+from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
+from megatron.errors import CheckpointError
+from megatron.growth.grow_checkpoint import plan_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, grown_layers
+from tests.helpers.configs import TOKENFORMER, layout_keys, write_dataset
 from tests.helpers.runs import run_ranks
 from tools.ckpts import grow
 
@@ -63,22 +70,85 @@ def test_a_grown_run_goes_on_as_if_nothing_had_happened(folder: Folder, capsys: 
     assert grown[2 * STEPS] != ungrown[2 * STEPS], "new keys learn"
 
 
-@pytest.mark.parametrize(
-    ("keys", "error", "message"),
-    [
-        (LARGE | {"ffn_slot_num": 40, "ffn_scale_base": 48}, ConfigError, "ffn_slot_num: 40 is fewer"),
-        (SMALL | TOKENS, ConfigError, "Set `qkv_scale_base: 24`"),
-        (LARGE | {"num_layers": 3}, ConfigError, "num_layers: checkpoint 2, configuration 3"),
-        (LARGE | {"hidden_size": 64}, ConfigError, "hidden_size: checkpoint 32, configuration 64"),
-        (PYTHIA, ConfigError, "architecture: checkpoint tokenformer, configuration gpt_neox"),
-    ],
-)
-def test_what_cannot_grow_is_refused_and_nothing_written(
-    keys: dict[str, Any], error: type[Exception], message: str, folder: Folder
-) -> None:
-    with pytest.raises(error, match=message):
-        folder.grow("refused", keys)
-    assert not (folder.path / "refused").exists()
+RULES: dict[str, list[str]] = {
+    "mask_ramp": ["--ramp_iters", "4"],
+    "copy": ["--perturb", "0.1"],
+    "shrink_perturb": ["--shrink", "0.8"],
+    "published": ["--moments", "reset_all", "--schedule", "restart"],
+}
+
+
+@pytest.mark.parametrize("operator", list(GROWTH_OPERATORS))
+def test_every_operator_reads_and_writes_moments_of_any_layout(operator: str, folder: Folder) -> None:
+    """From two tensor-parallel ranks, for two by two of them and for one rank: what comes back is the same, and is what
+    the operator makes of the whole layers."""
+    words = ["--factor", "2", "--operator", operator, *RULES.get(operator, [])]
+    layouts = {"one": layout_keys(), "four": layout_keys(2, 2)}
+    grown = []
+    for name, keys in layouts.items():
+        config = folder.path / f"{name}.yml"
+        config.write_text(yaml.safe_dump(SMALL | keys | folder.data))
+        output = folder.path / f"{operator} {name}"
+        folders = ["--input_dir", str(folder.path / "small"), "--output_dir", str(output)]
+        assert grow.main([*folders, "--config_file", str(config), *words]) == 0
+        grown.append(read_checkpoint(output / f"global_step{STEPS}"))
+    state = grown[1].state
+    assert (state.tensor_parallel_size, state.pipe_parallel_size) == (2, 2)
+    source = newest_checkpoint(folder.path / "small", "full")
+    growth = plan_growth(source, grown[0].config, state.growth[0].rules)
+    assert growth.record == state.growth[0]
+    whole = {layer.name: layer for layer in read_states(source)}
+    fresh = operator == "published"
+    for expected, one, four in zip(
+        grown_layers(whole.__getitem__, growth), *map(read_states, grown), strict=True
+    ):  # fmt: skip
+        assert expected.name == one.name == four.name
+        for name, wanted in expected.parameters.items():
+            for state_of in (one[name], four[name]):
+                assert wanted.master is not None and state_of.master is not None
+                assert torch.equal(wanted.master, state_of.master) and torch.equal(wanted.master, state_of.weight)
+                assert state_of.step == wanted.step == (0 if fresh else STEPS)
+                assert state_of.moments.keys() == {"exp_avg", "exp_avg_sq"}
+                assert all(torch.equal(wanted.moments[key], moment) for key, moment in state_of.moments.items())
+                assert not fresh or not any(moment.any() for moment in state_of.moments.values())
+
+
+def test_bf16_is_measured_by_its_masters(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    """A third of a value is no bf16 number, so the rounded weights would break the promise of copies."""
+    low = folder.config("bf16", SMALL | {"precision": "bfloat16"}, 1, 1)
+    words = ["--config_file", str(low), "--operator", "copy", "--factor", "3", "--output_dir"]
+    assert grow.main(["--input_dir", str(folder.path / "small"), *words, str(folder.path / "bf16")]) == 0
+    assert grow.main(["--input_dir", str(folder.path / "bf16"), *words, str(folder.path / "bf16 again")]) == 0
+    changes = re.findall(r"change by at most (\S+) of the largest", capsys.readouterr().out)
+    assert len(changes) == 2 and all(0 < float(change) <= 1e-5 for change in changes)
+    for layer in read_states(read_checkpoint(folder.path / "bf16 again" / f"global_step{STEPS}")):
+        for state in layer.parameters.values():
+            assert state.master is not None and state.weight.dtype == torch.bfloat16
+            assert torch.equal(state.weight, state.master.bfloat16())
+
+
+@pytest.mark.parametrize("operator", ["insert", pytest.param("copy", marks=pytest.mark.full)])
+def test_training_goes_on_in_tensor_and_pipeline_parallel(operator: str, folder: Folder) -> None:
+    """On two by two ranks, from the first loss of the small model on; a restarted schedule begins with its warmup."""
+    name = f"trained {operator}"
+    source, output = str(folder.path / "small"), folder.path / name
+    words = ["--operator", operator, "--factor", "2", "--schedule", "restart", "--output_dir", str(output)]
+    small = folder.config(name, SMALL, 2, 2)
+    assert grow.main(["--input_dir", source, "--config_file", str(small), *words]) == 0
+    model = read_checkpoint(output / f"global_step{STEPS}").config.model
+    tokens = model.param_tokens
+    assert tokens is not None
+    sizes = {f"{field}_slot_num": getattr(tokens, field) for field in ("qkv", "proj", "ffn")}
+    scales = {f"{field}_scale_base": getattr(tokens, f"{field}_scale_base") for field in ("qkv", "proj", "ffn")}
+    large = folder.config(name, SMALL | sizes | scales | {"num_layers": model.num_layers}, 2, 2)
+    assert run_ranks(large, "auto_resume=true", ranks=4).code == 0
+    ungrown = folder.config("ungrown", SMALL, 1, 1)
+    if not (folder.path / "ungrown").exists():
+        assert run_ranks(ungrown, f"load={folder.path / 'small'}").code == 0
+    losses, others = (folder.losses(run, "train/lm_loss") for run in (name, "ungrown"))
+    assert losses[STEPS + 1] == pytest.approx(others[STEPS + 1], abs=1e-5)
+    rates = folder.losses(name, "train/learning_rate")
+    assert rates[STEPS + 1] < rates[STEPS + 2] < 1e-3
 
 
 def test_a_checkpoint_is_not_grown_into_its_own_folder(folder: Folder) -> None:

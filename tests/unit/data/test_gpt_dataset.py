@@ -21,7 +21,10 @@ def make(folder: Path, sizes: list[int], num_samples: int, vocab_size: int = 600
             writer.add_document([next(tokens) for _ in range(size)])
     documents = IndexedDataset(folder / "corpus")
     return GPTDataset(
-        documents, build_sample_index(documents.sizes, range(len(sizes)), num_samples, SEQ_LENGTH, 5), vocab_size
+        documents,
+        build_sample_index(documents.sizes, range(len(sizes)), num_samples, SEQ_LENGTH, 5),
+        vocab_size,
+        SEQ_LENGTH,
     )
 
 
@@ -72,4 +75,4 @@ def test_negative_token_is_an_error_too(tmp_path: Path) -> None:
     documents = IndexedDataset(tmp_path / "corpus")
     index = build_sample_index(documents.sizes, range(1), 1, SEQ_LENGTH, 5)
     with pytest.raises(DataError, match=r"document 0 holds the token id -3"):
-        _ = GPTDataset(documents, index, 100)[0]
+        _ = GPTDataset(documents, index, 100, SEQ_LENGTH)[0]

@@ -1,6 +1,5 @@
 """Tokenizers agree with independent implementations, and say what their files lack."""
 
-import io
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,12 +9,6 @@ from typing import get_args
 import pytest
 import regex
 import sentencepiece
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.config.sections.model import ModelConfig
@@ -27,43 +20,13 @@ from megatron.data.tokenizer import (
     padded_vocab_size,
 )
 from megatron.errors import ConfigError, DataError
-
-CORPUS = ["The quick brown fox jumps over the lazy dog.", "It's the fox's den; don't they say so?"] * 20
-TEXTS = ["The foxes' den", "  two  spaces\n\tand tabs", "naïve Straße 東京 🦊", "a<|endoftext|>b", "don't 1234"]
-
-
-def train_bpe(special: list[AddedToken]) -> LibraryTokenizer:
-    tokenizer = LibraryTokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    alphabet = ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
+from tests.helpers.tokenizer_files import TEXTS, write_tokenizers
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokenizer.json, vocab.json, merges.txt and two SentencePiece models."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    trained = train_bpe([AddedToken(END_OF_DOCUMENT, special=True)])
-    trained.save(str(folder / "tokenizer.json"))
-    model = json.loads(trained.to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = [" ".join(merge) for merge in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    train_bpe([]).save(str(folder / "no_eod.json"))
-    for name, extra in {
-        "plain": {},
-        "with_eod": {"user_defined_symbols": [END_OF_DOCUMENT]},
-        "no_eod": {"eos_id": -1},
-    }.items():
-        written = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS), model_writer=written, vocab_size=40, minloglevel=2, **extra
-        )
-        (folder / f"{name}.model").write_bytes(written.getvalue())
-    return folder
+    """tokenizer.json, vocab.json, merges.txt and SentencePiece models."""
+    return write_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 def build(kind: str, files: Path, vocab: str | None, merges: str | None = None) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.checkpointing.states.parameter_layout import ParallelSizes, layer_layouts
 from megatron.checkpointing.states.read_states import read_weights
@@ -19,115 +21,454 @@ from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSize
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.errors import ConfigError
-from megatron.growth.added_tokens import TokenOperator, with_new_rows
+from megatron.growth.added_tokens import with_new_rows
 from megatron.growth.grow_checkpoint import grow_checkpoint
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator, grown_layers, require_growth
 from megatron.growth.target_model import grown_model
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.registry import variant_names
 from tests.helpers.checkpoints import CONFIG
-from tests.helpers.models import VOCAB, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
 from tools.ckpts import grow
 
 BEFORE = ParamTokenConfig(qkv=24, proj=16, ffn=40)
-AFTER: dict[str, Any] = {"qkv": 32, "proj": 16, "ffn": 56}
-PINNED = {"qkv_scale_base": 24, "proj_scale_base": 16, "ffn_scale_base": 40}
-EXACT = [("zero_key", "l2_norm_gelu"), ("zero_key", "gelu_l2_norm")]
+THETAS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+GELUS = THETAS[:2]
+LARGER: dict[str, dict[str, Any]] = {
+    "copy": {"qkv": 72, "ffn": 80},
+    "insert": {"num_layers": 5},
+    "stack": {"num_layers": 4},
+}
+"""Sizes to grow to where the operator cannot do any."""
+SIZES = {"qkv": 32, "ffn": 56}
+RULES: dict[str, dict[str, Any]] = {
+    "mask_ramp": {"ramp_iters": 4},
+    "shrink_perturb": {"shrink": 0.8, "perturb": 0.1},
+    "published": {"moments": "reset_all", "schedule": "restart"},
+}
+"""Rules that an operator requires."""
+STEP = 7
+EXACT = [
+    *(("zero_key", theta, {}) for theta in GELUS),
+    *(("mask_ramp", theta, {}) for theta in GELUS),
+    *(("copy", theta, {}) for theta in THETAS),
+    *(("copy", theta, {"perturb": 0.3}) for theta in THETAS),
+    *(("insert", "softmax", {"insert_at": place}) for place in ("spread", "bottom", "top")),
+    ("insert", None, {}),
+]
+"""(operator, normalization or None for GPT-NeoX, further rules)."""
 
 
-def models(theta: str) -> tuple[ModelConfig, ModelConfig]:
-    before = BEFORE.model_copy(update={"theta": theta})
-    return tiny_tokenformer(tokens=before), tiny_tokenformer(tokens=ParamTokenConfig(**AFTER, **PINNED, theta=theta))
+def rules_of(operator: str, **changes: Any) -> GrowthRules:
+    return GrowthRules(operator=operator, **(RULES.get(operator, {}) | changes))
 
 
-def layers_of(model: ModelConfig, module: LocalCausalLM) -> Iterator[LayerState]:
-    parameters = dict(module.named_parameters())
+def small_model(theta: str | None, **changes: Any) -> ModelConfig:
+    if theta is None:
+        return tiny_pythia(**changes)
+    return tiny_tokenformer(tokens=BEFORE.model_copy(update={"theta": theta}), **changes)
+
+
+def layers_of(model: ModelConfig, module: LocalCausalLM, moments: dict[str, float] | None = None) -> list[LayerState]:
+    """A module's weights as the optimizer has them after STEP steps. Moments are a share of the weight each; without
+    `moments`, averages that an optimizer would keep of the gradients that the parameters have."""
+    layers = []
     for layout in layer_layouts(model, VOCAB):
-        weights = {local: parameters[layout.global_name(local)].detach() for local in layout.parameters}
-        moments = {"exp_avg": 0.1, "exp_avg_sq": 0.01}
-        states = {
-            local: ParameterState(weight, weight, {name: weight * by for name, by in moments.items()}, 7.0)
-            for local, weight in weights.items()
-        }
-        yield LayerState(layout.name, states)
+        states = {}
+        for local in layout.parameters:
+            parameter = module.get_parameter(layout.global_name(local))
+            weight = parameter.detach()
+            if moments is not None:
+                kept = {name: weight * share for name, share in moments.items()}
+            else:
+                assert parameter.grad is not None
+                kept = {"exp_avg": parameter.grad.clone(), "exp_avg_sq": parameter.grad.square()}
+            states[local] = ParameterState(weight, weight, kept, float(STEP))
+        layers.append(LayerState(layout.name, states))
+    return layers
 
 
-def grown(operator: str, theta: str) -> tuple[LocalCausalLM, LocalCausalLM, list[LayerState], list[LayerState]]:
-    before, after = models(theta)
-    small = build_local(before, VOCAB, seed=1).double()
-    rules = GrowthRules(operator=operator)
-    require_growth(before, after, rules)
-    old = list(layers_of(before, small))
-    new = list(grown_layers({layer.name: layer for layer in old}.__getitem__, growth_of(before, after, rules)))
-    large = build_local(after, VOCAB, seed=None).double()
-    large.load_state_dict({name: weight for layer in new for name, weight in layer.weights().items()}, strict=True)
-    return small, large, old, new
+def module_of(model: ModelConfig, layers: list[LayerState]) -> LocalCausalLM:
+    module = build_local(model, VOCAB, seed=None).double()
+    weights = {name: weight for layer in layers for name, weight in layer.weights().items()}
+    module.load_state_dict(weights, strict=True)
+    return module
+
+
+@dataclass
+class Grown:
+    """A model and what it grew into."""
+
+    small: LocalCausalLM
+    large: LocalCausalLM
+    old: list[LayerState]
+    new: list[LayerState]
+    growth: Growth
+
+    def parameters(self) -> Iterator[tuple[str, ParameterState, int | None]]:
+        """The larger model's parameters, with the first row that is new."""
+        for layer in self.new:
+            for name, state in layer.by_global_name():
+                yield name, state, self.growth.first_new_row(name)
+
+    def before(self, name: str) -> ParameterState:
+        return dict(pair for layer in self.old for pair in layer.by_global_name())[name]
 
 
 def growth_of(before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> Growth:
-    record = GrowthRecord(
-        iteration=7, tokens=0, before=ModelSizes.of(before), after=ModelSizes.of(after), rules=rules
-    )  # fmt: skip
+    new_layers = GROWTH_OPERATORS[rules.operator].new_layers(before.num_layers, after.num_layers, rules)
+    sizes = ModelSizes.of(before), ModelSizes.of(after)
+    record = GrowthRecord(iteration=STEP, tokens=0, before=sizes[0], after=sizes[1], new_layers=new_layers, rules=rules)
     return Growth(before, after, VOCAB, record, seed=2, squared_moments=("exp_avg_sq",))
 
 
-def logits_and_gradients(module: LocalCausalLM) -> tuple[Tensor, dict[str, nn.Parameter]]:
+def grow_layers(
+    before: ModelConfig, rules: GrowthRules, layers: list[LayerState], **sizes: Any
+) -> tuple[ModelConfig, list[LayerState], Growth]:
+    after = grown_model(before, rules, **(sizes or LARGER.get(rules.operator, SIZES)))
+    growth = growth_of(before, after, rules)
+    return after, list(grown_layers({layer.name: layer for layer in layers}.__getitem__, growth)), growth
+
+
+def grown(operator: str, theta: str | None, *, true_moments: bool = False, **changes: Any) -> Grown:
+    before = small_model(theta)
+    rules = rules_of(operator, allow_inexact=theta == "softmax", **changes)
+    small = build_local(before, VOCAB, seed=1).double()
+    if true_moments:
+        logits_of(small, backward=True)
+    old = layers_of(before, small, None if true_moments else {"exp_avg": 0.1, "exp_avg_sq": 0.01})
+    after, new, growth = grow_layers(before, rules, old)
+    return Grown(small, module_of(after, new), old, new, growth)
+
+
+def logits_of(module: LocalCausalLM, *, backward: bool = False) -> Tensor:
     tokens = torch.randint(VOCAB.actual, (2, 16), generator=torch.Generator().manual_seed(3))
     logits = module(tokens)
-    nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten()).backward()
-    return logits.detach(), dict(module.named_parameters())
+    if backward:
+        module.zero_grad()
+        nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten()).backward()
+    return logits.detach()
 
 
-@pytest.mark.parametrize(("operator", "theta"), EXACT)
-def test_exact_operators_change_no_logit(operator: str, theta: str) -> None:
-    small, large, _, _ = grown(operator, theta)
-    before, _ = logits_and_gradients(small)
-    after, _ = logits_and_gradients(large)
+def require_averages_of(gradient: Tensor | None, state: ParameterState, name: str) -> None:
+    """Moments are the gradient and its square."""
+    assert gradient is not None
+    for moment, average in (("exp_avg", gradient), ("exp_avg_sq", gradient.square())):
+        assert (state.moments[moment] - average).abs().max() <= 1e-11 * average.abs().max(), (name, moment)
+
+
+def folded(layers: list[LayerState], growth: Growth, iteration: int) -> list[LayerState]:
+    state = RunHeader.new(VOCAB.actual, {}).state
+    state = state.__class__(**(vars(state) | {"iteration": iteration, "growth": (growth.record,)}))
+    return [fold_ramp(layer, state, growth.squared_moments) for layer in layers]
+
+
+@pytest.mark.parametrize(("operator", "theta", "changes"), EXACT)
+def test_exact_operators_change_no_logit(operator: str, theta: str | None, changes: dict[str, Any]) -> None:
+    found = grown(operator, theta, **changes)
+    assert GROWTH_OPERATORS[operator].is_exact(theta)
+    large = module_of(found.growth.after, folded(found.new, found.growth, STEP))
+    before, after = logits_of(found.small), logits_of(large)
     assert (before - after).abs().max() <= 1e-13 * before.abs().max()
 
 
-@pytest.mark.parametrize(("operator", "theta"), EXACT)
-def test_new_keys_train_from_the_first_step_and_new_values_from_the_second(operator: str, theta: str) -> None:
-    _, large, _, _ = grown(operator, theta)
-    optimizer = torch.optim.SGD(large.parameters(), lr=0.1)
-    _, parameters = logits_and_gradients(large)
-    key, value = parameters["layers.0.mlp.key_tokens"], parameters["layers.0.mlp.value_tokens"]
-    assert key.grad is not None and value.grad is not None
-    assert key.grad[40:].abs().sum() > 0
-    assert not value.grad[40:].any()
-    optimizer.step()
-    optimizer.zero_grad()
-    logits_and_gradients(large)
-    assert value.grad is not None and value.grad[40:].abs().sum() > 0
-
-
-@pytest.mark.parametrize("operator", ["zero_key", "random"])
-def test_old_rows_and_their_moments_are_kept(operator: str) -> None:
-    _, _, old, new = grown(operator, "l2_norm_gelu")
-    for before, after in zip(old, new, strict=True):
-        for (name, ours), (_, larger) in zip(before.by_global_name(), after.by_global_name(), strict=True):
-            rows = len(ours.weight)
-            assert larger.step == ours.step
-            assert torch.equal(larger.weight[:rows], ours.weight), name
-            assert larger.moments.keys() == ours.moments.keys()
-            for moment, kept in ours.moments.items():
-                assert torch.equal(larger.moments[moment][:rows], kept)
-                assert not larger.moments[moment][rows:].any()
+@pytest.mark.parametrize("operator", ["random", "published", "shrink_perturb", "stack"])
+def test_other_operators_promise_nothing_and_change_the_function(operator: str) -> None:
+    found = grown(operator, "l2_norm_gelu")
+    assert not any(GROWTH_OPERATORS[operator].is_exact(theta) for theta in (*THETAS, None))
+    before, after = logits_of(found.small), logits_of(found.large)
+    assert (before - after).abs().max() > 1e-3 * before.abs().max()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("operator", "at_once", "later"),
     [
-        ({"ffn": 32}, "ffn_slot_num: 32 is fewer than the checkpoint's 40"),
-        ({"ffn_scale_base": 56}, "Set `ffn_scale_base: 40`"),
-        ({"theta": "softmax"}, "norm_activation_type: softmax"),
+        ("zero_key", ["mlp.key_tokens"], ["mlp.value_tokens"]),
+        ("copy", ["mlp.key_tokens", "mlp.value_tokens"], []),
+        ("random", ["mlp.key_tokens", "mlp.value_tokens"], []),
+        ("published", ["mlp.key_tokens", "mlp.value_tokens"], []),
+        ("shrink_perturb", ["mlp.key_tokens", "mlp.value_tokens"], []),
+        ("insert", ["mlp.value_tokens", "attention.proj.value_tokens"], ["mlp.key_tokens", "attention.key.key_tokens"]),
+        ("stack", ["mlp.key_tokens", "mlp.value_tokens"], []),
+    ],
+)  # fmt: skip
+def test_what_is_new_trains_from_the_step_that_the_operator_says(
+    operator: str, at_once: list[str], later: list[str]
+) -> None:
+    """`at_once` has gradients in the first step, `later` in the second alone."""
+    found = grown(operator, "gelu_l2_norm")
+    layer = found.growth.record.new_layers[0] if found.growth.record.new_layers else 0
+
+    def new_rows(local: str) -> Tensor:
+        name = f"layers.{layer}.{local}"
+        gradient = found.large.get_parameter(name).grad
+        assert gradient is not None
+        return gradient[found.growth.first_new_row(name) :]
+
+    optimizer = torch.optim.SGD(found.large.parameters(), lr=0.1)
+    logits_of(found.large, backward=True)
+    assert all(new_rows(local).abs().sum(1).all() for local in at_once)
+    assert not any(new_rows(local).any() for local in later)
+    optimizer.step()
+    logits_of(found.large, backward=True)
+    assert all(new_rows(local).any() for local in later)
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_moments_of_copies_are_those_of_their_gradients(theta: str) -> None:
+    """Averages that are the small model's gradients become the large model's: values' as they are, keys' over c."""
+    found = grown("copy", theta, true_moments=True)
+    logits_of(found.large, backward=True)
+    for name, state, _ in found.parameters():
+        gradient = found.large.get_parameter(name).grad
+        require_averages_of(gradient, state, name)
+
+
+def test_copies_stay_equal_unless_they_are_perturbed_or_their_moments_reset() -> None:
+    def spread(**changes: Any) -> float:
+        found = grown("copy", "l2_norm_gelu", true_moments=True, **changes)
+        optimizer = torch.optim.Adam(found.large.parameters(), lr=0.01)
+        for name, state, _ in found.parameters():
+            parameter = found.large.get_parameter(name)
+            optimizer.state[parameter] = {"step": torch.tensor(state.step)} | {
+                moment: tensor.clone() for moment, tensor in state.moments.items()
+            }
+        for _ in range(2):
+            logits_of(found.large, backward=True)
+            optimizer.step()
+        first, second = found.large.get_parameter("layers.0.mlp.key_tokens").detach().chunk(2)
+        return float((first - second).abs().max())
+
+    assert spread() <= 1e-12
+    assert spread(perturb=0.1) > 1e-5
+    assert spread(moments="reset_new") > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("operator", "moments"),
+    [
+        (operator, moments)
+        for operator in GROWTH_OPERATORS
+        for moments in ("keep", "reset_new", "reset_all")
+        if operator != "published" or moments == "reset_all"
     ],
 )
-def test_what_zero_key_refuses(changes: dict[str, Any], message: str) -> None:
-    before = BEFORE.model_copy(update={"theta": changes.get("theta", "l2_norm_gelu")})
-    after = ParamTokenConfig(**({**AFTER, **PINNED} | changes))
+def test_moments_follow_their_rule(operator: str, moments: str) -> None:
+    found = grown(operator, "l2_norm_gelu", moments=moments)
+    derived = {"copy", "stack"} if moments == "keep" else set()
+    for name, state, row in found.parameters():
+        assert state.step == (0.0 if moments == "reset_all" else STEP)
+        assert state.moments.keys() == {"exp_avg", "exp_avg_sq"}
+        for moment, tensor in state.moments.items():
+            assert tensor.shape == state.weight.shape
+            if moments == "reset_all":
+                assert not tensor.any()
+                continue
+            if row is not None:
+                assert bool(tensor[row:].any()) == (operator in derived), name
+            if (operator == "copy" and name.endswith(".key_tokens")) or row == 0 or operator in ("stack", "insert"):
+                continue  # test_moments_of_copies and test_layers hold these
+            kept = found.before(name).moments[moment]
+            assert torch.equal(tensor[: len(kept)], kept), name
+
+
+@pytest.mark.parametrize("operator", ["zero_key", "mask_ramp", "random", "published"])
+def test_old_rows_and_new_values_are_those_of_the_release_s_loader(operator: str) -> None:
+    """custom_load_fn_incremental: the first rows of each tensor come from the checkpoint, the others stay as drawn."""
+    found = grown(operator, "l2_norm_gelu")
+    fresh = dict(build_local(found.growth.after, VOCAB, seed=found.growth.seed).named_parameters())
+    for name, state, row in found.parameters():
+        weight = found.before(name).weight
+        assert torch.equal(state.weight[: len(weight)], weight), name
+        if row is not None:
+            expected = fresh[name].detach()[row:].double()
+            is_zero = operator == "zero_key" and name.endswith("key_tokens")
+            assert torch.equal(state.weight[row:], expected * (not is_zero)), name
+    tokens = found.growth.after.param_tokens
+    assert tokens is not None
+    bases = (tokens.qkv_scale_base, tokens.proj_scale_base, tokens.ffn_scale_base)
+    assert bases == ((32, 16, 56) if operator == "published" else (24, 16, 40))
+
+
+def test_shrink_perturb_scales_matrices_and_adds_noise() -> None:
+    found = grown("shrink_perturb", "l2_norm_gelu", shrink=0.5, perturb=0.2)
+    for name, state, _ in found.parameters():
+        old = found.before(name).weight
+        if name.startswith("final_norm"):
+            assert torch.equal(state.weight, old)
+            continue
+        noise = state.weight[: len(old)] - 0.5 * old
+        assert float(noise.std()) == pytest.approx(0.2 * 0.5 * float(old.std()), rel=0.1), name
+        assert float(noise.mean()) == pytest.approx(0.0, abs=0.1 * float(noise.std())), name
+
+
+@pytest.mark.parametrize("theta", ["l2_norm_gelu", None])
+@pytest.mark.parametrize(
+    ("operator", "rules", "origin"),
+    [
+        ("stack", {}, [0, 1, 0, 1]),
+        ("insert", {}, [0, None, 1, None]),
+        ("insert", {"insert_at": "top"}, [0, 1, None, None]),
+        ("insert", {"insert_at": "bottom"}, [None, None, 0, 1]),
+    ],
+)
+def test_layers_keep_weights_and_moments_where_they_go(
+    operator: str, rules: dict[str, Any], origin: list[int | None], theta: str | None
+) -> None:
+    before = small_model(theta)
+    old = layers_of(before, build_local(before, VOCAB, seed=1).double(), {"exp_avg": 0.1, "exp_avg_sq": 0.01})
+    _, new, growth = grow_layers(before, rules_of(operator, **rules), old, num_layers=4)
+    expected_new = (2, 3) if operator == "stack" else tuple(i for i, source in enumerate(origin) if source is None)
+    assert growth.record.new_layers == expected_new
+    by_name = {layer.name: layer for layer in new}
+    assert [layer.name for layer in new[1:5]] == [f"layers.{index}" for index in range(4)]
+    for index, source in enumerate(origin):
+        layer = by_name[f"layers.{index}"]
+        for local, state in layer.parameters.items():
+            if source is None:
+                assert not any(moment.any() for moment in state.moments.values())
+                continue
+            theirs = old[1 + source][local]
+            assert torch.equal(state.weight, theirs.weight) and state.moments.keys() == theirs.moments.keys()
+            assert all(torch.equal(state.moments[name], theirs.moments[name]) for name in theirs.moments)
+
+
+@pytest.mark.parametrize(("operator", "steps"), [
+    ("zero_key", ({"qkv": 32}, {"qkv": 48, "ffn": 56})),
+    ("copy", ({"factor": 2}, {"factor": 2})),
+    ("insert", ({"num_layers": 3}, {"num_layers": 6})),
+])  # fmt: skip
+def test_two_growths_compute_what_one_does(operator: str, steps: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """A, B, C is A, C in function; scales and sizes are the same."""
+    small = small_model("l2_norm_gelu")
+    layers = layers_of(small, build_local(small, VOCAB, seed=1).double(), {"exp_avg": 0.1, "exp_avg_sq": 0.01})
+    rules = rules_of(operator)
+    middle, between, _ = grow_layers(small, rules, layers, **steps[0])
+    last, after, _ = grow_layers(middle, rules, between, **steps[1])
+    sizes = ModelSizes.of(last).model_dump()
+    changed = {name: size for name, size in sizes.items() if size != ModelSizes.of(small).model_dump()[name]}
+    direct, at_once, _ = grow_layers(small, rules, layers, **changed)
+    assert direct == last
+    one, two = logits_of(module_of(last, after)), logits_of(module_of(direct, at_once))
+    assert (one - two).abs().max() <= 1e-13 * one.abs().max()
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_an_unfinished_ramp_folds_into_keys_and_their_moments(theta: str) -> None:
+    """Keys times m compute what scores times m do; the folded keys' gradients are 1/m of theirs, as moments become."""
+    found = grown("mask_ramp", theta, ramp_iters=8)
+    multiplier = found.growth.record.score_multiplier(STEP + 2)
+    assert [found.growth.record.score_multiplier(step) for step in (0, STEP, STEP + 8, 99)] == [0.0, 0.0, 1.0, 1.0]
+    assert multiplier == 0.25
+
+    def opened(weight: Tensor, row: int) -> Tensor:
+        return torch.cat([weight[:row], weight[row:] * multiplier])
+
+    names = {name: row for name, _, row in found.parameters() if row is not None and name.endswith("key_tokens")}
+    keys = {name: found.large.get_parameter(name) for name in names}
+    tokens = torch.arange(16).reshape(1, 16)
+    logits = torch.func.functional_call(
+        found.large, {name: opened(key, names[name]) for name, key in keys.items()}, (tokens,)
+    )
+    logits.square().mean().backward()
+    for name in ("layers.0.mlp.key_tokens", "layers.0.mlp.value_tokens"):
+        gradient = found.large.get_parameter(name).grad
+        assert gradient is not None and gradient[40:].any(), "what is new trains while the ramp opens"
+    true = [
+        layer.replace({
+            local: state.with_moments({"exp_avg": gradient.clone(), "exp_avg_sq": gradient.square()})
+            for local, state in layer.parameters.items()
+            if (gradient := found.large.get_parameter(f"{layer.name}.{local}").grad) is not None
+        })
+        for layer in found.new
+    ]  # fmt: skip
+    layers = folded(true, found.growth, STEP + 2)
+    whole = module_of(found.growth.after, layers)
+    again = whole(tokens)
+    assert (again - logits).abs().max() <= 1e-13 * logits.abs().max()
+    again.square().mean().backward()
+    for layer in layers:
+        for name, state in layer.by_global_name():
+            gradient = whole.get_parameter(name).grad
+            require_averages_of(gradient, state, name)
+    at_start = folded(true, found.growth, STEP)[1]["mlp.key_tokens"]
+    assert not at_start.weight[40:].any() and not at_start.moments["exp_avg"][40:].any()
+
+
+@pytest.mark.parametrize(
+    ("rules", "sizes", "message"),
+    [
+        ({}, {"ffn": 32}, "ffn_slot_num: 32 is fewer than the checkpoint's 40"),
+        ({}, {"num_layers": 1}, "num_layers: 1 is fewer than the checkpoint's 2"),
+        ({}, {}, "nothing to grow"),
+        ({}, {"factor": 2, "ffn": 80}, "give either it or sizes"),
+        ({}, {"num_layers": 4}, "Add layers by insert or stack"),
+        ({"operator": "stack"}, {"num_layers": 4, "ffn": 80}, "the parameter tokens differ as well. Grow twice"),
+        ({"operator": "stack"}, {"num_layers": 5}, "Nearest valid values: 4 and 6; or use insert"),
+        ({"operator": "copy"}, {"ffn": 100}, "Nearest valid values: 80 and 120"),
+        ({"operator": "mask_ramp"}, SIZES, "grow.ramp_iters: mask_ramp opens"),
+        ({"operator": "shrink_perturb"}, SIZES, "no other than random"),
+        ({"operator": "published"}, SIZES, "grow.moments: keep: published starts optimizer and schedule anew"),
+        ({"operator": "published", "moments": "reset_all"}, SIZES, "grow.schedule: continue: published"),
+        ({"ramp_iters": 5}, SIZES, "grow.ramp_iters: 5: has no effect with zero_key. It is a rule of mask_ramp"),
+        ({"perturb": 0.5}, SIZES, "It is a rule of copy and shrink_perturb"),
+        ({"insert_at": "top"}, SIZES, "It is a rule of insert"),
+    ],
+)
+def test_growths_that_are_refused(rules: dict[str, Any], sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        require_growth(tiny_tokenformer(tokens=before), tiny_tokenformer(tokens=after), GrowthRules())
+        grown_model(small_model("l2_norm_gelu"), GrowthRules(**rules), **sizes)
+
+
+@pytest.mark.parametrize("operator", sorted({*GROWTH_OPERATORS} - {"copy", "insert", "stack"}))
+def test_softmax_grows_inexactly_only_when_asked_to(operator: str) -> None:
+    model = small_model("softmax")
+    with pytest.raises(ConfigError, match=f"{operator} would change the function. Grow by copy, or set allow_inexact"):
+        grown_model(model, rules_of(operator), **SIZES)
+    assert grown_model(model, rules_of(operator, allow_inexact=True), **SIZES).param_tokens is not None
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes", "message"),
+    [
+        (
+            "zero_key",
+            {"ffn": 56, "ffn_scale_base": 56},
+            "ffn_scale_base: 56: zero_key scales .* Set `ffn_scale_base: 40`",
+        ),
+        ("copy", {"ffn": 80, "ffn_scale_base": 40}, "Set `ffn_scale_base: 80`"),
+        ("published", {"ffn": 56, "ffn_scale_base": 40}, "Set `ffn_scale_base: 56`"),
+        ("zero_key", {"theta": "softmax"}, "differs in more than parameter tokens"),
+    ],
+)
+def test_configured_scales_that_the_operator_does_not_need(
+    operator: str, changes: dict[str, Any], message: str
+) -> None:
+    before = small_model("l2_norm_gelu")
+    assert before.param_tokens is not None
+    after = before.model_copy(update={"param_tokens": before.param_tokens.model_copy(update=changes)})
+    with pytest.raises(ConfigError, match=message):
+        require_growth(before, after, rules_of(operator))
+
+
+def test_factors_round_to_whole_counts_and_scales_follow_the_operator() -> None:
+    def sizes(operator: str, model: ModelConfig, factor: float) -> dict[str, Any]:
+        tokens = grown_model(model, rules_of(operator), factor=factor).param_tokens
+        assert tokens is not None
+        return tokens.model_dump(exclude={"theta"})
+
+    small = small_model("l2_norm_gelu")
+    pinned = {"qkv_scale_base": 24, "proj_scale_base": 16, "ffn_scale_base": 40}
+    assert sizes("zero_key", small, 1.3) == {"qkv": 31, "proj": 21, "ffn": 52} | pinned
+    counts = {"qkv": 72, "proj": 48, "ffn": 120}
+    assert sizes("zero_key", small, 3) == counts | pinned
+    assert sizes("copy", small, 3) == counts | {f"{name}_scale_base": count for name, count in counts.items()}
+    # A scale that an earlier growth has pinned is multiplied as it is.
+    pinned_early = grown_model(small, rules_of("zero_key"), factor=2)
+    assert sizes("copy", pinned_early, 2)["ffn_scale_base"] == 80
+    assert grown_model(small_model(None), rules_of("stack"), factor=2).num_layers == 4
+    with pytest.raises(ConfigError, match="only a TokenFormer has parameter tokens"):
+        grown_model(small_model(None), rules_of("zero_key"), factor=2)
 
 
 class Halve(TokenOperator):
@@ -159,7 +500,7 @@ def test_an_operator_needs_nothing_but_its_registration(tmp_path: Path) -> None:
     rules = GrowthRules(operator="halve")
     parallel = ParallelConfig(model_parallel_size=4)
     larger = config.model_copy(update={"model": grown_model(model, rules, ffn=56), "parallel": parallel})
-    layers = list(layers_of(model, build_local(model, VOCAB, seed=1)))
+    layers = layers_of(model, build_local(model, VOCAB, seed=1), {})
     weights_alone = (
         layer.replace({name: ParameterState(state.weight) for name, state in layer.parameters.items()})
         for layer in layers

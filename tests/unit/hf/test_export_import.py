@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,10 +172,44 @@ def test_card_states_the_facts_of_the_run(exported: Path) -> None:
         assert fact in card, fact
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokenizer"),
+    [
+        ("tokenformer", True),
+        pytest.param("tokenformer", False, marks=pytest.mark.full),
+        pytest.param("pythia", True, marks=pytest.mark.full),
+        pytest.param("pythia", False, marks=pytest.mark.full),
+    ],
+)
+def test_the_snippet_of_the_card_runs_without_a_terminal(
+    kind: str, tokenizer: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """In the folder's parent, as it stands: it asks nothing, and warns of nothing that concerns the folder."""
+    folder = export(request.getfixturevalue(kind), tmp_path / 'a "tiny" model', tokenizer=tokenizer)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "snippet.py").write_text(snippet)
+    finished = subprocess.run(
+        [sys.executable, "snippet.py"],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("['The parameter tokens" if tokenizer else "tensor([["), finished.stdout
+    for unwanted in ("Do you wish", "custom code", "of type", "trust_remote_code"):
+        assert unwanted not in finished.stdout + finished.stderr
+
+
 ALONE = """
 import sys, torch
 sys.modules["megatron"] = None
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+classifier = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True, num_labels=3)
+assert classifier(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 model.save_pretrained(sys.argv[2])
 again = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)

@@ -9,10 +9,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.utils import logging
 
-from megatron.hf import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel, modeling_tokenformer
+from megatron.hf import (
+    TokenFormerConfig,
+    TokenFormerForCausalLM,
+    TokenFormerForSequenceClassification,
+    TokenFormerModel,
+    modeling_tokenformer,
+)
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.kernels.attention.backends.reference import causal_attention_reference
 from megatron.kernels.pattention.theta import THETAS
@@ -175,9 +190,77 @@ def test_eager_returns_attention_probabilities() -> None:
     torch.testing.assert_close(model.lm_head(got.hidden_states[-1]), got.logits, rtol=0, atol=0)
 
 
-def test_sdpa_refuses_to_return_attentions() -> None:
-    with pytest.raises(ValueError, match="attn_implementation='eager'"):
-        model_of()(random_tokens(1, 4), output_attentions=True)
+def test_sdpa_returns_no_attentions_and_says_so_like_stock_models(caplog: pytest.LogCaptureFixture) -> None:
+    logging.warning_once.cache_clear()
+    theirs, tokens = model_of("pythia"), random_tokens(1, 4)
+    with caplog.at_level("WARNING", logger="transformers"):
+        assert model_of()(tokens, output_attentions=True).attentions == ()
+    assert "`sdpa` attention does not support `output_attentions=True`" in caplog.text
+    assert theirs(tokens, output_attentions=True).attentions == ()
+
+
+def test_configurations_of_earlier_exports_are_read() -> None:
+    """They say rotary_pct and rotary_emb_base where transformers says rope_parameters."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    old = TokenFormerConfig(**sizes, rotary_pct=0.5, rotary_emb_base=500)
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    assert old.to_dict() == TokenFormerConfig(**sizes, rope_parameters=rope).to_dict()
+    assert TokenFormerConfig().rope_parameters == {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_rotary_positions_are_those_of_gpt_neox(scaling: dict[str, Any]) -> None:
+    """Also past the trained length, and again below it, where `dynamic` takes the first frequencies up again."""
+    rope = scaling | {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": 16, "rope_parameters": rope}
+    ours = modeling_tokenformer.TokenFormerRotaryEmbedding(TokenFormerConfig(**sizes))
+    theirs = GPTNeoXRotaryEmbedding(GPTNeoXConfig(**sizes))
+    for length in (8, 40, 8):
+        positions = torch.arange(length)[None]
+        for got, want in zip(ours(torch.zeros(1), positions), theirs(torch.zeros(1), positions), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_frequencies_stay_in_float32_when_the_model_is_cast() -> None:
+    model = model_of()
+    want = model.model.rotary_emb.inv_freq.clone()
+    assert torch.equal(model.to(torch.bfloat16).float().model.rotary_emb.inv_freq, want)
+    assert model.to(torch.float16).model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.full
+def test_the_model_compiles_in_one_graph() -> None:
+    model, tokens = model_of(), random_tokens(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_a_sequence_is_classified_by_its_last_token() -> None:
+    """Logits of each sequence of a padded batch are those that it has alone; padding may stand on either side."""
+    causal = model_of()
+    causal.config.pad_token_id, causal.config.num_labels = PAD, 3
+    model = TokenFormerForSequenceClassification(causal.config).eval()
+    model.model.load_state_dict(causal.model.state_dict())
+    longest = max(map(len, PROMPTS))
+    right = torch.stack([F.pad(row, (0, longest - len(row)), value=PAD) for row in PROMPTS])
+    with torch.no_grad():
+        want = torch.cat([model.score(model.model(row[None]).last_hidden_state[:, -1]) for row in PROMPTS])
+        for batch in (left_padded(PROMPTS), {"input_ids": right, "attention_mask": (right != PAD).long()}):
+            torch.testing.assert_close(model(**batch).logits, want, rtol=0, atol=1e-5)
+        labels = torch.tensor([2, 0, 1])
+        loss = model(**left_padded(PROMPTS), labels=labels).loss
+    torch.testing.assert_close(loss, F.cross_entropy(want, labels), rtol=0, atol=1e-5)
 
 
 def test_gradient_checkpointing_recomputes_the_same_gradients() -> None:
@@ -260,6 +343,8 @@ def test_auto_classes_know_tokenformer_without_remote_code(tmp_path: Path) -> No
     assert type(AutoConfig.from_pretrained(tmp_path)) is TokenFormerConfig
     assert type(AutoModel.from_config(config)) is TokenFormerModel
     assert type(AutoModelForCausalLM.from_config(config)) is TokenFormerForCausalLM
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    assert type(classifier) is TokenFormerForSequenceClassification
 
 
 def test_scale_bases_are_saved_and_used(tmp_path: Path) -> None:
@@ -320,6 +405,7 @@ def test_new_weights_follow_the_published_initialization() -> None:
     ("changes", "message"),
     [
         ({"num_attention_heads": 7}, "not a multiple"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.08}}, "odd number"),
         ({"theta": "relu"}, "unknown theta"),
         ({"final_norm": "batchnorm"}, "unknown norm"),
         ({"rotary_pct": 0.08}, "odd number"),

@@ -31,8 +31,8 @@ from megatron.checkpointing.store.manifest import MANIFEST_FILE
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
 
-LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+LAYER_FILE = re.compile(r"layer_(\d{1,9})-model_(\d{1,9})-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_(\d{1,9})_model_states\.pt")
 WHOLE_MODEL = re.compile(r"(?:sequential\.(?=\d)|(tied_modules\.embed\.)|(?=\d))(.+)")
 """Names in a whole model's state dictionary: of the plain module, and of a pipeline with its tied embedding."""
 
@@ -113,7 +113,12 @@ def _located(path: Path) -> Path:
 
 
 def _layer_files(folder: Path, matches: list[re.Match[str]], allow_unsafe: bool) -> list[dict[str, StoredTensor]]:
-    ranks: list[dict[str, StoredTensor]] = [{} for _ in range(1 + max(int(match[2]) for match in matches))]
+    size = 1 + max(int(match[2]) for match in matches)
+    if size > len(matches):
+        raise CheckpointError(
+            f"{folder} holds {len(matches)} of the files of {size:,} tensor-parallel ranks. Copy all."
+        )
+    ranks: list[dict[str, StoredTensor]] = [{} for _ in range(size)]
     for layer in sorted({int(match[1]) for match in matches}):
         for rank, found in enumerate(ranks):
             file = folder / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
@@ -127,7 +132,7 @@ def _state_dictionary(file: Path, allow_unsafe: bool) -> dict[str, StoredTensor]
     content = load_tensors(file, allow_unsafe=allow_unsafe)
     if isinstance(content, dict) and "module" in content:
         content = content["module"]
-        if not content:
+        if content is None or content == {}:
             raise CheckpointError(
                 f"{file} holds no weights: a pipeline's are in layer_*-model_*-model_states.pt beside it. Copy these."
             )

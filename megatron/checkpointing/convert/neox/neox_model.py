@@ -34,16 +34,19 @@ def model_of(files: NeoxFiles) -> NeoxModel:
 
     Raises CheckpointError when these are no tensors of GPT-NeoX, or a layer is missing.
     """
-    blocks = sorted({int(match[1]) for name in files.tensors if (match := re.match(r"(\d+)\.(attention|mlp)\.", name))})
+    blocks = sorted(
+        {int(match[1]) for name in files.tensors if (match := re.match(r"(\d{1,9})\.(attention|mlp)\.", name))}
+    )
     if EMBEDDING not in files.tensors or not blocks:
         names = ", ".join(sorted(files.tensors)[:3])
         raise CheckpointError(
             f"{files.path} does not hold a model of GPT-NeoX or TokenFormer: neither word_embeddings.weight in layer 0 "
             f"nor attention in layer 2, but {names or 'nothing'}."
         )
-    missing = sorted(set(range(2, blocks[-1])) - set(blocks))
-    if missing:
-        raise CheckpointError(f"{files.path}: transformer layer {missing[0]} is missing. Copy its files as well.")
+    # The number of the last layer is the file's: nothing is counted up to it.
+    missing = next((number for number, block in enumerate(blocks, start=2) if number != block), None)
+    if missing is not None:
+        raise CheckpointError(f"{files.path}: transformer layer {missing} is missing. Copy its files as well.")
     embedding = [part.read() for part in files.tensors[EMBEDDING]]
     if any(part.dim() != 2 for part in embedding):
         raise CheckpointError(f"{files.path}: {files.describe(EMBEDDING)} is no matrix of vocabulary rows.")

@@ -1,0 +1,68 @@
+"""Tokens for comparing two models: a few sequences of a dataset or of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.config.sections.run_config import RunConfig
+from megatron.data.dataset_format import dataset_format
+from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import ConfigError, DataError
+from megatron.model.causal_lm import VocabSize
+
+SEQUENCES, LONGEST = 4, 256
+
+
+def measured_tokens(data: Path | None, text: Path | None, config: RunConfig, vocab: VocabSize) -> Tensor:
+    """Returns token ids [B, S] from the beginning of a text, of a dataset, or of the configured one.
+
+    They are at most SEQUENCES of LONGEST tokens. Raises ConfigError when no dataset is configured, DataError when
+    there is none, or it holds too little or another vocabulary.
+    """
+    length = min(config.model.seq_length, LONGEST)
+    if text is not None:
+        source, tokens = text, _of_text(text, config)
+    else:
+        source = data or _configured(config)
+        tokens = _of_dataset(source, config, SEQUENCES * length)
+    length = min(length, len(tokens))
+    if length < 2:
+        raise DataError(f"{source} holds {len(tokens)} tokens; two are the least to compute a loss from.")
+    whole = torch.tensor(tokens[: min(len(tokens) // length, SEQUENCES) * length]).reshape(-1, length)
+    if whole.min() < 0 or whole.max() >= vocab.padded:
+        raise DataError(
+            f"{source} holds the token id {int(whole.max())}, but the model's vocabulary ends at {vocab.padded - 1}. "
+            "Name a dataset of the checkpoint's tokenizer."
+        )
+    return whole
+
+
+def _configured(config: RunConfig) -> Path:
+    paths = [config.data.data_path] if config.data.data_path else config.data.train_data_paths
+    if not paths:
+        raise ConfigError(
+            "data_path: the change of the function is measured on real tokens, and no dataset is configured. Give "
+            "--data_path PREFIX or --text FILE."
+        )
+    return Path(paths[0])
+
+
+def _of_dataset(prefix: Path, config: RunConfig, wanted: int) -> list[int]:
+    documents = dataset_format(config.data.impl, prefix).open(prefix)
+    tokens: list[int] = []
+    for index, size in enumerate(documents.sizes.tolist()):
+        if len(tokens) >= wanted:
+            break
+        tokens += documents.read(index, 0, min(size, wanted - len(tokens))).tolist()
+    return tokens
+
+
+def _of_text(path: Path, config: RunConfig) -> list[int]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text: {path} cannot be read: {error}. Name a text in UTF-8.") from error
+    return build_tokenizer(config.data.tokenizer).tokenize(content)
