@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
     from megatron.training.pretrain import pretrain
 
-    return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)
+    batch = loaded.batch(int(os.environ["WORLD_SIZE"]))
+    return pretrain(loaded.run, batch, loaded.run_folder, loaded.name)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,14 @@ class LoadedConfig:
     """All keys without effect, and why."""
 
     @property
+    def name(self) -> str:
+        """Returns the name of the first YAML, which says what is trained; those after it say where, and on what."""
+        return self.sources[0].stem
+
+    @property
     def run_folder(self) -> Path:
         """Returns the folder of the run's metrics: `log_dir`, else `save`, else runs/<name of the first YAML>."""
-        return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.sources[0].stem}")
+        return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.name}")
 
     def batch(self, world_size: int) -> BatchConfig:
         """Resolves the batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""

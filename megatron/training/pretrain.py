@@ -35,9 +35,10 @@ from megatron.training.training_data import build_training_data
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
+def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configuration: str = "") -> int:
     """Trains as configured on the ranks that the environment announces; returns the exit code.
 
+    `configuration` is the name by which figures are to call the run.
     That is 0 after the last step, STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1
     when the run was stopped and has nowhere to save.
     Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
@@ -52,7 +53,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
         with process_group():
             on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             join_process_group()
-            ending = pretrain_in_group(config, batch, run_folder, stop)
+            ending = pretrain_in_group(config, batch, run_folder, stop, configuration)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -63,7 +64,11 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
 
 
 def pretrain_in_group(
-    config: RunConfig, batch: BatchConfig, run_folder: Path, stop: StopRequest | None = None
+    config: RunConfig,
+    batch: BatchConfig,
+    run_folder: Path,
+    stop: StopRequest | None = None,
+    configuration: str = "",
 ) -> Ending:
     """Trains on the ranks of the process group that exists already; without `stop`, no signal ends the run.
 
@@ -77,7 +82,8 @@ def pretrain_in_group(
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
         return Ending.FINISHED
     logger.info("%s", start)
-    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop or StopRequest())
+    stop = stop or StopRequest()
+    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, configuration)
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
@@ -95,6 +101,7 @@ def assemble(
     run_folder: Path,
     start: RunStart,
     stop: StopRequest,
+    configuration: str = "",
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end. Collective."""
     tokenizer = build_tokenizer(config.data.tokenizer)
@@ -103,7 +110,7 @@ def assemble(
         require_same_vocabulary(start.checkpoint, vocab, padding_is_masked=config.model.mask_padded_vocab)
     data = build_training_data(config, batch, start, tokenizer, vocab, parallel)
     engine, guard = build_engine(config, batch, vocab, parallel, stop)
-    description = describe_run(config, batch, vocab, run_folder.name)
+    description = describe_run(config, batch, vocab, run_folder.name, configuration)
     return TrainingRun(
         config, batch, parallel, vocab, data, engine, guard, start.run_id, description, folder=run_folder
     )
