@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.config.command_line import SCRIPTS, command_parser, load_command_line
-from megatron.errors import ConfigError, exit_on_user_error
-from megatron.launch.local import run_ranks, visible_devices
+from megatron.errors import ConfigError, end_at_once_when_stopped, exit_on_user_error
 
 TRAINING_SCRIPT = "train.py"
 """Every other script runs a trained model, which has no batch triangle and no pipeline."""
@@ -31,6 +29,11 @@ def main(argv: Sequence[str]) -> int:
             "`python deepy.py --help` lists scripts and flags"
         )
     script, arguments = find_script(argv[0]), argv[1:]
+    if script.name == TRAINING_SCRIPT:
+        end_at_once_when_stopped()
+    from megatron.config.command_line import load_command_line
+    from megatron.launch.local import run_ranks, visible_devices
+
     command, loaded = load_command_line(arguments, script.name)
     if command.answered:
         return 0
@@ -44,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
 def help_text() -> str:
     """Returns the scripts, and the flags of each, as its own parser has them."""
+    from megatron.config.command_line import SCRIPTS, command_parser
+
     parser = command_parser()
     parser.description = "\n".join(
         ["Starts a script of this project on every rank:", *(f"  {name:<13}{does}" for name, does in SCRIPTS.items())]
@@ -53,9 +58,10 @@ def help_text() -> str:
 
 def find_script(word: str) -> Path:
     """Returns a script by its path, or by its name alone: then from any folder, and always the one beside this file."""
-    script = Path(__file__).resolve().with_name(word) if word in SCRIPTS else Path(word)
+    own = Path(__file__).resolve().with_name(Path(word).name)
+    script = own if Path(word) == Path(own.name) and own.is_file() else Path(word)
     if not script.is_file():
-        raise ConfigError(f"{word}: no such script. deepy.py runs {', '.join(SCRIPTS)}.")
+        raise ConfigError(f"{script}: no such script. deepy.py runs train.py, generate.py or eval.py.")
     return script
 
 

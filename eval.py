@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.command_line import load_command_line
 from megatron.errors import ConfigError, exit_on_user_error
 from megatron.registry import install_extra, require
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration, scores the models that it names, and writes a results file for each."""
+    from megatron.config.command_line import load_command_line
+
     command, loaded = load_command_line(argv, "eval.py")
     if command.answered:
         return 0

@@ -6,15 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.command_line import load_command_line
 from megatron.errors import exit_on_user_error
-
-INTERRUPTED = 130
-"""Exit code of a shell command that Ctrl-C has ended."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and a checkpoint, and continues prompts. Returns the exit code."""
+    from megatron.config.command_line import load_command_line
+
     command, loaded = load_command_line(argv, "generate.py")
     if command.answered:
         return 0
@@ -30,8 +28,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         with inference_context(loaded.run.parallel.model_parallel_size) as context:
             generate_text(loaded.run, context)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of the records has seen enough; Python would complain again when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron.config.command_line import load_command_line
-from megatron.errors import exit_on_user_error
+from megatron.errors import end_at_once_when_stopped, exit_on_user_error
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and trains. Returns the exit code."""
+    end_at_once_when_stopped()
+    from megatron.config.command_line import load_command_line
+
     command, loaded = load_command_line(argv, "train.py")
     if command.answered:
         return 0

@@ -1,16 +1,25 @@
 """Errors that a user can act on: each message says what is wrong, where, why, and what to do."""
 
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
 STOPPED_ON_REQUEST = 75
-"""Exit code of a run that a signal or a limit has ended after saving it: start it again to go on.
-
-It is the EX_TEMPFAIL of sysexits.h.
+"""Exit code of a run that a signal or a limit has ended after saving it, or before its first step: start it again to go
+on. It is the EX_TEMPFAIL of sysexits.h.
 """
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has ended, as shells have it."""
+
+SAME_INTERRUPT_SECONDS = 0.5
+"""A launcher passes on the Ctrl-C that its ranks have got from the terminal already; within this time it is one."""
 
 
 class UserError(Exception):
@@ -75,10 +84,70 @@ class UntypedErrorsAs:
 
 
 def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
-    """Runs an entry point and exits with the code that it returns; a UserError is printed without a traceback."""
+    """Runs an entry point and exits with the code that it returns; a UserError is printed without a traceback.
+
+    So is Ctrl-C, in one line, whatever was made of it on its way: libraries turn an interrupt of their import into
+    other errors, and ranks fail when a peer has gone. A second one ends the process where the first has not.
+    """
+    interrupt = _Interrupt()
     try:
-        code = main()
-    except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = error.exit_code
+        try:
+            code = main()
+        except UserError as error:
+            # Here, where an interrupt is still caught.
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            code = error.exit_code
+    except BaseException as error:
+        if not (interrupt.has_come or isinstance(error, KeyboardInterrupt)):
+            raise
+        code = INTERRUPTED
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        said_by_another = isinstance(error, SystemExit) and error.code == INTERRUPTED
+        if not said_by_another and _speaks_for_all():
+            print("interrupted", file=sys.stderr)
     sys.exit(code)
+
+
+def end_at_once_when_stopped() -> None:
+    """Lets SIGTERM and SIGUSR1 end this process with STOPPED_ON_REQUEST until something else handles them.
+
+    It is for a run that reads its configuration and imports: nothing has begun that could be saved or cleaned up.
+    """
+
+    def end(number: int, frame: object) -> None:
+        if _speaks_for_all():
+            name = signal.Signals(number).name
+            os.write(2, f"{name} before the first step: nothing is to be saved yet, the run ends\n".encode())
+        os._exit(STOPPED_ON_REQUEST)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+class _Interrupt:
+    """Notes Ctrl-C, and raises KeyboardInterrupt as Python does."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        # Ignored, it stays so (nohup); in a thread, as in tests, nothing can be handled.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+
+    @property
+    def has_come(self) -> bool:
+        return self._first is not None
+
+    def _handle(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            raise KeyboardInterrupt
+        if now - self._first > SAME_INTERRUPT_SECONDS:
+            os._exit(INTERRUPTED)
+
+
+def _speaks_for_all() -> bool:
+    """Tells whether this process is rank 0, or no rank at all."""
+    return os.environ.get("RANK", "0") == "0"

@@ -28,7 +28,7 @@ from megatron_tokenformer import run_tool
 
 from megatron.config.local_path import local_path
 from megatron.data.prepare.text_files import SUFFIXES, require_text_files
-from megatron.errors import DataError, EnvironmentSetupError, UserError, os_errors_as
+from megatron.errors import INTERRUPTED, DataError, EnvironmentSetupError, UserError, os_errors_as
 from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +149,13 @@ def run_steps(demo: Demo, place: Path, text: Path | None, overrides: Sequence[st
         words = [str(root / script), *arguments]
         shown = shlex.join(["python", *words])
         print(f"\n$ {shown}", flush=True)
-        code = subprocess.run([sys.executable, *words], cwd=place, check=False).returncode
+        with subprocess.Popen([sys.executable, *words], cwd=place) as command:
+            try:
+                code = command.wait()
+            except KeyboardInterrupt:
+                # The terminal has told the command as well, which says so.
+                command.wait()
+                sys.exit(INTERRUPTED)
         if code != 0:
             raise DemoError(f"`{shown}` ended with exit code {code}; its message is above.")
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import atexit
 import hashlib
 import itertools
+import mmap
+import shutil
 import signal
 import weakref
 from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from megatron.errors import DataError
+from megatron.errors import DataError, EnvironmentSetupError, UserError
 
 Targets = tuple[Tensor, Tensor]
 """(labels int64 [B, S], loss mask or weights [B, S]), as the loss takes them."""
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - no file is made there by name
+SEMAPHORES_OF_A_QUEUE = 3
+"""Each takes a page of shared memory. A loader has a queue for each worker and one for results, and an event."""
 
 MicroBatch = tuple[Tensor, Targets]
 """(inputs int64 [B, S], targets), nested as DeepSpeed's pipeline takes it; the pipeline hands targets on as a tuple."""
@@ -60,7 +67,8 @@ def micro_batches(
     """Yields this rank's token samples, int64 [B, S + 1], without end and in the sampler's order.
 
     The workers (0 reads in this process) leave signals to the parent, so that a run told to stop can still finish its
-    step. Draws nothing from the global random generators. A worker's DataError is raised here as it was.
+    step. Draws nothing from the global random generators. A worker's DataError is raised here as it was. Raises
+    EnvironmentSetupError when shared memory has no room for the workers' batches, or a worker dies.
     """
     sampler = MicroBatchSampler(
         num_samples=len(cast(Any, dataset)),
@@ -113,30 +121,80 @@ def batch_hash(digests: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-class _Batched(Dataset["Tensor | DataError"]):
-    """Items that are whole micro batches. A DataError is handed over as a value, since DataLoader would rewrite it."""
+class _Batched(Dataset["Tensor | UserError"]):
+    """Items that are whole micro batches. A UserError is handed over as a value, since DataLoader would rewrite it."""
 
     def __init__(self, samples: Dataset[npt.NDArray[np.int64]]) -> None:
         self.samples = samples
 
-    def __getitem__(self, items: list[int]) -> Tensor | DataError:
+    def __getitem__(self, items: list[int]) -> Tensor | UserError:
         try:
-            return torch.from_numpy(np.stack([self.samples[item] for item in items]))
+            batch = torch.from_numpy(np.stack([self.samples[item] for item in items]))
         except DataError as error:
             return error
+        if get_worker_info() is None:
+            return batch
+        # The worker's queue would do it in a thread whose errors nobody sees, and the batch would never come.
+        try:
+            return batch.share_memory_()
+        except (OSError, RuntimeError) as error:
+            return _no_shared_memory(str(error))
 
 
-def _raise_errors(loader: DataLoader[Tensor | DataError]) -> Generator[Tensor, None, None]:
-    iterator = iter(loader)
+def _raise_errors(loader: DataLoader[Tensor | UserError]) -> Generator[Tensor, None, None]:
+    _require_shared_memory(loader.num_workers)
     try:
-        for batch in iterator:
-            if isinstance(batch, DataError):
+        iterator = iter(loader)
+    except OSError as error:
+        raise EnvironmentSetupError(
+            f"the {loader.num_workers} processes that read data ahead cannot be started ({error.strerror}). Set "
+            "`num_workers` lower, or to 0, which reads in the training process."
+        ) from error
+    try:
+        while True:
+            batch = _next_batch(iterator)
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
     finally:
         if loader.num_workers > 0:
             # Left to garbage collection, workers would live as long as a traceback that refers to the iterator.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _next_batch(iterator: Iterator[Tensor | UserError]) -> Tensor | UserError:
+    try:
+        return next(iterator)
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        # The last three where it died while it handed a batch over, by a socket in the file system. An error of the
+        # dataset comes as its own type, and begins with "Caught".
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        if str(error).startswith("Caught"):
+            raise
+        return EnvironmentSetupError(
+            f"a process that reads data ahead has died: {error}. Most likely memory was short; set `num_workers` "
+            "lower, or to 0, which reads in the training process."
+        )
+
+
+def _require_shared_memory(num_workers: int) -> None:
+    """Raises EnvironmentSetupError when there is no room for the semaphores of the workers' queues.
+
+    DataLoader would fail on the way, and once more with a traceback when it is cleared away.
+    """
+    if num_workers == 0 or not Path(SHARED_MEMORY).is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < mmap.PAGESIZE * SEMAPHORES_OF_A_QUEUE * (num_workers + 4):
+        raise _no_shared_memory(f"{free:,} bytes are free")
+
+
+def _no_shared_memory(reason: str) -> EnvironmentSetupError:
+    return EnvironmentSetupError(
+        f"{SHARED_MEMORY} has no room for what the processes that read data ahead hand over ({reason}). Enlarge it "
+        "(`docker run --shm-size=1g`), or set `num_workers: 0`, which reads in the training process."
+    )
 
 
 def _close(batches: weakref.ref[Generator[Tensor, None, None]]) -> None:

@@ -20,6 +20,7 @@ from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSize
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers, require_growth
+from megatron.io.lease import leased
 
 
 def grow_checkpoint(
@@ -31,7 +32,7 @@ def grow_checkpoint(
     checkpoint: steps go on as they were, schedule, data position and the optimizer's state as `rules` say, and the
     growth is noted in the run's state. A layer is in memory at a time. Raises ConfigError when the models differ in
     more than their sizes, the operator cannot do what it promises, or the larger model does not split over the ranks;
-    CheckpointError for damaged files.
+    CheckpointError for damaged files, and when a run is writing `output`.
     """
     growth = plan_growth(source, config, rules)
     grown = source.config.model_copy(
@@ -43,7 +44,9 @@ def grow_checkpoint(
     )
     require_consistent(grown, source.config)
     reader = LayerReader(source)
-    return write_states(grown_layers(reader.read, growth), grown, sizes, output, _header(source, reader, growth.record))
+    header = _header(source, reader, growth.record)
+    with leased(output, "grow.py"):
+        return write_states(grown_layers(reader.read, growth), grown, sizes, output, header)
 
 
 def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Growth:

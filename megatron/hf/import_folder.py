@@ -128,10 +128,18 @@ def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
         found = tensors.read(wanted.values())
         for name, tensor in found.items():
             require_finite(tensor, f"{folder}: {name}")
-        weights = {
-            local: with_configured_rows(layout.global_name(local), found[name], layout.parameters[local], vocab)
-            for local, name in wanted.items()
-        }
+        weights = {}
+        for local, name in wanted.items():
+            spec = layout.parameters[local]
+            try:
+                weights[local] = with_configured_rows(layout.global_name(local), found[name], spec, vocab)
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder}: {error}") from error
+            if tuple(weights[local].shape) != spec.full_shape:
+                shape = tuple(found[name].shape)
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {shape}; the configuration describes {spec.full_shape}."
+                )
         yield LayerState(layout.name, {local: ParameterState(weight) for local, weight in weights.items()})
 
 

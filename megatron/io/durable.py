@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron.errors import CheckpointError, DataError
+from megatron.io.lease import LEASE_FILE, leased
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,18 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def replace_durably(path: Path, text: str) -> None:
-    """Replaces the content of a text file that one process alone writes; a temporary file left by a kill is reused."""
-    temporary = _temporary_path(path)
-    write_durably(temporary, text)
-    temporary.replace(path)
+    """Replaces a text file that one process alone writes; a temporary file left by a kill is reused.
+
+    A link in its place is replaced itself, and what it leads to stays as it is. Where the disk is full, so does the
+    file, and OSError is raised.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        write_durably(temporary, text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 
@@ -50,11 +60,12 @@ def replace_durably(path: Path, text: str) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path in `path`'s folder; on success it is flushed to disk and renamed to `path`.
 
-    Several processes may write the same file: each has a temporary path of its own, and the last rename wins. On any
-    exception the temporary file is removed and `path` keeps what it held before. The folder is made when missing.
-    Raises DataError when the folder cannot be written.
+    Several processes may write the same file: each has a temporary path of its own, and the last rename wins. Names are
+    drawn: processes of several machines or containers may have the same number. On any exception the temporary file is
+    removed and `path` keeps what it held before. The folder is made when missing. Raises DataError when the folder
+    cannot be written.
     """
-    temporary = _temporary_path(path, writer=os.getpid())
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -73,23 +84,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which gets that name at the end; on any exception it is deleted.
 
-    Raises CheckpointError when `path` exists and is not an empty folder, or cannot be made.
+    One process writes it: a lease beside it says which. Raises CheckpointError when another is writing it, when `path`
+    exists and is not an empty folder, or when it cannot be made.
     """
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not an empty folder. Name another one, or remove it.")
     temporary = path.with_name(f".{path.name}.writing")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}. Nothing was kept.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with leased(path, "", file=path.with_name(f".{path.name}{LEASE_FILE}")):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+            temporary.mkdir()
+            yield temporary
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}. Nothing was kept.") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -105,11 +118,6 @@ def file_lock(path: Path) -> Iterator[None]:
         except OSError as error:
             logger.info("%s: no file locks here (%s); several ranks may build the same files", path, error.strerror)
         yield
-
-
-def _temporary_path(path: Path, writer: int | None = None) -> Path:
-    """Returns the name that a file has while it is written, in the same folder so that a rename can replace it."""
-    return path.with_name(f"{path.name}.tmp" if writer is None else f"{path.name}.{writer}.tmp")
 
 
 def _flush_path(path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from megatron.errors import STOPPED_ON_REQUEST, ConfigError
+from megatron.errors import INTERRUPTED, STOPPED_ON_REQUEST, ConfigError
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 5.0
@@ -106,7 +106,8 @@ def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
         failed = next((code for code in codes if code not in {None, 0, STOPPED_ON_REQUEST}), None)
         if failed is not None:
             rank = codes.index(failed)
-            print(f"deepy.py: rank {rank} ended with exit code {failed}; ending the other ranks", file=sys.stderr)
+            if failed != INTERRUPTED:  # which rank 0 has said
+                print(f"deepy.py: rank {rank} ended with exit code {failed}; ending the other ranks", file=sys.stderr)
             end_workers(workers)
             return failed if failed > 0 else 128 - failed
         if None not in codes:

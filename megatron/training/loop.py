@@ -31,12 +31,14 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
     for callback in callbacks:
         batches = callback.wrap_batches(batches)
     with told_of_the_end(callbacks):
+        context.stop.early.begin()
         for callback in callbacks:
             callback.start()
         while progress.iteration < training.train_iters:
             seed_dropout(training.seed, progress.iteration, run.parallel)
             learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
             loss = run.engine.train_batch(batches)
+            context.stop.early.close()
             progress.iteration += 1
             progress.consumed_train_samples += run.batch.global_batch_size
             if must_roll_back(run.guard, progress, training.non_finite, run.batch):

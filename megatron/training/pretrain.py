@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from megatron.checkpointing.states.same_model import require_same_vocabulary
-from megatron.checkpointing.store.checkpoint import require_writable
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -23,8 +22,10 @@ from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
+from megatron.training.callbacks.run_folder import RunFolder
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
+from megatron.training.run_lease import RunLease, run_lease
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stability.deepspeed_version import compare_unknown, refuse_known_faults
@@ -38,22 +39,23 @@ logger = logging.getLogger(__name__)
 def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configuration: str = "") -> int:
     """Trains as configured on the ranks that the environment announces; returns the exit code.
 
-    `configuration` is the name by which figures are to call the run.
-    That is 0 after the last step, STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1
-    when the run was stopped and has nowhere to save.
-    Raises EnvironmentSetupError, CheckpointError and DataError for what the user can repair, before the first step
-    wherever that is possible, and NonFiniteError for NaN and infinity.
+    `configuration` is the name by which figures are to call the run. The code is 0 after the last step,
+    STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1 when the run was stopped and has
+    nowhere to save.
+    Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
+    CheckpointError and DataError for what the user can repair, before the first step wherever that is possible, and
+    NonFiniteError for NaN and infinity.
     """
     stop = StopRequest(config.training.exit_duration_in_mins)
     with signals_request(stop):
         require_hardware(config)
         refuse_known_faults(config.parallel.pipe_parallel_size)
-        if config.checkpoint.save is not None:
-            require_writable(Path(config.checkpoint.save))
         with process_group():
-            on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             join_process_group()
-            ending = pretrain_in_group(config, batch, run_folder, stop, configuration)
+            stop.early.connect()
+            on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
+            with run_lease(config.checkpoint, run_folder, stop) as lease:
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease, configuration)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -68,10 +70,12 @@ def pretrain_in_group(
     batch: BatchConfig,
     run_folder: Path,
     stop: StopRequest | None = None,
+    lease: RunLease | None = None,
     configuration: str = "",
 ) -> Ending:
-    """Trains on the ranks of the process group that exists already; without `stop`, no signal ends the run.
+    """Trains on the ranks of the process group that exists already.
 
+    Without `stop`, no signal ends the run; without `lease`, the caller sees to it that nobody else writes its folders.
     Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says so.
     """
     sizes = config.parallel
@@ -82,8 +86,8 @@ def pretrain_in_group(
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
         return Ending.FINISHED
     logger.info("%s", start)
-    stop = stop or StopRequest()
-    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, configuration)
+    adopted, stop = adopt_schedule(config, start), stop or StopRequest()
+    run = assemble(adopted, batch, parallel, run_folder, start, stop, lease, configuration)
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
@@ -101,6 +105,7 @@ def assemble(
     run_folder: Path,
     start: RunStart,
     stop: StopRequest,
+    lease: RunLease | None = None,
     configuration: str = "",
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end. Collective."""
@@ -112,18 +117,30 @@ def assemble(
     engine, guard = build_engine(config, batch, vocab, parallel, stop)
     description = describe_run(config, batch, vocab, run_folder.name, configuration)
     return TrainingRun(
-        config, batch, parallel, vocab, data, engine, guard, start.run_id, description, folder=run_folder
+        config,
+        batch,
+        parallel,
+        vocab,
+        data,
+        engine,
+        guard,
+        start.run_id,
+        description,
+        folder=run_folder,
+        lease=lease or RunLease(),
     )
 
 
 def build_callbacks(context: TrainingContext) -> list[Callback]:
     """Builds the callbacks that the configuration asks for, in the order in which they see a step.
 
-    Metrics come after the evaluations that they record. Checkpoints come last: what the others count is saved too.
+    Whether the folder is still the run's comes first, before anything writes to it. Metrics come after the evaluations
+    that they record. Checkpoints come last: what the others count is saved too.
     """
     config, datasets = context.run.config, context.run.data.datasets
     evaluates = config.training.eval_iters > 0
     callbacks: list[tuple[type[Callback], bool]] = [
+        (RunFolder, True),
         (BatchHashes, config.monitor.log_batch_hashes),
         (Validation, evaluates and datasets.valid is not None),
         (FinalTest, evaluates and datasets.test is not None),

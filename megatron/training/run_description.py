@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import distributed
@@ -11,6 +14,8 @@ from torch import distributed
 from megatron.config.model_size import count_parameters, training_flops
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
+from megatron.errors import EnvironmentSetupError, os_errors_as
+from megatron.io.durable import replace_durably
 from megatron.model.causal_lm import VocabSize
 from megatron.monitor.provenance import device_name, git_commit
 
@@ -35,6 +40,16 @@ def describe_run(
         "packages": {package: version(package) for package in RECORDED_PACKAGES},
         "config": config.model_dump(mode="json"),
     }
+
+
+def write_description(description: Mapping[str, Any], folder: Path) -> None:
+    """Writes run.json, whole or not at all; a link of that name is replaced itself.
+
+    Raises EnvironmentSetupError where it cannot be written.
+    """
+    file = folder / RUN_FILE
+    with os_errors_as(EnvironmentSetupError, str(file)):
+        replace_durably(file, json.dumps(description, indent=1) + "\n")
 
 
 def described_versions(description: dict[str, Any]) -> dict[str, str | None]:

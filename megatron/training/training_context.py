@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import distributed
 
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.sections.run_config import RunConfig
@@ -19,9 +17,11 @@ from megatron.model.causal_lm import VocabSize
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.throughput import Throughput
+from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
 from megatron.training.progress import Progress
-from megatron.training.run_description import RUN_FILE
+from megatron.training.run_description import write_description
+from megatron.training.run_lease import RunLease
 from megatron.training.stability.step_guard import StepGuard
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_data import TrainingData
@@ -48,6 +48,8 @@ class TrainingRun:
     """Content of run.json."""
     folder: Path
     """Folder of run.json and metrics."""
+    lease: RunLease
+    """Keeps other processes from writing the run's folders."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,29 @@ class TrainingContext:
 
 @contextmanager
 def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[TrainingContext]:
-    """Opens the metric writers and writes run.json, on rank 0, starts the clock, and closes the writers at the end."""
+    """Opens the metric writers and writes run.json, on rank 0, starts the clock, and closes the writers at the end.
+
+    Collective. Raises what `build_monitor` and `write_description` raise, on all ranks.
+    """
     description, training = run.description, run.config.training
-    rank = distributed.get_rank()
-    with build_monitor(
-        run.config.monitor,
-        run.folder,
-        rank=rank,
-        run_name=description["name"],
-        total_iterations=training.train_iters,
-        resume_iteration=progress.iteration,
-        config_dump=description["config"],
-    ) as monitor:
-        if rank == 0:
-            (run.folder / RUN_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    opened: list[Monitor] = []
+
+    def open_monitor() -> None:
+        monitor = build_monitor(
+            run.config.monitor,
+            run.folder,
+            rank=0,
+            run_name=description["name"],
+            total_iterations=training.train_iters,
+            resume_iteration=progress.iteration,
+            config_dump=description["config"],
+        )
+        opened.append(monitor)
+
+    on_first_rank(open_monitor)
+    with opened[0] if opened else Monitor() as monitor:
+        run.lease.restore = partial(write_description, description, run.folder)
+        on_first_rank(run.lease.restore)
         peak = peak_flops(description["device"], training.precision.dtype)
         throughput = Throughput(
             tokens_per_step=description["tokens_per_step"],

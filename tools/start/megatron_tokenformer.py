@@ -4,10 +4,14 @@ Our package is called `megatron`, as are NVIDIA's and GPT-NeoX's, and many proje
 of the top level find their neighbours first. A script in tools/ finds what comes first on Python's path, where an
 editable install of this project stands last; so it imports this module, whose name nobody else has, before those
 packages. This folder is on the path of the install for that reason.
+
+What a tool imports takes seconds. Ctrl-C ends it in that time too, in one line.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import packages_distributions
@@ -20,15 +24,21 @@ def run_tool(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Runs `main` on the words of the command line, and exits with the code that it returns."""
     from megatron.errors import exit_on_user_error
 
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_on_user_error(lambda: main(sys.argv[1:]))
 
 
-def _checkout() -> Path:
-    """Returns the folder of the checkout whose tool is running, or else of this file's."""
-    module = Path(__file__).resolve()
-    script = Path(sys.argv[0]).resolve()
-    tools = (folder for folder in script.parents if folder.name == "tools")
-    return next((folder.parent for folder in tools if (folder / "start" / module.name).is_file()), module.parents[2])
+def _running_tools_checkout() -> Path | None:
+    """Returns the folder of the checkout whose tool is running; None in any other program."""
+    folders = (folder for folder in Path(sys.argv[0]).resolve().parents if folder.name == "tools")
+    return next((folder.parent for folder in folders if (folder / "start" / Path(__file__).name).is_file()), None)
+
+
+def _end_at_once(number: int, frame: object) -> NoReturn:
+    """Ends a tool that still imports: an interrupt of an import may surface as any error, or not at all."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def _refuse_foreign(package: str, checkout: Path) -> None:
@@ -51,5 +61,8 @@ def _refuse_foreign(package: str, checkout: Path) -> None:
     )
 
 
+_checkout = _running_tools_checkout()
+if _checkout is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end_at_once)
 for _package in ("megatron", "tools"):
-    _refuse_foreign(_package, _checkout())
+    _refuse_foreign(_package, _checkout or Path(__file__).resolve().parents[2])

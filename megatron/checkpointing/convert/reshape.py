@@ -16,6 +16,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import CheckpointError
+from megatron.io.lease import leased
 from megatron.model.causal_lm import VocabSize
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ def reshape(source: Checkpoint, config: RunConfig, data_size: int, output: Path)
     """Writes what `source` holds as a run of `config` on `data_size` data-parallel ranks would have; returns the path.
 
     That is `output`/global_stepN, and `latest`. Only parallel sizes, precision and padding of the vocabulary are taken
-    from `config`. A layer is in memory at a time. Raises CheckpointError when the model is another, or a file is
-    missing, damaged or unsafe.
+    from `config`. A layer is in memory at a time. Raises CheckpointError when the model is another, a file is missing,
+    damaged or unsafe, or a run is writing `output`.
     """
     differences = model_differences(source.config.model, config.model)
     if differences:
@@ -40,7 +41,8 @@ def reshape(source: Checkpoint, config: RunConfig, data_size: int, output: Path)
     parallel = config.parallel
     sizes = ParallelSizes(parallel.model_parallel_size, parallel.pipe_parallel_size, data_size)
     states = with_vocabulary(_logged(reader), config.model, vocab)
-    return write_states(states, _with_layout(source.config, config), sizes, output, header)
+    with leased(output, "reshape.py"):
+        return write_states(states, _with_layout(source.config, config), sizes, output, header)
 
 
 def with_vocabulary(states: Iterable[LayerState], model: ModelConfig, vocab: VocabSize) -> Iterator[LayerState]:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -46,17 +46,6 @@ def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int
     return frozenset(iterations | {train_iters})
 
 
-def save_checkpoint(
-    engine: PipelineEngine, state: RunState, config: RunConfig, *, run_id: str, versions: Mapping[str, str | None]
-) -> Path:
-    """Writes weights, optimizer state and `state` to global_stepN in the configured folder `save`; returns its path.
-
-    Collective. A kill or a failure at any moment leaves every earlier checkpoint and `latest` whole. `versions` are of
-    the packages and the code, for the manifest. Raises CheckpointError, on all ranks, when a rank cannot write.
-    """
-    return _Save(engine, state, config).publish(run_id, versions)
-
-
 class Saver:
     """The saves of a run, one at a time.
 
@@ -66,12 +55,25 @@ class Saver:
     """
 
     def __init__(
-        self, engine: PipelineEngine, config: RunConfig, *, run_id: str, versions: Mapping[str, str | None]
+        self,
+        engine: PipelineEngine,
+        config: RunConfig,
+        *,
+        run_id: str,
+        versions: Mapping[str, str | None],
+        folder_is_ours: Callable[[], bool] = lambda: True,
     ) -> None:
+        """Takes what every save needs.
+
+        `versions` are of the packages and the code, for the manifest. `folder_is_ours` is asked before a save and
+        before its publishing, collectively: it raises when another run has the folder, and returns False when the
+        folder was removed and is made again.
+        """
         self.engine = engine
         self.config = config
         self.run_id = run_id
         self.versions = versions
+        self.folder_is_ours = folder_is_ours
         self._pending: _Save | None = None
 
     @property
@@ -82,29 +84,41 @@ class Saver:
     def save(self, state: RunState, *, wait: bool) -> None:
         """Saves a checkpoint; with `wait`, or unless saves are asynchronous, it is published when this returns.
 
-        Collective. Raises what `save_checkpoint` raises, also for the save before, if that was still being written.
+        Collective. A kill or a failure at any moment leaves every earlier checkpoint and `latest` whole. Where the
+        folder is removed while a save is waited for, it is saved once more. Raises CheckpointError, on all ranks, when
+        a rank cannot write, also for the save before, if that was still being written.
         """
         if self._pending is not None:
             if not self._pending.is_written_everywhere():
                 logger.info("the save of step %d waits for the one before, which is being written", state.iteration)
             self.finish()
+        self.folder_is_ours()
         self._pending = _Save(self.engine, state, self.config)
-        if wait or not self.config.checkpoint.async_save:
+        if (wait or not self.config.checkpoint.async_save) and not self.finish():
+            self._pending = _Save(self.engine, state, self.config)
             self.finish()
 
     def publish_if_written(self) -> None:
-        """Publishes a save that all ranks have written by now. Collective; raises what `save_checkpoint` raises."""
+        """Publishes a save that all ranks have written by now. Collective; raises what `save` raises."""
         if self._pending is not None and self._pending.is_written_everywhere():
             self.finish()
 
-    def finish(self) -> None:
-        """Waits for a save that is being written, and publishes it.
+    def finish(self) -> bool:
+        """Waits for a save that is being written, and publishes it; returns False when it was removed meanwhile.
 
-        Collective; raises what `save_checkpoint` raises.
+        Collective; raises what `save` raises.
         """
         save, self._pending = self._pending, None
-        if save is not None:
+        if save is None:
+            return True
+        save.wait()
+        ours = self.folder_is_ours()
+        if ours:
             save.publish(self.run_id, self.versions)
+            ours = self.folder_is_ours()
+        if not ours:
+            logger.info("the checkpoint of step %d was removed while it was saved", save.state.iteration)
+        return ours
 
 
 class _Save:
@@ -143,11 +157,15 @@ class _Save:
             distributed.all_reduce(writing, op=distributed.ReduceOp.MAX)
             return not writing.item()
 
-    def publish(self, run_id: str, versions: Mapping[str, str | None]) -> Path:
-        """Waits until all is written, gives the checkpoint its name, and removes old ones. Collective."""
+    def wait(self) -> None:
+        """Waits until this rank has written its files, or failed to."""
         with self._training_waits():
             if self.thread is not None:
                 self.thread.join()
+
+    def publish(self, run_id: str, versions: Mapping[str, str | None]) -> Path:
+        """Gives the checkpoint its name once all ranks have waited for it, and removes old ones. Collective."""
+        with self._training_waits():
             try:
                 written = _gathered(self.files)
                 named = partial(complete, run_id=run_id, versions=versions)

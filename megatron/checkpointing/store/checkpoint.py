@@ -6,11 +6,11 @@
 <save>/global_step<N>/config.json             the resolved configuration
 <save>/global_step<N>/layer_*-model_*.pt …    DeepSpeed's weights and optimizer states
 <save>/.global_step<N>.<writing|replaced|removed>   on its way in or out (publish.py); never read
+<save>/.lease                                 the process that writes all of this, while it runs (io/lease.py)
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -111,17 +111,3 @@ def read_latest(folder: Path) -> str | None:
         return (folder / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def require_writable(folder: Path) -> None:
-    """Creates `folder` and tries to make a file in it. Raises CheckpointError before a run spends any time."""
-    probe = folder / f".write-probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"save: {folder} cannot be written ({error.strerror}). Name a folder that you may write to, or give "
-            "yourself the permission."
-        ) from error

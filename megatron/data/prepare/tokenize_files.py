@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -171,7 +172,7 @@ def _in_order(
     pending: deque[Future[_TokenizedBatch]] = deque()
     try:
         for batch in batches:
-            pending.append(executor.submit(_tokenize_in_worker, options, batch))
+            pending.append(_submit(executor, options, batch))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -180,6 +181,17 @@ def _in_order(
         raise EnvironmentSetupError(
             "a tokenizing process died, most likely for lack of memory. Use fewer --workers, or split long documents."
         ) from error
+
+
+def _submit(
+    executor: ProcessPoolExecutor, options: TokenizeOptions, batch: list[RawDocument]
+) -> Future[_TokenizedBatch]:
+    # Which may start a worker. It keeps what is blocked here: Ctrl-C is for this process, which ends its workers.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(_tokenize_in_worker, options, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one_thread_per_worker() -> None:

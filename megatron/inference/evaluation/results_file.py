@@ -13,7 +13,8 @@ from megatron.checkpointing.store.manifest import MANIFEST_FILE
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.run_config import RunConfig
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError, os_errors_as
+from megatron.io.durable import atomic_write
 from megatron.io.hashing import file_sha256
 from megatron.monitor.provenance import device_name, git_commit
 
@@ -87,11 +88,12 @@ def results_file(config: EvaluationConfig, what: str, suffix: str = ".json") -> 
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a results file."""
+    """Writes a results file, whole or not at all. Raises DataError where it cannot be written."""
     from lm_eval.utils import handle_non_serializable
 
     text = json.dumps(record, indent=1, default=handle_non_serializable, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with os_errors_as(DataError, str(path)), atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def metrics_of(results: dict[str, dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float | None]]:

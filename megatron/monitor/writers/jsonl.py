@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.errors import EnvironmentSetupError
+from megatron.errors import EnvironmentSetupError, os_errors_as
+from megatron.io.appended_file import AppendedFile
 from megatron.io.durable import replace_durably
 from megatron.monitor.metrics_file import METRICS_FILE, read_lines
 from megatron.monitor.metrics_writer import WRITERS, MonitoredRun
 
 
 class JsonlWriter:
-    """Appends a line per record and hands it to the operating system at once, so that a killed run loses none.
+    """Appends a line per record to an AppendedFile.
 
-    Never lost silently: where a line cannot be written (a full disk), the OSError ends the run.
+    Never lost silently: where a line cannot be written (a full disk), an EnvironmentSetupError ends the run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,8 +28,7 @@ class JsonlWriter:
         Raises EnvironmentSetupError where that is not possible.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._file = AppendedFile(path)
         except OSError as error:
             raise EnvironmentSetupError(
                 f"{path}: the run's metrics cannot be written here ({error.strerror}). Set log_dir to another folder."
@@ -36,7 +37,7 @@ class JsonlWriter:
     @classmethod
     def start(cls, path: Path) -> JsonlWriter:
         """Begins a new record; an earlier run's file is kept as metrics.1.jsonl, metrics.2.jsonl and so on."""
-        if path.exists():
+        if os.path.lexists(path):
             number = 1
             while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
                 number += 1
@@ -56,7 +57,8 @@ class JsonlWriter:
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         record = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"iteration": iteration, **record}, allow_nan=False) + "\n")
+        with os_errors_as(EnvironmentSetupError, str(self._file.path)):
+            self._file.append(json.dumps({"iteration": iteration, **record}, allow_nan=False))
 
     def close(self) -> None:
         self._file.close()

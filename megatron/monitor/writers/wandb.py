@@ -11,6 +11,7 @@ from types import ModuleType
 
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
+from megatron.io.durable import replace_durably
 from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
 from megatron.monitor.redaction import redact
 from megatron.registry import install_extra, require
@@ -108,5 +109,5 @@ def _run_id(run_dir: Path, resume_iteration: int) -> str:
     if resume_iteration and path.exists():
         return path.read_text(encoding="utf-8").strip()
     run_id = secrets.token_hex(4)
-    path.write_text(f"{run_id}\n", encoding="utf-8")
+    replace_durably(path, f"{run_id}\n")
     return run_id

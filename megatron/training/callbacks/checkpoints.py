@@ -20,7 +20,13 @@ class Checkpoints(Callback):
         super().__init__(context)
         run = context.run
         self.iterations = save_iterations(run.config.checkpoint, run.config.training.train_iters)
-        self.saver = Saver(run.engine, run.config, run_id=run.run_id, versions=described_versions(run.description))
+        self.saver = Saver(
+            run.engine,
+            run.config,
+            run_id=run.run_id,
+            versions=described_versions(run.description),
+            folder_is_ours=run.lease.check,
+        )
 
     def start(self) -> None:
         """Saves the initial weights of a run that starts from step 0."""

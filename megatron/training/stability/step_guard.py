@@ -37,7 +37,8 @@ class StepGuard:
 
     The engine calls `inspect` between the last backward pass and the first sum of gradients over ranks
     (deepspeed_patches.py), while each rank still has its own losses and gradients, so that the rank and the samples
-    can be named. What one rank finds, all learn from one small sum, which carries requests to stop as well. DeepSpeed
+    can be named. What one rank finds, all learn from one small sum, which carries requests to stop as well, and doubts
+    whether the run's folder is still its own. DeepSpeed
     skips a step whose gradients are not finite and leaves the schedule and the weights as they were; where only a loss
     is bad, the guard makes the gradients so.
 
@@ -89,10 +90,12 @@ class StepGuard:
             scaler.raise_error_at_min_scale = False
         gradients = own_gradients(engine)
         bad_loss, bad_gradients = _any_bad(engine.fwd_outputs, engine), _any_bad(gradients, engine)
-        flags = torch.stack([bad_loss | bad_gradients, torch.tensor(self.stop.requested, device=engine.device)]).int()
+        own = torch.tensor([self.stop.requested, self.stop.lease_is_in_doubt()], device=engine.device)
+        flags = torch.cat([(bad_loss | bad_gradients).reshape(1), own]).int()
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
-        bad, stop = flags.tolist()
+        bad, stop, in_doubt = flags.tolist()
         self.stop.agreed = self.stop.agreed or bool(stop)
+        self.stop.lease_must_be_checked = bool(in_doubt)
         if bad and scaler is None:
             self.evidence = self._gather_evidence(bool(bad_gradients))
             for gradient in gradients:

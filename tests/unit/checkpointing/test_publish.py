@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpointing.store.checkpoint import checkpoint_paths, require_writable
+from megatron.checkpointing.store.checkpoint import checkpoint_paths
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.publish import clear_leftovers, put_back_replaced, remove_old
 from megatron.config.sections.checkpoint import CheckpointConfig
-from megatron.errors import CheckpointError
 from tests.helpers.checkpoints import save
 
 
@@ -150,12 +149,6 @@ def test_what_is_in_the_way_is_kept_under_another_name(tmp_path: Path, what: str
     assert (run / "global_step10.kept1").exists()
     save(run, 10)
     assert not (run / "global_step10.kept2").exists()
-
-
-def test_a_file_in_the_way_is_not_writable(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"save: .*file/run cannot be written"):
-        require_writable(tmp_path / "file" / "run")
 
 
 def test_what_cannot_be_deleted_now_is_deleted_later(

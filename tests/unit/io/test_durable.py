@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron.errors import CheckpointError, DataError
 from megatron.io.durable import atomic_write, file_lock, new_folder, replace_durably
@@ -17,6 +22,29 @@ def test_an_atomic_write_appears_at_its_end(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
+
+
+@given(writers=st.integers(2, 40), pid=st.integers(1, 2**22))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_writers_with_one_process_id_have_temporary_files_of_their_own(writers: int, pid: int) -> None:
+    """As on two machines, or in two containers."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch("os.getpid", lambda: pid):
+        path = Path(folder) / "index.npy"
+        with contextlib.ExitStack() as stack:
+            for number in range(writers):
+                temporary = stack.enter_context(atomic_write(path))
+                assert temporary.read_text() == "", "nobody else writes there"
+                temporary.write_text(str(number))
+        assert path.read_text() == "0", "the last to end has won, with all that it wrote"
+        assert list(Path(folder).iterdir()) == [path]
+
+
+def test_replacing_a_link_leaves_alone_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run.json").symlink_to(tmp_path / "precious")
+    replace_durably(tmp_path / "run.json", "{}")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "run.json").is_symlink() and (tmp_path / "run.json").read_text() == "{}"
 
 
 def test_a_failed_atomic_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
