@@ -40,8 +40,8 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configurat
     """Trains as configured on the ranks that the environment announces; returns the exit code.
 
     `configuration` is the name by which figures are to call the run. The code is 0 after the last step,
-    STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1 when the run was stopped and has
-    nowhere to save.
+    STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1 when the run was stopped and
+    has nowhere to save.
     Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
     CheckpointError and DataError for what the user can repair, before the first step wherever that is possible, and
     NonFiniteError for NaN and infinity.
