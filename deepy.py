@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> int:
     if script.name == TRAINING_SCRIPT:
         end_at_once_when_stopped()
     from megatron.config.command_line import load_command_line
+    from megatron.growth.check_config import require_growable
     from megatron.launch.local import run_ranks, visible_devices
 
-    command, loaded = load_command_line(arguments, script.name)
+    command, loaded = load_command_line(arguments, script.name, require_growable)
     if command.answered:
         return 0
     ranks = loaded.run.launch.num_gpus or visible_devices()

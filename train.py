@@ -13,8 +13,9 @@ def main(argv: Sequence[str]) -> int:
     """Loads the configuration and trains. Returns the exit code."""
     end_at_once_when_stopped()
     from megatron.config.command_line import load_command_line
+    from megatron.growth.check_config import require_growable
 
-    command, loaded = load_command_line(argv, "train.py")
+    command, loaded = load_command_line(argv, "train.py", require_growable)
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment

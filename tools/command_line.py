@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,15 +43,20 @@ def add_config_source(parser: argparse.ArgumentParser, source: str) -> None:
     )
 
 
-def read_config_source(args: argparse.Namespace, source: str, write_config: Callable[[Path], None]) -> RunConfig:
-    """Reads the configuration that the arguments name; with --write-config, `write_config` writes it first."""
+def read_config_source(
+    args: argparse.Namespace, source: str, write_config: Callable[[Path, Sequence[str]], None]
+) -> RunConfig:
+    """Reads the configuration that the arguments name; with --write-config, `write_config` writes it first.
+
+    It is given the path and the words after it, `key=value`, which then override what it has written.
+    """
     from megatron.config.load_config import load_words
 
     if args.write_config is not None:
         if remedy := url_remedy(args.write_config[0]):
             raise ConfigError(f"--write-config {args.write_config[0]}: expected a path on this machine{remedy}.")
         path = Path(args.write_config[0])
-        write_config(path)
+        write_config(path, args.write_config[1:])
         print(f"{path}: the {source}'s model as a configuration")
     return load_words(args.config_file or args.write_config).run
 

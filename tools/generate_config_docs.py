@@ -35,6 +35,7 @@ THEMES = {
     "parallel": "Parallelism",
     "launch": "Launching",
     "speedups": "Speed-ups",
+    "grow": "Growth",
 }
 """Sections of the configuration, and the headings of their keys."""
 
@@ -61,9 +62,20 @@ A run is described by YAML files in NeoX's vocabulary. Several are merged; no ke
 - An editor with a YAML language server completes and checks keys in files that begin with
   `# yaml-language-server: $schema=PATH/schema.json`. It does not check keys that are written with hyphens.
 
+A run grows with a section `grow`. With `at_step` or `at_tokens` the model of the configuration is the small one: the
+run saves, grows, and goes on with the larger one, in one command that resumes at any point. The configuration stays as
+it is for the whole run, for evaluation and export too; the small model's last checkpoint is kept in `before_growth`:
+
+    save: runs/150M
+    grow: {operator: zero_key, at_step: 60000, factor: 2, learning_rate: rewarm_new, rewarm_iters: 500}
+
+Without them it is the large one, and `load` names a checkpoint of the small one. A run grows once; several growths are
+a chain of runs.
+
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
-accumulation follows for any number of ranks. `data/` and `clusters/` hold what differs between users. `make demo`
-trains `demo.yml`.
+accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains,
+and the first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
+`demo.yml`.
 """
 
 

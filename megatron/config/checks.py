@@ -278,15 +278,6 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _partial_init(run: RunConfig) -> Iterator[Finding]:
-    if run.checkpoint.pretrain_partial_init is not None:
-        yield Finding(
-            "checkpoint.pretrain_partial_init",
-            "starting from a model with fewer parameter tokens is not implemented; remove the key to start from "
-            "initial weights",
-        )
-
-
 def _optimizer_switches(run: RunConfig) -> Iterator[Finding]:
     own = facts_of(run.training.optimizer).switches
     others = {switch for facts in registered_optimizers() for switch in facts.switches}.difference(own)
@@ -346,7 +337,6 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _tokenizer_files,
     _checkpoint_steps,
     _checkpoint_to_load,
-    _partial_init,
     _flash_attention,
     _evaluation_output,
     _prompts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,19 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def load_command_line(argv: Sequence[str], script: str | None = None) -> tuple[CommandLine, LoadedConfig]:
+def load_command_line(
+    argv: Sequence[str], script: str | None = None, check: Callable[[LoadedConfig], None] = lambda loaded: None
+) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
-    `script` is the one of SCRIPTS that it is for.
-
-    Raises ConfigError for what is wrong with it, also with its batch on `--world-size` ranks.
+    `script` is the one of SCRIPTS that it is for, and `check` is of what this package cannot know. Raises ConfigError
+    for what is wrong with the configuration, also with its batch on `--world-size` ranks.
     """
     command = parse_command_line(argv, script)
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
+    check(loaded)
     if command.print_effective_config:
         print(effective_text(loaded, command.world_size))
     elif command.check:

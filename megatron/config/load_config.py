@@ -8,12 +8,13 @@ from pathlib import Path
 
 from megatron.config.batch_triangle import data_parallel_size, resolve_batch
 from megatron.config.build_config import build, origins
+from megatron.config.grow_checks import growth_comes_too_late
 from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
-from megatron.config.yaml.problems import Origin, report
+from megatron.config.yaml.problems import Given, Origin, report
 from megatron.errors import ConfigError
 
 
@@ -42,8 +43,15 @@ class LoadedConfig:
         return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.name}")
 
     def batch(self, world_size: int) -> BatchConfig:
-        """Resolves the batch on `world_size` ranks. Raises ConfigError when it or the parallel sizes do not divide."""
-        return resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)
+        """Resolves the batch on `world_size` ranks.
+
+        Raises ConfigError when it or the parallel sizes do not divide, or when the run ends before it grows.
+        """
+        batch = resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)
+        late = growth_comes_too_late(self.run, batch.global_batch_size)
+        if late is not None:
+            raise ConfigError(f"{self.origins['grow.at_tokens']} grow.at_tokens: {late}")
+        return batch
 
     def replicas(self, world_size: int) -> int:
         """Counts the copies of a trained model that `world_size` ranks hold, which have one pipeline stage always.
@@ -72,6 +80,11 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     given, problems = gather(sources, overrides)
     if problems:
         raise ConfigError(report(problems, sources))
+    return load_given(given, sources)
+
+
+def load_given(given: Mapping[str, Given], sources: Sequence[Path]) -> LoadedConfig:
+    """Translates and checks keys that have been gathered. Raises ConfigError with everything that is wrong."""
     translation = translate(given)
     run, wrong = build(translation.settings, translation.refused)
     problems = translation.problems + wrong
@@ -80,7 +93,7 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     return LoadedConfig(
         run=run,
         origins=origins(run, translation.settings),
-        sources=sources,
+        sources=tuple(sources),
         warnings=tuple(translation.warnings),
         inert=tuple(translation.inert),
     )

@@ -40,7 +40,7 @@ def gather(files: Sequence[Path], overrides: Sequence[str]) -> tuple[dict[str, G
                 del entries[key]
             else:
                 top_level[key] = origin
-        _add(_flatten(entries, file), given, problems)
+        _add(flatten(entries, file), given, problems)
     by_command: dict[str, Given] = {}
     for override in overrides:
         _add(_parse_override(override), by_command, problems)
@@ -65,12 +65,13 @@ def _repeated_names(files: Sequence[Path]) -> Iterator[Problem]:
                 yield Problem(str(file), f"another file of this name is given: {earlier}", Origin("file", file=file))
 
 
-def _flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+def flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str = "") -> Iterator[Given | Problem]:
+    """Yields the flat keys that `entries` set in `file`, or on the command line, and what is wrong with them."""
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)
         if isinstance(entry.value, dict) and key in nested_keys():
-            yield from _flatten(entry.value, file, f"{key}.")
+            yield from flatten(entry.value, file, f"{key}.")
         elif key in nested_keys() and key not in neox_keys():
             if entry.value is not None:
                 inner = sorted(known.removeprefix(f"{key}.") for known in neox_keys() if known.startswith(f"{key}."))
@@ -88,4 +89,4 @@ def _parse_override(override: str) -> Iterator[Given | Problem]:
     key = match["key"].replace("-", "_")
     entry, problems = read_value(match["value"])
     yield from (Problem(f"command line {override}", problem.message, COMMAND_LINE) for problem in problems)
-    yield from _flatten({key: entry}, None)
+    yield from flatten({key: entry}, None)

@@ -136,7 +136,8 @@ class _Batched(Dataset["Tensor | UserError"]):
             return batch
         # The worker's queue would do it in a thread whose errors nobody sees, and the batch would never come.
         try:
-            return batch.share_memory_()
+            shared: Tensor = batch.share_memory_()  # type: ignore[no-untyped-call]
+            return shared
         except (OSError, RuntimeError) as error:
             return _no_shared_memory(str(error))
 

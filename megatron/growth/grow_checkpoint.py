@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,20 +22,31 @@ from megatron.config.optimizer import facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
+from megatron.growth.require_growth import require_growth
 from megatron.io.lease import leased
+
+logger = logging.getLogger(__name__)
 
 
 def grow_checkpoint(
-    source: Checkpoint, config: RunConfig, rules: GrowthRules, sizes: ParallelSizes, output: Path
+    source: Checkpoint,
+    config: RunConfig,
+    rules: GrowthRules,
+    sizes: ParallelSizes,
+    output: Path,
+    *,
+    has_lease: bool = False,
 ) -> Path:
     """Writes `output`/global_stepN and `latest`: the model of `config`, grown from `source`; returns the path.
 
     Model, parallel sizes, precision and the seed of what is new are taken from `config`, everything else from the
     checkpoint: steps go on as they were, schedule, data position and the optimizer's state as `rules` say, and the
-    growth is noted in the run's state. A layer is in memory at a time. Raises ConfigError when the models differ in
-    more than their sizes, the operator cannot do what it promises, or the larger model does not split over the ranks;
-    CheckpointError for damaged files, and when a run is writing `output`.
+    growth is noted in the run's state. A layer is in memory at a time. `has_lease` says that this process holds the
+    lease of `output` already.
+
+    Raises ConfigError when the models differ in more than their sizes, the operator cannot do what it promises, or the
+    larger model does not split over the ranks; CheckpointError for damaged files, and when a run is writing `output`.
     """
     growth = plan_growth(source, config, rules)
     grown = source.config.model_copy(
@@ -45,8 +59,8 @@ def grow_checkpoint(
     require_consistent(grown, source.config)
     reader = LayerReader(source)
     header = _header(source, reader, growth.record)
-    with leased(output, "grow.py"):
-        return write_states(grown_layers(reader.read, growth), grown, sizes, output, header)
+    with nullcontext() if has_lease else leased(output, "grow.py"):
+        return write_states(_logged(grown_layers(reader.read, growth), growth), grown, sizes, output, header)
 
 
 def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Growth:
@@ -89,6 +103,14 @@ def tokens_read(state: RunState, seq_length: int) -> int:
     """Counts the training tokens that a run has read, also before a growth that restarted the data [tokens]."""
     restarts = [record.tokens for record in state.growth if record.rules.data == "restart"]
     return (restarts[-1] if restarts else 0) + state.consumed_train_samples * seq_length
+
+
+def _logged(layers: Iterator[LayerState], growth: Growth) -> Iterator[LayerState]:
+    for layer in layers:
+        _, _, number = layer.name.partition(".")
+        if number:
+            logger.info("growing layer %d of %d", int(number) + 1, growth.after.num_layers)
+        yield layer
 
 
 def _header(source: Checkpoint, reader: LayerReader, record: GrowthRecord) -> RunHeader:

@@ -38,7 +38,8 @@ class FunctionChange:
 def measure_change(source: Checkpoint, growth: Growth, tokens_BS: Tensor) -> FunctionChange:
     """Computes logits and loss of both models in float32, from the optimizer's weights where there are any.
 
-    A layer of either is in memory at a time. A multiplier that opens is the number that it is at first.
+    Weights alone are computed with before they are rounded to their format again. A layer of either model is in memory
+    at a time. A multiplier that opens is the number that it is at first.
     """
     reader = LayerReader(source)
     layers = (_wide(reader.read(name)) for name in reader.names)

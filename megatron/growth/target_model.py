@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS
+from megatron.growth.require_growth import require_growth
 
 
 def grown_model(
@@ -31,6 +33,8 @@ def grown_model(
     if factor is not None:
         if any(size is not None for size in asked.values()):
             raise ConfigError("factor: it stands for all sizes; give either it or sizes.")
+        if not 1 < factor < math.inf:
+            raise ConfigError(f"factor: {factor}: expected a number above 1, by which the model grows.")
         asked = dict(_multiplied(model, operator.adds == "layers", factor))
     tokens = model.param_tokens
     changes: dict[str, Any] = {"num_layers": asked.pop("num_layers") or model.num_layers}

@@ -15,7 +15,7 @@ from megatron.checkpointing.convert.imported_weights import VOCABULARY
 from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.read_states import read_states
-from megatron.checkpointing.states.same_model import model_differences
+from megatron.checkpointing.states.same_model import described_model, model_differences
 from megatron.checkpointing.states.tensor_folder import write_shards
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.data import TokenizerConfig
@@ -59,7 +59,7 @@ def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, opti
     DataError for a tokenizer that is missing or encodes otherwise.
     """
     model = checkpoint.config.model
-    differences = model_differences(model, run.model)
+    differences = model_differences(model, described_model(run, checkpoint))
     if differences:
         raise ConfigError(
             f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. Give "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from megatron.hf.import_folder import folder_settings
 HEADER = """# {folder} as a configuration of this trainer. The model is as its config.json says; the rest is a start.
 # After tools/ckpts/convert_hf_to_neox.py, train on with `load: <output_dir>` and `finetune: true`.
 """
+
+TOKENIZER_KEYS = ("tokenizer_type", "vocab_file", "merge_file")
 
 TO_FILL_IN: dict[str, Any] = {
     "train_iters": 1000,
@@ -29,11 +32,12 @@ TO_FILL_IN: dict[str, Any] = {
 }
 
 
-def write_config(folder: Path, path: Path) -> None:
+def write_config(folder: Path, path: Path, overrides: Sequence[str] = ()) -> None:
     """Writes the YAML of a folder's model, its tokenizer.json and a start for the rest to `path`.
 
-    Raises CheckpointError for a folder that is none we know, DataError without a tokenizer.json, ConfigError for a
-    model that we cannot express, or when `path` exists.
+    The tokenizer is that of `overrides`, `key=value`, where they name one. Raises CheckpointError for a folder that is
+    none we know, DataError where neither names a tokenizer, ConfigError for a model that we cannot express, or when
+    `path` exists.
     """
     config, settings = folder_settings(folder)
     for field in ("max_position_embeddings", "vocab_size"):
@@ -45,8 +49,20 @@ def write_config(folder: Path, path: Path) -> None:
     keys = {key_of(f"model.{field}"): value for field, value in settings.items() if value is not None}
     # The one key that says the opposite of its field.
     keys["no_weight_tying"] = not keys["no_weight_tying"]
+    keys |= {"tokenizer_type": "HFTokenizer"} | (_named_tokenizer(overrides) or _own_tokenizer(folder)) | TO_FILL_IN
+    write_new_yaml(path, HEADER.format(folder=folder), keys)
+
+
+def _named_tokenizer(overrides: Sequence[str]) -> dict[str, str]:
+    words = dict(word.split("=", 1) for word in overrides if "=" in word)
+    return {key: words[key] for key in TOKENIZER_KEYS if key in words}
+
+
+def _own_tokenizer(folder: Path) -> dict[str, str]:
     tokenizer = folder.absolute() / "tokenizer.json"
     if not tokenizer.is_file():
-        raise DataError(f"{folder} holds no tokenizer.json. Copy its tokenizer there, or give --config_file.")
-    keys |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(tokenizer)} | TO_FILL_IN
-    write_new_yaml(path, HEADER.format(folder=folder), keys)
+        raise DataError(
+            f"{folder} holds no tokenizer.json. Copy its tokenizer there, or name one after the YAML, as in "
+            "`--write-config new.yml tokenizer_type=SPMTokenizer vocab_file=tokenizer.model`."
+        )
+    return {"vocab_file": str(tokenizer)}

@@ -360,6 +360,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _no_split_modules: ClassVar[list[str]] = ["TokenFormerLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {

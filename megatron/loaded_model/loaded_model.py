@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpointing.states.load_parameters import load_parameters
-from megatron.checkpointing.states.same_model import model_differences
+from megatron.checkpointing.states.same_model import described_model, model_differences
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
@@ -137,7 +137,8 @@ def load_model(
     speedups = choose_speedups(
         config.speedups, config.training.precision, config.training.optimizer, on_gpu=device.type == "cuda"
     )
-    differences = model_differences(checkpoint.config.model, config.model)
+    model = described_model(config, checkpoint)
+    differences = model_differences(checkpoint.config.model, model)
     if differences:
         raise ConfigError(
             f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. Give "
@@ -145,7 +146,7 @@ def load_model(
         )
     vocab = checkpoint.vocab
     with device:
-        module = build_local(config.model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
+        module = build_local(model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
     load_parameters(module.named_parameters(), checkpoint, context)
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -154,4 +155,4 @@ def load_model(
                 "another checkpoint."
             )
     apply_speedups(module, replace(speedups, compile=False))
-    return LoadedModel(module, config.model, vocab)
+    return LoadedModel(module, model, vocab)

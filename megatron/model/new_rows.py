@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megatron.config.sections.growth import GrowthRecord, ModelSizes
+from megatron.mpu.context import ParallelContext
+from megatron.mpu.parameters import ParameterSpec
 
 
 def first_new_row(name: str, growth: GrowthRecord) -> int | None:
@@ -18,6 +20,18 @@ def first_new_row(name: str, growth: GrowthRecord) -> int | None:
         return 0
     before, after = token_count(local, growth.before), token_count(local, growth.after)
     return None if before == after else before
+
+
+def local_old_rows(name: str, spec: ParameterSpec, growth: GrowthRecord, context: ParallelContext) -> int:
+    """Returns how many rows of this tensor-parallel rank's share of the parameter `name` were there before a growth.
+
+    They are its first ones. A parameter that has nothing new has old rows alone.
+    """
+    rows = spec.full_shape[0]
+    share = rows // context.tensor_size if spec.shard_dim == 0 else rows
+    first = context.tensor_rank * share if spec.shard_dim == 0 else 0
+    new = first_new_row(name, growth)
+    return share if new is None else min(max(new - first, 0), share)
 
 
 def token_count(local_name: str, sizes: ModelSizes) -> int | None:

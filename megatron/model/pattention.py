@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ class Pattention(nn.Module):
 
     Each tensor-parallel rank holds p = P / tp of the P tokens: K [p, D] and V [p, D]. `scale_base` is the token count
     that sets the scale of Theta; it is configuration, so that appending tokens does not change it.
+
+    While growth by mask_ramp opens, the scores of new tokens are m A instead of A, which is what keys m K give.
     """
 
     def __init__(self, model: ModelConfig, num_tokens: int, scale_base: int, context: ParallelContext) -> None:
@@ -42,6 +45,26 @@ class Pattention(nn.Module):
         shape, what = (num_tokens, model.hidden_size), "parameter tokens"
         self.key_tokens = new_parameter(shape, input_initializer(model), context, what=what, shard_dim=0)
         self.value_tokens = new_parameter(shape, output_initializer(model), context, what=what, shard_dim=0)
+        self._opening: tuple[int, Tensor] | None = None
+
+    def open_scores(self, old_tokens: int, multiplier: float) -> None:
+        """Multiplies the scores of this rank's tokens beyond the first `old_tokens` by `multiplier` from now on."""
+        if multiplier == 1.0 or old_tokens == len(self.key_tokens):
+            self._opening = None
+        elif self._opening is None:
+            # A tensor: a compiled layer would be compiled anew for every other number. Its one element takes no part in
+            # the choice of a number format.
+            number = torch.tensor(multiplier, dtype=torch.float64, device=self.key_tokens.device)
+            self._opening = (old_tokens, number)
+        else:
+            self._opening[1].fill_(multiplier)
+
+    def scoring_keys(self) -> Tensor:
+        """Returns the keys [p, D] whose products with the input are the scores."""
+        if self._opening is None:
+            return self.key_tokens
+        old_tokens, multiplier = self._opening
+        return torch.cat([self.key_tokens[:old_tokens], self.key_tokens[old_tokens:] * multiplier])
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Maps the whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""
@@ -86,7 +109,7 @@ def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
     first = projections[0]
     return first.kernel(
         x_BSD,
-        [projection.key_tokens for projection in projections],
+        [projection.scoring_keys() for projection in projections],
         [projection.value_tokens for projection in projections],
         theta=first.theta,
         scale_base=first.scale_base,

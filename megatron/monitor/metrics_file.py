@@ -8,6 +8,11 @@ Keys: `iteration` (the optimizer step, from 1), `consumed_tokens`, and one key p
     train/tokens_per_second, train/step_seconds, train/seconds_left (estimate)
     train/mfu, train/data_wait_share [0..1]
     train/memory_gib         peak of this rank [GiB]
+    training_flops           of all training so far, over resumes and growth [FLOP]
+
+A row with the key `event` marks what happened between two steps, after `iteration` of them, with `text` in words.
+`event: growth` has `operator`, `before` and `after` (sizes), `parameters_before`, `parameters_after`, `consumed_tokens`
+and `training_flops`.
 
 JSON has no NaN or infinity: they are written as null, so that any JSON reader can read the file.
 """
@@ -22,6 +27,7 @@ from megatron.errors import DataError, os_errors_as
 from megatron.io.json_files import parse_json
 
 METRICS_FILE = "metrics.jsonl"
+NO_RECORD = "no object with a whole-number 'iteration'"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -43,9 +49,37 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if number == len(lines):
                 return
             raise _not_a_record(path, number, str(error)) from error
-        if not isinstance(record, dict) or type(record.get("iteration")) is not int or record["iteration"] < 0:
-            raise _not_a_record(path, number, "no object with a whole-number 'iteration'")
+        if not _is_record(record):
+            raise _not_a_record(path, number, NO_RECORD)
         yield line, record
+
+
+def sound_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads what can be read of a metrics file: the rows by rising iteration, and a sentence for each damaged line.
+
+    Where an iteration has several rows, as after a crash, they are one, in which the last value counts. Events stand
+    after the row of their iteration. Raises DataError when the file cannot be read at all.
+    """
+    with os_errors_as(DataError, str(path)):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    damaged: list[str] = []
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            damaged.append(f"{path}:{number}: left out, {error}")
+            continue
+        if not _is_record(row):
+            damaged.append(f"{path}:{number}: left out, {NO_RECORD}")
+            continue
+        place = (row["iteration"], str(row.get("event", "")))
+        rows[place] = rows.get(place, {}) | row
+    return [rows[place] for place in sorted(rows)], damaged
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and type(value.get("iteration")) is int and value["iteration"] >= 0
 
 
 def _not_a_record(path: Path, number: int, why: str) -> DataError:

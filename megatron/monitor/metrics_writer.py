@@ -16,11 +16,31 @@ class BackendLostError(Exception):
     """A writer can take no more metrics, and the run can do without it."""
 
 
+@dataclass(frozen=True)
+class RunEvent:
+    """Something that happened to a run between two steps, to be marked on its curves."""
+
+    iteration: int
+    """Optimizer steps before it [steps]."""
+
+    kind: str
+    """Name of its kind, such as `growth`."""
+
+    text: str
+    """What happened, in words."""
+
+    details: Mapping[str, object]
+    """The same as values of JSON."""
+
+
 class MetricsWriter(Protocol):
-    """Shows or keeps the metrics of a step."""
+    """Shows or keeps the metrics of a step, and events."""
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of step `iteration`; keys as in metrics_file.py. Raises BackendLostError."""
+
+    def mark(self, event: RunEvent) -> None:
+        """Takes an event. A run that goes on from its step marks it once more. Raises BackendLostError."""
 
     def close(self) -> None:
         """Writes out what is held back and closes files and connections. Raises BackendLostError."""

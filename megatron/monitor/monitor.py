@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.monitor.metrics_writer import WRITERS, BackendLostError, MetricsWriter, MonitoredRun
+from megatron.monitor.metrics_writer import WRITERS, BackendLostError, MetricsWriter, MonitoredRun, RunEvent
 
 _logger = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ class Monitor:
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of step `iteration`; keys as in metrics_file.py, one call per step."""
         self._each(lambda writer: writer.write(iteration, metrics))
+
+    def mark(self, event: RunEvent) -> None:
+        """Records an event."""
+        self._each(lambda writer: writer.mark(event))
 
     def close(self) -> None:
         """Closes all writers."""

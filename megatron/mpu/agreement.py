@@ -5,6 +5,7 @@ Without a process group, as in the tools, this process is the only rank.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +41,40 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result  # type: ignore[no-any-return] # what work() returned, sent as an object
+
+
+def on_first_rank_meanwhile(work: Callable[[], T], waiting: Callable[[], object], every: float = 2.0) -> T:
+    """Does what `on_first_rank` does with work that may take longer than ranks wait for each other. Collective.
+
+    Rank 0 does it in a thread, and tells the others `every` so many seconds [s] that it still goes on; then `waiting`
+    is called on each.
+    """
+    outcome: list[Any] = []
+    thread = threading.Thread(target=lambda: outcome.append(_outcome_of(work)), name="work of rank 0", daemon=True)
+    if rank_and_size()[0] == 0:
+        thread.start()
+
+    def is_done() -> bool:
+        thread.join(every)
+        return not thread.is_alive()
+
+    while not on_first_rank(is_done):
+        waiting()
+
+    def handed_over() -> T:
+        result, failure = outcome[0]
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[no-any-return] # what work() returned
+
+    return on_first_rank(handed_over)
+
+
+def _outcome_of(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return work(), None
+    except BaseException as error:  # noqa: BLE001 - it is raised where the thread is waited for
+        return None, error
 
 
 def gather_objects(value: T) -> list[T]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.errors import EnvironmentSetupError
@@ -17,6 +19,7 @@ from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.mpu.context import ParallelContext
+from megatron.training.after_growth import AfterGrowth
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer
 from megatron.training.stability.deepspeed_patches import install
@@ -43,12 +46,27 @@ def require_hardware(config: RunConfig) -> Speedups:
     return choose_speedups(config.speedups, config.training.precision, config.training.optimizer, on_gpu=on_gpu)
 
 
-def build_engine(
-    config: RunConfig, batch: BatchConfig, vocab: VocabSize, context: ParallelContext, stop: StopRequest
-) -> tuple[PipelineEngine, StepGuard]:
-    """Builds model, optimizer and schedule in DeepSpeed's pipeline engine, and the guard of its steps. Collective.
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine with what goes along with its steps."""
 
-    Raises what `require_hardware` and `build_pipeline` raise.
+    engine: PipelineEngine
+    guard: StepGuard
+    after_growth: AfterGrowth
+
+
+def build_engine(
+    config: RunConfig,
+    batch: BatchConfig,
+    vocab: VocabSize,
+    context: ParallelContext,
+    stop: StopRequest,
+    growth: GrowthRecord | None = None,
+) -> BuiltEngine:
+    """Builds model, optimizer and schedule in DeepSpeed's pipeline engine, and what goes along with its steps.
+
+    `growth` is the last one of the run, whose rules hold. Collective. Raises what `require_hardware` and
+    `build_pipeline` raise.
     """
     import deepspeed
 
@@ -76,5 +94,17 @@ def build_engine(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, batch)
         )
     guard = StepGuard(engine, context, config.training.precision, stop)
-    install(engine, context, config.checkpoint, guard)
-    return engine, guard
+    after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)
+    install(engine, context, config.checkpoint, guard, after_growth)
+    return BuiltEngine(engine, guard, after_growth)
+
+
+def release_engine(engine: PipelineEngine) -> None:
+    """Lets an engine go that takes no more steps; its memory is free once nothing else refers to it.
+
+    It keeps the graph of its last losses, which refers to it through hooks that Python's collector does not see.
+    """
+    engine.destroy()
+    engine.loss = engine.total_loss = None
+    for buffers in engine.pipe_buffers.values():
+        buffers.clear()

@@ -18,6 +18,7 @@ class Ending(Enum):
     FINISHED = "all steps are taken"
     STOPPED = "a signal or a limit has ended the run, and what it did is saved"
     ROLL_BACK = "the run is to go on from its last checkpoint"
+    GROW = "the model is to grow, and the run to go on with the larger one"
 
 
 def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Ending:
@@ -32,6 +33,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
         batches = callback.wrap_batches(batches)
     with told_of_the_end(callbacks):
         context.stop.early.begin()
+        run.after_growth.set_step(progress.iteration)
         for callback in callbacks:
             callback.start()
         while progress.iteration < training.train_iters:
@@ -41,21 +43,27 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
             context.stop.early.close()
             progress.iteration += 1
             progress.consumed_train_samples += run.batch.global_batch_size
+            progress.training_flops += run.flops_per_step
             if must_roll_back(run.guard, progress, training.non_finite, run.batch):
                 return Ending.ROLL_BACK
+            run.after_growth.set_step(progress.iteration)
             is_last = progress.iteration == training.train_iters
+            growth = run.next_growth
             step = Step(
                 progress.iteration,
                 loss.detach().float(),
                 learning_rate,
                 is_last=is_last,
                 ends_run=is_last or _exits_at(progress.iteration, training.exit_interval),
+                grows=growth is not None and growth.is_due(progress.iteration, context.consumed_tokens) and not is_last,
                 left_out=run.guard.step_was_left_out,
             )
             for callback in callbacks:
                 callback.after_step(step)
             if (step.ends_run or context.stop.agreed) and not is_last:
                 return Ending.STOPPED
+            if step.grows:
+                return Ending.GROW
     return Ending.FINISHED
 
 

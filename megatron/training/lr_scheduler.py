@@ -20,6 +20,12 @@ class LRScheduler:
         self.schedule = schedule
         self.train_iters = train_iters
         self.num_steps = 0
+        self._factor = 1.0
+        self._apply()
+
+    def scale(self, factor: float) -> None:
+        """Multiplies the learning rate by `factor` from now on, in place of an earlier factor."""
+        self._factor = factor
         self._apply()
 
     def step(self) -> None:
@@ -43,4 +49,4 @@ class LRScheduler:
     def _apply(self) -> None:
         lr = lr_at(self.num_steps, peak=self.peak, schedule=self.schedule, train_iters=self.train_iters)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self._factor

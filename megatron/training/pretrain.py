@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron.checkpointing.states.same_model import require_same_vocabulary
+import torch
+
+from megatron.checkpointing.states.same_model import described_model, require_same_vocabulary
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -16,17 +19,18 @@ from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
-from megatron.training.build_engine import build_engine, require_hardware
+from megatron.training.build_engine import build_engine, release_engine, require_hardware
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
 from megatron.training.callbacks.run_folder import RunFolder
+from megatron.training.grow_run import grow_start
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
 from megatron.training.run_lease import RunLease, run_lease
-from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, roll_back
+from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, newest_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stability.deepspeed_version import compare_unknown, refuse_known_faults
 from megatron.training.stop_request import StopRequest, signals_request
@@ -76,23 +80,52 @@ def pretrain_in_group(
     """Trains on the ranks of the process group that exists already.
 
     Without `stop`, no signal ends the run; without `lease`, the caller sees to it that nobody else writes its folders.
-    Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says so.
+    A run whose model grows is assembled once for each size.
     """
     sizes = config.parallel
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
+    stop = stop or StopRequest()
     start = find_start(config)
-    if start.continues and start.progress.iteration >= config.training.train_iters:
+    if start.continues and start.due is None and start.progress.iteration >= config.training.train_iters:
         done, asked = start.progress.iteration, config.training.train_iters
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
         return Ending.FINISHED
-    logger.info("%s", start)
-    adopted, stop = adopt_schedule(config, start), stop or StopRequest()
-    run = assemble(adopted, batch, parallel, run_folder, start, stop, lease, configuration)
+    while True:
+        if start.due is not None and start.continues:
+            start = grow_start(config, start, parallel)
+        logger.info("%s", start)
+        ending = _train_one_size(config, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration)
+        if ending is not Ending.GROW:
+            return ending
+        # What is left of the smaller model's engine goes in circles, and its memory is needed.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        start = newest_start(config, start.run_id)
+
+
+def _train_one_size(
+    config: RunConfig,
+    batch: BatchConfig,
+    parallel: ParallelContext,
+    run_folder: Path,
+    start: RunStart,
+    stop: StopRequest,
+    lease: RunLease,
+    configuration: str,
+) -> Ending:
+    """Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says.
+
+    They end with the run, or when the model is to grow: then it is saved, and nothing holds its engine any longer.
+    """
+    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, lease, configuration)
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
         with open_training_context(run, progress) as context:
             ending = train_steps(context, build_callbacks(context))
+        if ending is Ending.GROW:
+            release_engine(run.engine)
         if ending is not Ending.ROLL_BACK:
             return ending
         start = roll_back(run.config.checkpoint, start, progress)
@@ -108,24 +141,31 @@ def assemble(
     lease: RunLease | None = None,
     configuration: str = "",
 ) -> TrainingRun:
-    """Builds the parts of a run that stay the same from its start to its end. Collective."""
+    """Builds the parts of a run that stay the same from its start to its end, or to its growth. Collective."""
+    next_growth = config.grow if config.grow is not None and config.grow.happens_in_training else None
+    if start.checkpoint is not None and start.continues:
+        model = described_model(config, start.checkpoint)
+        if model is not config.model:
+            config, next_growth = config.model_copy(update={"model": model}), None
     tokenizer = build_tokenizer(config.data.tokenizer)
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
     if start.checkpoint is not None:
         require_same_vocabulary(start.checkpoint, vocab, padding_is_masked=config.model.mask_padded_vocab)
     data = build_training_data(config, batch, start, tokenizer, vocab, parallel)
-    engine, guard = build_engine(config, batch, vocab, parallel, stop)
-    description = describe_run(config, batch, vocab, run_folder.name, configuration)
+    built = build_engine(config, batch, vocab, parallel, stop, start.growth[-1] if start.growth else None)
     return TrainingRun(
         config,
         batch,
         parallel,
         vocab,
         data,
-        engine,
-        guard,
+        built.engine,
+        built.guard,
+        built.after_growth,
+        start.growth,
+        next_growth,
         start.run_id,
-        description,
+        describe_run(config, batch, vocab, run_folder.name, configuration),
         folder=run_folder,
         lease=lease or RunLease(),
     )

@@ -23,6 +23,9 @@ class Progress:
     non_finite_steps: int = 0
     """Steps left out or rolled back so far because of NaN or infinity [steps]."""
 
+    training_flops: float = 0.0
+    """Floating-point operations of all training so far, of the model before growth too [FLOP]."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,6 +45,9 @@ class Step:
 
     ends_run: bool
     """Whether it is the last, or `exit_interval` ends the run with it. Requests to stop come on top of that."""
+
+    grows: bool = False
+    """Whether the model grows after it."""
 
     left_out: bool = False
     """Whether it changed no weight, because of NaN or infinity or while fp16 looks for its scale."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.checkpointing.engine.loading import load_checkpoint, load_weights
-from megatron.checkpointing.states.same_model import model_differences
+from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.store.checkpoint import Checkpoint, checkpoint_paths
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.publish import put_back_replaced
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.data.data_fingerprint import fingerprint_differences
-from megatron.errors import CheckpointError, ConfigError, NonFiniteError, os_errors_as
+from megatron.errors import CheckpointError, NonFiniteError, os_errors_as
+from megatron.growth.grow_checkpoint import LayerReader
+from megatron.growth.growth_operator import Growth, grown_layers
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
+from megatron.training.due_growth import due_growth
 from megatron.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -46,12 +51,20 @@ class RunStart:
     loads_optimizer: bool = False
     """Whether the optimizer's state comes from the checkpoint."""
 
+    growth: tuple[GrowthRecord, ...] = ()
+    """Growths of the model so far."""
+
+    due: Growth | None = None
+    """The growth that comes before the next step: of the checkpoint, for a run that continues, else of its weights
+    while they are loaded."""
+
     def __str__(self) -> str:
         """Names the start in a sentence for the run's log."""
         if self.checkpoint is None:
             return "starting from initial weights"
         if not self.continues:
-            return f"starting from the weights of {self.checkpoint.path}"
+            grown = "" if self.due is None else f", grown by {self.due.rules.operator}"
+            return f"starting from the weights of {self.checkpoint.path}{grown}"
         return f"going on from {self.checkpoint.path}, {self.progress.iteration} steps done"
 
 
@@ -59,19 +72,35 @@ def find_start(config: RunConfig) -> RunStart:
     """Decides where a run starts. Collective; the same on every rank.
 
     `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
-    checkpoint; `finetune` takes only its weights. A run that loads nothing does not write into a folder that already
-    holds another run's checkpoints. Raises CheckpointError for each of these, and for a checkpoint that does not fit.
+    checkpoint; `finetune` takes only its weights, as `pretrain_partial_init` does. A run that loads nothing does not
+    write into a folder that already holds another run's checkpoints. Raises CheckpointError for each of these, and for
+    a checkpoint that does not fit; ConfigError for one that cannot grow as configured.
     """
-    if config.checkpoint.pretrain_partial_init is not None:
-        raise ConfigError(
-            f"pretrain_partial_init: {config.checkpoint.pretrain_partial_init}: starting from a model with fewer "
-            "parameter tokens is not implemented. Remove the key to start from initial weights."
-        )
-    start = _locate(config.checkpoint)
-    if start.checkpoint is not None:
-        _require_same_model(config, start.checkpoint)
-        _require_optimizer_state(start, start.checkpoint)
-    return start
+    return _with_due_growth(config, _locate(config.checkpoint))
+
+
+def newest_start(config: RunConfig, run_id: str) -> RunStart:
+    """Returns the start from the newest checkpoint in `save`, which the run has just written. Collective.
+
+    Raises CheckpointError when there is none.
+    """
+    if config.checkpoint.save is None:
+        raise ValueError("a run without `save` has no checkpoint of its own")
+    own = find_checkpoint(Path(config.checkpoint.save), None, config.checkpoint.verify_checkpoint)
+    if own is None:
+        raise CheckpointError(f"save: {config.checkpoint.save}: the checkpoint that this run has saved is gone.")
+    return _with_due_growth(config, go_on_from(own, config.checkpoint, run_id))
+
+
+def _with_due_growth(config: RunConfig, start: RunStart) -> RunStart:
+    if start.checkpoint is None:
+        return start
+    due = due_growth(config, start.checkpoint, continues=start.continues)
+    _require_optimizer_state(start, start.checkpoint)
+    if due is None or start.continues:
+        return replace(start, due=due)
+    flops = start.checkpoint.state.training_flops
+    return replace(start, due=due, growth=(due.record,), progress=replace(start.progress, training_flops=flops))
 
 
 def load_start(
@@ -86,7 +115,10 @@ def load_start(
     if start.loads_optimizer:
         load_checkpoint(engine, start.checkpoint, config, context, vocab)
         return
-    load_weights(engine, start.checkpoint, context, keep_ramp=start.continues)
+    changed: Iterable[LayerState] | None = None
+    if start.due is not None:
+        changed = grown_layers(LayerReader(start.checkpoint).read, start.due)
+    load_weights(engine, start.checkpoint, context, changed, keep_ramp=start.continues)
     if start.continues:
         engine.lr_scheduler.load_state_dict({"num_steps": start.checkpoint.state.schedule_steps})
 
@@ -112,10 +144,12 @@ def roll_back(config: CheckpointConfig, start: RunStart, progress: Progress) -> 
             consumed_train_samples=progress.consumed_train_samples,
             consumed_valid_samples=state.consumed_valid_samples,
             non_finite_steps=progress.non_finite_steps,
+            training_flops=progress.training_flops,
         ),
         checkpoint=checkpoint,
         continues=True,
         loads_optimizer=own is not None or start.loads_optimizer,
+        growth=state.growth,
     )
 
 
@@ -127,7 +161,7 @@ def _locate(config: CheckpointConfig) -> RunStart:
     if config.auto_resume and save is not None:
         own = find_checkpoint(save, None, config.verify_checkpoint)
         if own is not None:
-            return _continue(own, config, own.manifest.run_id)
+            return go_on_from(own, config, own.manifest.run_id)
     run_id = on_first_rank(lambda: uuid.uuid4().hex)
     goes_on_in_save = _loads_from_save(config)
     if save is not None and not goes_on_in_save and on_first_rank(lambda: any(True for _ in checkpoint_paths(save))):
@@ -135,25 +169,39 @@ def _locate(config: CheckpointConfig) -> RunStart:
             f"save: {config.save} already holds checkpoints of another run. Set `auto_resume: true` to go on with that "
             "run, or name another folder."
         )
-    if config.load is None:
+    source = config.load or config.pretrain_partial_init
+    if source is None:
         return RunStart(run_id)
-    found = find_checkpoint(Path(config.load), config.iteration, config.verify_checkpoint)
+    found = find_checkpoint(Path(source), config.iteration, config.verify_checkpoint)
     if found is None:
+        key = "load" if config.load is not None else "pretrain_partial_init"
         raise CheckpointError(
-            f"load: {config.load} holds no checkpoint. Correct the path, or remove `load` to start from step 0; "
+            f"{key}: {source} holds no checkpoint. Correct the path, or remove `{key}` to start from step 0; "
             "`auto_resume: true` with `save` alone starts fresh the first time and continues afterwards."
         )
-    if config.finetune:
+    if config.finetune or config.load is None:
         return RunStart(run_id, checkpoint=found)
-    return _continue(found, config, found.manifest.run_id if goes_on_in_save else run_id)
+    return go_on_from(found, config, found.manifest.run_id if goes_on_in_save else run_id)
 
 
-def _continue(checkpoint: Checkpoint, config: CheckpointConfig, run_id: str) -> RunStart:
+def go_on_from(checkpoint: Checkpoint, config: CheckpointConfig, run_id: str) -> RunStart:
+    """Returns the start of a run `run_id` that goes on where a checkpoint's run stopped."""
     state = checkpoint.state
     progress = Progress(
-        state.iteration, state.consumed_train_samples, state.consumed_valid_samples, state.non_finite_steps
+        state.iteration,
+        state.consumed_train_samples,
+        state.consumed_valid_samples,
+        state.non_finite_steps,
+        state.training_flops,
     )
-    return RunStart(run_id, progress, checkpoint, continues=True, loads_optimizer=not config.no_load_optim)
+    return RunStart(
+        run_id,
+        progress,
+        checkpoint,
+        continues=True,
+        loads_optimizer=not config.no_load_optim,
+        growth=state.growth,
+    )
 
 
 def _loads_from_save(config: CheckpointConfig) -> bool:
@@ -161,15 +209,6 @@ def _loads_from_save(config: CheckpointConfig) -> bool:
         return False
     load, save = Path(config.load).resolve(), Path(config.save).resolve()
     return save in (load, load.parent)
-
-
-def _require_same_model(config: RunConfig, checkpoint: Checkpoint) -> None:
-    differences = model_differences(checkpoint.config.model, config.model)
-    if differences:
-        raise CheckpointError(
-            f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. "
-            "Make the configuration agree with the checkpoint, or load another one."
-        )
 
 
 def _require_optimizer_state(start: RunStart, checkpoint: Checkpoint) -> None:

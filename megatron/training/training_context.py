@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.checkpointing.store.run_state import RunState
+from megatron.config.sections.grow import GrowConfig
+from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.datasets import SampleCounts
+from megatron.growth.grow_checkpoint import tokens_read
 from megatron.model.causal_lm import VocabSize
 from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.throughput import Throughput
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
+from megatron.training.after_growth import AfterGrowth
+from megatron.training.growth_event import growth_event
 from megatron.training.progress import Progress
 from megatron.training.run_description import write_description
 from megatron.training.run_lease import RunLease
@@ -42,6 +47,12 @@ class TrainingRun:
     engine: PipelineEngine
     guard: StepGuard
     """Guards the engine's steps, and carries requests to stop."""
+    after_growth: AfterGrowth
+    """What the rules of the last growth do at each step."""
+    growth: tuple[GrowthRecord, ...]
+    """Growths of the model so far."""
+    next_growth: GrowConfig | None
+    """The growth that is still to come, at one of the steps; the run is assembled anew then."""
     run_id: str
     """The run that its checkpoints belong to."""
     description: dict[str, Any]
@@ -50,6 +61,12 @@ class TrainingRun:
     """Folder of run.json and metrics."""
     lease: RunLease
     """Keeps other processes from writing the run's folders."""
+
+    @property
+    def flops_per_step(self) -> float:
+        """Returns the work of a step, forward and backward, without recomputation [FLOP]."""
+        flops: float = self.description["flops_per_token"] * self.description["tokens_per_step"]
+        return flops
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,14 @@ class TrainingContext:
         """Returns the state of the run that a checkpoint holds."""
         run = self.run
         state = initial_run_state(run.data.counts, run.data.fingerprint, run.vocab, run.parallel)
-        return replace(state, **asdict(self.progress), schedule_steps=run.engine.lr_scheduler.num_steps)
+        return replace(
+            state, **asdict(self.progress), schedule_steps=run.engine.lr_scheduler.num_steps, growth=run.growth
+        )
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Returns the training tokens read so far, also before a growth that restarted the data [tokens]."""
+        return tokens_read(self.run_state(), self.run.config.model.seq_length)
 
 
 @contextmanager
@@ -109,6 +133,10 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
             flops_per_token=description["flops_per_token"],
             peak_flops=None if peak is None else peak * description["ranks"],
         )
+        last = run.growth[-1] if run.growth else None
+        if last is not None and last.iteration == progress.iteration:
+            event = growth_event(last, run.config.model, run.vocab.padded, progress.training_flops)
+            on_first_rank(partial(monitor.mark, event))
         yield TrainingContext(run, progress, monitor, throughput)
 
 

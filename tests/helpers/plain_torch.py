@@ -93,7 +93,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]) -> Tensor:
 def tokenformer(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
     def pattention(x: Tensor, name: str) -> Tensor:
         scores = x @ weights[f"{name}.key_tokens"].T
-        normal = scores / scores.pow(2).sum(-1, keepdim=True).sqrt() * math.sqrt(scores.shape[-1])
+        # A grown layer keeps the scale of the tokens that it had first.
+        scale = settings.get("scales", {}).get(name.rsplit(".", maxsplit=1)[-1], scores.shape[-1])
+        normal = scores / scores.pow(2).sum(-1, keepdim=True).sqrt() * math.sqrt(scale)
         return normal * 0.5 * (1 + torch.erf(normal / math.sqrt(2))) @ weights[f"{name}.value_tokens"]
 
     x = weights["embedding.word_embeddings.weight"][tokens]

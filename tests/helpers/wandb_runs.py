@@ -14,6 +14,7 @@ import faulthandler, json, logging, os, sys
 from pathlib import Path
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.monitor.redaction import REDACTED
+from megatron.monitor.metrics_writer import RunEvent
 from megatron.monitor.monitor import build_monitor
 
 faulthandler.dump_traceback_later(60, exit=True)
@@ -33,6 +34,8 @@ with build_monitor(
             service.kill()
             service.wait()
         monitor.write(step, {"consumed_tokens": step * 100, "train/lm_loss": 8.0 / step})
+        if step == int(os.environ.get("MARK_AT", "-1")):
+            monitor.mark(RunEvent(step, "growth", "grown by zero_key", {}))
 print("finished")
 """
 

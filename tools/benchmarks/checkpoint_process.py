@@ -39,7 +39,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     context = ParallelContext.single()
     with process_group():
         join_process_group()
-        engine, _ = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest())
+        engine = build_engine(saving_to(task.config, folder), task.batch, task.vocab, context, StopRequest()).engine
         batches = random_batches(task)
         # The first step makes the moments.
         engine.train_batch(batches)

@@ -63,7 +63,7 @@ class Engine:
     def __init__(self, task: Task) -> None:
         self._seed = task.config.training.seed
         self._context = ParallelContext.create(1, 1)
-        self._engine, _ = build_engine(task.config, task.batch, task.vocab, self._context, StopRequest())
+        self._engine = build_engine(task.config, task.batch, task.vocab, self._context, StopRequest()).engine
         self._batches = random_batches(task)
         self._steps = 0
 

@@ -19,6 +19,7 @@ ranks; a layer is in memory at a time.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     """Grows the checkpoint, then prints what was written, and how to train it."""
     args = parse_args(argv)
     stay_on_cpu()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megatron").setLevel(logging.INFO)
     rules = read_growth_flags(args)
     job = with_sizes(read_rewriting(args), args, rules)
     from megatron.growth.grow_checkpoint import grow_checkpoint, plan_growth
@@ -96,7 +99,7 @@ def with_sizes(job: Rewriting, args: argparse.Namespace, rules: GrowthRules) -> 
     asked = {name: getattr(args, name) for name in SIZES}
     if all(size is None for size in asked.values()):
         return job
-    from megatron.growth.growth_operator import require_growth
+    from megatron.growth.require_growth import require_growth
     from megatron.growth.target_model import grown_model
 
     theirs = job.source.config.model

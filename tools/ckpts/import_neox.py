@@ -27,7 +27,7 @@ from megatron.io.progress import PeriodicReport
 from tools.command_line import add_config_source, read_config_source, stay_on_cpu, tool_parser
 
 if TYPE_CHECKING:
-    from megatron.checkpointing.convert.neox.import_neox import ImportedNeox
+    from megatron.checkpointing.convert.neox.import_neox import ImportedNeox, RowBiases
 
 SECONDS_BETWEEN_LINES = 2.0
 
@@ -39,9 +39,11 @@ def main(argv: Sequence[str]) -> int:
     from megatron.checkpointing.convert.neox.import_neox import import_neox
     from megatron.checkpointing.convert.neox.neox_config import write_config
 
-    run = read_config_source(args, "checkpoint", partial(write_config, args.input))
-    imported = import_neox(args.input, run, args.output_dir, progress_lines())
+    run = read_config_source(args, "checkpoint", lambda path, words: write_config(args.input, path))
+    imported = import_neox(args.input, run, args.output_dir, progress_lines(), args.row_parallel_biases)
     print("\n".join(summary(imported, args.output_dir)))
+    if imported.row_biases is not None:
+        print(row_biases_line(imported.row_biases, asked_for=args.row_parallel_biases is not None))
     return 0
 
 
@@ -54,6 +56,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add_config_source(parser, "checkpoint")
     parser.add_argument(
         "--output_dir", type=local_path, required=True, help="folder to make; it must not hold anything"
+    )
+    parser.add_argument(
+        "--row-parallel-biases",
+        choices=("sum", "replicas"),
+        help="what tensor-parallel ranks hold of them (default: a sum under gpt_j_residual, replicas elsewhere)",
     )
     return parser.parse_args(argv)
 
@@ -80,6 +87,17 @@ def summary(imported: ImportedNeox, output: Path) -> list[str]:
             f"averaged; most of all {name}, by {apart:.1e}"
         )
     return lines
+
+
+def row_biases_line(rule: RowBiases, *, asked_for: bool) -> str:
+    """Tells by which rule the biases of row-parallel matrices were merged, and when to ask for the other."""
+    if rule == "sum":
+        merged, other = "summed over ranks", "If every rank holds the whole, add --row-parallel-biases replicas."
+    else:
+        merged = "one of the ranks' replicas"
+        other = "What NeoX's converters wrote is divided by the ranks: for that, add --row-parallel-biases sum."
+    why = f"as `gpt_j_residual: {str(rule == 'sum').lower()}` trains them. {other}"
+    return f"biases of row-parallel matrices: {merged}, {'as asked for' if asked_for else why}"
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
     if not found:
         reasons = "".join(f"\n  {problem}" for other in others for problem in other["problems"])
         raise CheckpointError(f"{path} holds no checkpoint that can be read.{reasons}\nName a run's folder.")
-    others += [{"name": each.path.name, "problems": verify(each, "sizes")} for each in found[1:]]
+    others += [{"name": each.path.name, "problems": verify(each, "sizes")} for each in found[1:] if each.path.is_dir()]
     return found[0], others
 
 
@@ -99,13 +99,20 @@ def readable(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, level: Verification) -> list[str]:
-    """Compares the files with the manifest, and describes each that is damaged in a sentence."""
+    """Compares the files with the manifest, and describes each that is damaged in a sentence.
+
+    Raises CheckpointError when the checkpoint was removed meanwhile.
+    """
     files = checkpoint.manifest.files
     problems = [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
     with shown_progress("verifying", sum(entry.size for entry in files.values())) as advance:
         for name, entry in files.items():
             problems += damage(checkpoint.path, {name: entry}, level)
             advance(entry.size)
+    if problems:
+        from megatron.checkpointing.store.find_checkpoint import require_still_there
+
+        require_still_there(checkpoint.path)
     return problems
 
 

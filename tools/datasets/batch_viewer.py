@@ -38,6 +38,12 @@ def main(argv: Sequence[str]) -> int:
     """Writes or prints the tokens of the steps."""
     args, command = parse_args(argv)
     loaded = load_config(command.files, command.overrides)
+    last = loaded.run.training.train_iters
+    if args.end > last:
+        raise ConfigError(
+            f"--end {args.end}: the run ends with step {last} (`train_iters`), and what a longer one reads depends on "
+            f"its length. View steps up to {last}, or add `train_iters=...` as that run will have it."
+        )
     tokenizer = build_tokenizer(loaded.run.data.tokenizer)
     size = global_batch_size(loaded, command)
     steps = range(args.start, args.end + 1)

@@ -150,6 +150,8 @@ def draw(
         if panel is PANELS["loss"]:
             for value, name in references:
                 ax.axhline(value, label=f"{label(name)}: {value:.3f}", gid=f"reference {name}", **REFERENCE_STYLE)
+    for index, run in enumerate(runs):
+        _mark_events(axes, run, x, "0.35" if len(runs) == 1 else COLOURS[index % len(COLOURS)])
     quantity, format_x = X_AXES[x]
     axes[-1].set_xlabel(quantity)
     if log_x or (log_x is None and max(ends) > LONGEST_ON_A_LINEAR_AXIS * min(ends) > 0):
@@ -196,6 +198,30 @@ def _draw_curve(
         y = moving_average(y, window)
     # A handful of points, or a point between gaps, would not show as a line.
     ax.plot(x, y, gid=metric, color=colour, marker="." if len(x) < 30 else "", **style)
+
+
+def _mark_events(axes: Sequence[Axes], run: RunRecord, x: str, colour: str) -> None:
+    """Draws a line through all panels for each event of a run, and what it was beside the first one's."""
+    for event, place in zip(run.events, positions(run, run.events, x), strict=True):
+        for ax in axes:
+            ax.axvline(place, gid=f"event {event['event']}", color=colour, linestyle=":", linewidth=1.2, zorder=1)
+        axes[0].annotate(
+            _short(event),
+            (place, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3, -4),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=7,
+            color=colour,
+        )
+
+
+def _short(event: dict[str, Any]) -> str:
+    before, after = (format_count(event[f"parameters_{when}"]) for when in ("before", "after"))
+    return f"{label(str(event.get('operator')))}: {before} to {after} parameters"
 
 
 def _dress(ax: Axes, panel: Panel) -> None:

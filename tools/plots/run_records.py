@@ -23,6 +23,8 @@ SECTIONS_OF_NUMBERS = {"model", "training", "data", "parallel", "speedups"}
 """Sections whose values decide losses and speed."""
 MOST_VALUES = 3
 """Values that a name has room for."""
+AXES_IN_ROWS = ("consumed_tokens", "training_flops")
+"""Places on a horizontal axis that rows hold beside their step."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class RunRecord:
 
     settings: dict[str, str] = field(default_factory=dict)
     """Values of its configuration as YAML would say them, by key, from run.json; none where there is none."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that mark what happened between two steps, such as growth."""
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -84,16 +89,19 @@ def load_run(path: Path) -> RunRecord:
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"{path}: no {METRICS_FILE} here. Give a run's folder (log_dir, or save) or the file itself.")
-    records = sorted(read_records(file), key=lambda record: record["iteration"])
+    rows = sorted(read_records(file), key=lambda record: record["iteration"])
+    records, events = [row for row in rows if "event" not in row], [row for row in rows if "event" in row]
     _require_numbers(file, records)
+    _require_growths(file, events)
     if not records:
         raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
-    # An evaluation may have a row of its own, whose token count stands in the training row of the same step.
-    tokens = {record["iteration"]: record["consumed_tokens"] for record in records if "consumed_tokens" in record}
-    records = [
-        {"consumed_tokens": tokens[record["iteration"]]} | record if record["iteration"] in tokens else record
-        for record in records
-    ]
+    # An evaluation may have a row of its own, whose place on the axes stands in the training row of the same step.
+    for axis in AXES_IN_ROWS:
+        places = {record["iteration"]: record[axis] for record in records if axis in record}
+        records = [
+            {axis: places[record["iteration"]]} | record if record["iteration"] in places else record
+            for record in records
+        ]
     described = file.with_name("run.json")
     description = _read_description(described)
     for key in ("parameters", "flops_per_token"):
@@ -108,6 +116,7 @@ def load_run(path: Path) -> RunRecord:
         description.get("parameters"),
         description.get("flops_per_token"),
         _settings(description.get("config")),
+        events,
     )
 
 
@@ -120,6 +129,17 @@ def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
                     f"{file}: {key!r} of iteration {record['iteration']} is {value!r:.50}, no number, so this is no "
                     "metrics file of a run, or it is damaged."
                 )
+
+
+def _require_growths(file: Path, events: Sequence[dict[str, Any]]) -> None:
+    """Raises DataError where an event is not the growth of a run."""
+    numbers = (*AXES_IN_ROWS, "parameters_before", "parameters_after")
+    for event in events:
+        if event["event"] != "growth" or not all(is_number(event.get(key)) for key in numbers):
+            raise DataError(
+                f"{file}: the event of iteration {event['iteration']} is no growth of a run: {event['event']!r:.50}. "
+                "Remove the line, or move the file away."
+            )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -140,6 +160,8 @@ def positions(run: RunRecord, records: Sequence[dict[str, Any]], x: str) -> np.n
     """
     if x == "steps":
         return np.array([record["iteration"] for record in records], dtype=float)
+    if x == "flops" and all("training_flops" in record for record in records):
+        return np.array([record["training_flops"] for record in records], dtype=float)
     if any("consumed_tokens" not in record for record in records):
         raise DataError(f"{run.file}: rows without consumed_tokens, so nothing to draw over {x}. Use --x steps.")
     tokens = np.array([record["consumed_tokens"] for record in records], dtype=float)

@@ -3,7 +3,8 @@
     python tools/plots/zero_shot_table.py eval_results/*.json --output zero_shot
 
 writes zero_shot.md, zero_shot.csv and zero_shot.png. A column is a task and its metric, `--columns task:metric ...`;
-the default ones are those of the TokenFormer paper. Files about the same model make one row.
+the default ones are those of the TokenFormer paper. Files about the same model make one row. Averages are
+computed anew; where a source prints another one, a note says so.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ COLUMNS = (
 )
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are shown in percent and averaged."""
-MISSING = "-"
+AVERAGE = ("average", "printed")
+"""Task and metric by which the published rows say what their source prints as the average."""
+ROUNDING = 0.0501
+"""Largest difference of a printed average from that of the printed figures [percent points]: one digit is printed."""
+MISSING, MISPRINTED = "-", "†"
 MEASURED_COLOUR, PUBLISHED_COLOUR = "#D55E00", "0.45"
 
 
@@ -48,18 +53,32 @@ class Row:
 
     model: str
     parameters: float
-    source: str
     published: bool
     values: dict[str, float] = field(default_factory=dict)
     """By column; shares in percent."""
     errors: dict[str, float] = field(default_factory=dict)
     """One standard error of some of them."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The table or file that each value is from."""
+    printed_average: float | None = None
+    """What the source prints as the average of COLUMNS."""
 
     def average(self, columns: Sequence[str]) -> float | None:
         """Averages the shares among `columns`; None when one is missing."""
         shares = [self.values.get(column) for column in columns if is_share(column)]
         known = [share for share in shares if share is not None]
         return math.fsum(known) / len(known) if known and len(known) == len(shares) else None
+
+    def source(self, columns: Sequence[str]) -> str:
+        """Names where the values of `columns` are from."""
+        return ", ".join(dict.fromkeys(self.sources[column] for column in columns if column in self.sources))
+
+    def is_misprinted(self, columns: Sequence[str]) -> bool:
+        """Tells whether the average of `columns` differs from the printed one, where that is the average of these."""
+        average = self.average(columns)
+        if self.printed_average is None or average is None or set(columns) != set(COLUMNS):
+            return False
+        return abs(average - self.printed_average) > ROUNDING
 
 
 @dataclass(frozen=True)
@@ -96,13 +115,18 @@ def is_share(column: str) -> bool:
 
 
 def read_published(path: Path) -> list[Row]:
-    """Reads the published rows; their file names each row's source."""
+    """Reads the published rows; a line of their file is one value, with its metric and its source."""
+    rows: dict[str, Row] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = []
         for entry in csv.DictReader(file):
-            values = {column: float(value) for column, value in entry.items() if ":" in column and value}
-            rows.append(Row(entry["model"], float(entry["parameters"]), entry["source"], True, values))
-        return rows
+            row = rows.setdefault(entry["model"], Row(entry["model"], float(entry["parameters"]), True))
+            if (entry["task"], entry["metric"]) == AVERAGE:
+                row.printed_average = float(entry["value"])
+                continue
+            column = f"{entry['task']}:{entry['metric']}"
+            row.values[column] = float(entry["value"])
+            row.sources[column] = entry["source"]
+    return list(rows.values())
 
 
 def read_results(paths: Sequence[Path]) -> list[Row]:
@@ -114,13 +138,13 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
         model = record.model
         name = one_line(model.name) + _reservations(record.config)
         digest = model.manifest_sha256 or model.sha256 or model.hub_commit
-        row = rows.setdefault((name, digest), Row(name, model.parameters, "", False))
-        row.source = ", ".join(filter(None, [row.source, path.name]))
+        row = rows.setdefault((name, digest), Row(name, model.parameters, False))
         for (task, metric), (value, error) in metrics_of(record.results).items():
             column = f"{task}:{metric}"
             scale = 100.0 if is_share(column) else 1.0
             row.values[column] = scale * value
             row.errors[column] = scale * (error or 0.0)
+            row.sources[column] = path.name
     return list(rows.values())
 
 
@@ -160,15 +184,24 @@ def join(results: Sequence[Row], published: Sequence[Row], columns: Sequence[str
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Renders the table; published rows are in italics, and each row names its source."""
+    """Renders the table; published rows are in italics, and each row names its sources. Misprints are noted below."""
     head = ["Model", "Parameters", *(f"{task} ({metric})" for task, _, metric in _split(columns)), "Average", "Source"]
     lines = [_line(head), _line(["---", *["---:"] * (len(head) - 2), "---"])]
+    notes = []
     for row in rows:
         name = f"*{row.model}*" if row.published else f"**{row.model}**"
-        source = f"published: {row.source}" if row.published else f"measured: {row.source}"
+        source = f"{'published' if row.published else 'measured'}: {row.source(columns)}"
         numbers = [_number(row.values.get(column)) for column in columns]
         size = format_count(row.parameters, digits=3)
-        lines.append(_line([name, size, *numbers, _number(row.average(columns)), source]))
+        average = _number(row.average(columns))
+        if row.is_misprinted(columns):
+            notes.append(
+                f"{MISPRINTED} {row.model}: the source prints {row.printed_average}; its figures give {average}."
+            )
+            average += MISPRINTED
+        lines.append(_line([name, size, *numbers, average, source]))
+    if notes:
+        lines += ["", *(f"{note}  " for note in notes)]  # two blanks end a line of Markdown
     return "\n".join(lines) + "\n"
 
 
@@ -189,13 +222,14 @@ def write_csv(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         stderrs = [f"{column}_stderr" for column in columns]
-        writer.writerow(["model", "kind", "parameters", *columns, *stderrs, "average", "source"])
+        writer.writerow(["model", "kind", "parameters", *columns, *stderrs, "average", "average_printed", "source"])
         for row in rows:
             values = [row.values.get(column, "") for column in columns]
             errors = [row.errors.get(column, "") for column in columns]
             average = row.average(columns)
             kind = "published" if row.published else "measured"
-            last = ["" if average is None else average, row.source]
+            numbers = ["" if number is None else number for number in (average, row.printed_average)]
+            last = [*numbers, row.source(columns)]
             writer.writerow([row.model, kind, int(row.parameters), *values, *errors, *last])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import ParallelSizes, fit_vocabulary, layer_layouts
 from megatron.checkpointing.states.read_states import StateReader
-from megatron.checkpointing.states.same_model import model_differences, require_same_vocabulary
+from megatron.checkpointing.states.same_model import described_model, model_differences, require_same_vocabulary
 from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.model import ModelConfig
@@ -29,6 +29,7 @@ def reshape(source: Checkpoint, config: RunConfig, data_size: int, output: Path)
     from `config`. A layer is in memory at a time. Raises CheckpointError when the model is another, a file is missing,
     damaged or unsafe, or a run is writing `output`.
     """
+    config = config.model_copy(update={"model": described_model(config, source)})
     differences = model_differences(source.config.model, config.model)
     if differences:
         raise CheckpointError(f"{source.path} holds another model than the configuration: {'; '.join(differences)}.")

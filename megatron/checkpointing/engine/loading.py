@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from megatron.checkpointing.engine.hyperparameters import configured_hyperparameters
 from megatron.checkpointing.engine.load_universal import load_universal
 from megatron.checkpointing.engine.universal import universal_form
-from megatron.checkpointing.states.load_parameters import load_parameters
+from megatron.checkpointing.states.layer_state import LayerState
+from megatron.checkpointing.states.load_parameters import load_layers, load_parameters
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.config.sections.run_config import RunConfig
@@ -34,8 +36,14 @@ def load_checkpoint(
     """
     if not config.checkpoint.allow_unsafe_load:
         _require_safe(checkpoint, prefix="", allow_unsafe=False)
-    with configured_hyperparameters(engine.optimizer):
-        _load(engine, checkpoint, config, context, vocab)
+    try:
+        with configured_hyperparameters(engine.optimizer):
+            _load(engine, checkpoint, config, context, vocab)
+    # What Python raises where a file lacks an entry, or has one of another kind.
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path} does not hold what DeepSpeed 0.19.8 writes ({error!r}). Load another checkpoint."
+        ) from error
 
 
 def _load(
@@ -55,13 +63,7 @@ def _load(
             same_precision=same_precision,
         )
         return
-    try:
-        loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    # What Python raises where a file lacks an entry, or has one of another kind.
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path} does not hold what DeepSpeed 0.19.8 writes ({error!r}). Load another checkpoint."
-        ) from error
+    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if loaded is None:
         raise CheckpointError(f"{checkpoint.path}: DeepSpeed found nothing to load in it. Its files are incomplete.")
 
@@ -84,14 +86,26 @@ def _layout_differences(
     return [f"{name} {before}, here {now}" for name, (before, now) in pairs.items() if before != now]
 
 
-def load_weights(engine: PipelineEngine, checkpoint: Checkpoint, context: ParallelContext, *, keep_ramp: bool) -> None:
+def load_weights(
+    engine: PipelineEngine,
+    checkpoint: Checkpoint,
+    context: ParallelContext,
+    changed: Iterable[LayerState] | None = None,
+    *,
+    keep_ramp: bool,
+) -> None:
     """Loads weights alone, whatever layout wrote them. Collective.
 
-    The multiplier of a growth that still opens is folded into the keys, unless the run goes on with it (`keep_ramp`).
+    `changed` are the layers that are made of the checkpoint's, where the engine's model is not the checkpoint's. The
+    multiplier of a growth that still opens is folded into the keys, unless the run goes on with it (`keep_ramp`).
     Raises CheckpointError when a file is damaged or unsafe.
     """
     _require_safe(checkpoint, prefix="layer_", allow_unsafe=None)
-    load_parameters(engine.module.global_parameters(), checkpoint, context, keep_ramp=keep_ramp)
+    named = engine.module.global_parameters()
+    if changed is None:
+        load_parameters(named, checkpoint, context, keep_ramp=keep_ramp)
+    else:
+        load_layers(named, changed, checkpoint.state.vocab_size, context)
     engine.optimizer.refresh_fp32_params()
 
 

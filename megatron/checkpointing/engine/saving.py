@@ -17,12 +17,14 @@ import torch
 from torch import distributed
 
 from megatron.checkpointing.engine.engine_files import EngineFiles, SnapshotFiles
+from megatron.checkpointing.states import universal_info
 from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.publish import begin, complete, remove_old
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, os_errors_as
+from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import gather_objects, on_first_rank
 
 if TYPE_CHECKING:
@@ -138,6 +140,9 @@ class _Save:
         with self._training_waits():
             with os_errors_as(CheckpointError, "the checkpoint folder"):
                 self.temporary = on_first_rank(partial(begin, self.folder, state.iteration))
+            if not hasattr(engine.module, universal_info.KEY):
+                vocab = VocabSize(state.vocab_size, state.padded_vocab_size)
+                setattr(engine.module, universal_info.KEY, universal_info.universal_info(config, vocab))
             engine.save_checkpoint(str(self.folder), tag=self.temporary.name, save_latest=False)
         self.thread: threading.Thread | None = None
         if isinstance(self.files, SnapshotFiles):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron.checkpointing.states.fold_ramp import fold_ramp
+from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import fit_vocabulary
 from megatron.checkpointing.states.read_states import StateReader
 from megatron.checkpointing.store.checkpoint import Checkpoint
@@ -29,20 +30,30 @@ def load_parameters(
     The checkpoint's model must be that of the parameters, up to what does not change their meaning, such as masked
     padding of the vocabulary. A layer is in memory at a time. Raises CheckpointError as `read_states` does.
     """
+    named = list(named)
     model = checkpoint.config.model
-    wanted: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in named:
-        index, local = pipeline_location(name, model)
-        wanted.setdefault(index, []).append((local, parameter))
+    wanted = {pipeline_location(name, model)[0] for name, _ in named}
     reader = StateReader(checkpoint, optimizer=False)
-    for layout in reader.layouts:
-        if layout.index not in wanted:
-            continue
-        layer = reader.read(layout)
-        if not keep_ramp:
-            layer = fold_ramp(layer, checkpoint.state)
+    layers = (reader.read(layout) for layout in reader.layouts if layout.index in wanted)
+    if not keep_ramp:
+        layers = (fold_ramp(layer, checkpoint.state) for layer in layers)
+    load_layers(named, layers, checkpoint.state.vocab_size, context)
+
+
+def load_layers(
+    named: Iterable[tuple[str, nn.Parameter]], layers: Iterable[LayerState], vocab_size: int, context: ParallelContext
+) -> None:
+    """Copies the weights of whole layers into this rank's parameters, which are given by global name.
+
+    Raises CheckpointError when a shape differs in more than the vocabulary's padding.
+    """
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        parameters.setdefault(name, []).append(parameter)
+    for layer in layers:
         with torch.no_grad():
-            for local, parameter in wanted[layout.index]:
-                spec = parameter_spec(parameter)
-                whole = fit_vocabulary(layer[local].weight, spec, checkpoint.state.vocab_size)
-                parameter.copy_(local_shard(whole, spec.shard_dim, context))
+            for name, weight in layer.weights().items():
+                for parameter in parameters.get(name, ()):
+                    spec = parameter_spec(parameter)
+                    whole = fit_vocabulary(weight, spec, vocab_size)
+                    parameter.copy_(local_shard(whole, spec.shard_dim, context))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
+from megatron.config.sections.growth import ModelSizes
 from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import VocabSize
 
@@ -22,6 +24,23 @@ def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[
         for name in ours
         if name not in FREE_MODEL_FIELDS and ours[name] != theirs[name]
     ]
+
+
+def described_model(config: RunConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """Returns the model that a configuration describes for the step of a checkpoint of its run.
+
+    That is the configuration's own until the growth of its section `grow`, and the larger one afterwards, with the
+    sizes that the checkpoint records.
+    """
+    grow, grown = config.grow, checkpoint.state.growth
+    if grow is None or not grow.happens_in_training or not grown:
+        return config.model
+    before, after = grown[-1].before, grown[-1].after.model_dump()
+    asked = {name: size for name, size in grow.sizes.items() if name in after and size is not None}
+    if before != ModelSizes.of(config.model) or any(after[name] != size for name, size in asked.items()):
+        return config.model
+    theirs = checkpoint.config.model
+    return config.model.model_copy(update={"num_layers": theirs.num_layers, "param_tokens": theirs.param_tokens})
 
 
 def require_same_vocabulary(checkpoint: Checkpoint, vocab: VocabSize, *, padding_is_masked: bool) -> None:

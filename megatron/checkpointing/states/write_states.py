@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron.checkpointing.states import universal_info
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.checkpointing.states.parameter_layout import LayerLayout, ParallelSizes, layer_layouts, split
 from megatron.checkpointing.states.read_states import StateReader, layer_file
@@ -107,6 +108,9 @@ class _ShardedFiles:
         self.folder = folder
         self.config = config
         self.sizes = sizes
+        if engine is not None:
+            info = {universal_info.KEY: universal_info.universal_info(config, vocab)}
+            engine = replace(engine, counters=dict(engine.counters) | info)
         self.engine = engine
         self._layouts = {layout.name: layout for layout in layer_layouts(config.model, vocab)}
         self._written: dict[str, FileEntry] = {}

@@ -38,6 +38,7 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
         checkpoint = on_first_rank(partial(_read_named, named))
         problems = problems_of(checkpoint, level)
         if problems:
+            on_first_rank(partial(require_still_there, named))
             raise CheckpointError(f"{named} is not whole: {'; '.join(problems)}. Load another one, or restore it.")
         return checkpoint
     candidates, rejected = on_first_rank(partial(survey, folder))
@@ -48,6 +49,9 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
             # When something unreadable was saved is not known; a higher step was most likely saved later.
             _tell(checkpoint, damaged + [found for found in rejected if found[0] > checkpoint.state.iteration])
             return checkpoint
+        if on_first_rank(partial(_is_gone, checkpoint.path)):
+            logger.warning("%s was removed while it was read, as retention does; passed over", checkpoint.path)
+            continue
         damaged.append((checkpoint.state.iteration, f"{checkpoint.path.name}: {'; '.join(problems)}"))
     rejected += damaged
     if rejected:
@@ -136,10 +140,25 @@ def _read_named(path: Path) -> Checkpoint:
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
+        require_still_there(path)
         raise CheckpointError(
             f"{path} cannot be loaded: {error}. Name a checkpoint that this trainer has written, or convert a foreign "
             "one first."
         ) from error
+
+
+def _is_gone(path: Path) -> bool:
+    """Tells whether a checkpoint that was there is not any more: its run removes old ones by one rename."""
+    return not path.is_dir()
+
+
+def require_still_there(path: Path) -> None:
+    """Raises CheckpointError when what looks like damage is a checkpoint that was removed while it was read."""
+    if _is_gone(path):
+        raise CheckpointError(
+            f"{path} was removed while it was read, most likely by its run, which keeps `keep_last_n_checkpoints`. "
+            "Load a newer one."
+        )
 
 
 def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
@@ -149,7 +168,8 @@ def survey(folder: Path) -> tuple[list[Checkpoint], list[tuple[int, str]]]:
         try:
             readable.append(read_checkpoint(path))
         except CheckpointError as error:
-            rejected.append((iteration, f"{path.name}: {error}"))
+            if not _is_gone(path):
+                rejected.append((iteration, f"{path.name}: {error}"))
     return sorted(readable, key=lambda found: found.manifest.sequence, reverse=True), rejected
 
 

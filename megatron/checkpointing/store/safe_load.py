@@ -90,8 +90,8 @@ def load_tensors(path: Path, *, allow_unsafe: bool | None = None, mmap: bool = T
             else "If you trust who wrote it, set `allow_unsafe_load: true`."
         )
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values ({_reason(error)}), and loading it could run code: it is "
-            f"refused. {remedy}"
+            f"{path} holds more than tensors and plain values ({unpickling_reason(error)}), and loading it could run "
+            f"code: it is refused. {remedy}"
         ) from error
     except (OSError, *MALFORMED) as error:
         raise unreadable_tensors(path, error) from error
@@ -145,7 +145,7 @@ def _load_trusted(path: Path, mmap: bool) -> Any:
         raise unreadable_tensors(path, error) from error
 
 
-def _reason(error: pickle.UnpicklingError) -> str:
-    """Returns the class or function that torch met, where it names one."""
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    return named.group(1) if named else str(error).splitlines()[0]
+def unpickling_reason(error: pickle.UnpicklingError) -> str:
+    """Returns the class or function that torch's restricted unpickler met, or else what it could not read."""
+    found = re.search(r"GLOBAL (\S+)|WeightsUnpickler error: (.+)", str(error))
+    return next(filter(None, found.groups())) if found else str(error).splitlines()[0]

@@ -67,7 +67,8 @@ class CheckpointConfig(Section):
 
     pretrain_partial_init: Annotated[PathText | None, Key(difference="TokenFormer release")] = None
     """Checkpoint folder of a TokenFormer with fewer parameter tokens, as the published growth runs start from: its
-    tokens fill the first rows, the other rows keep their initial values, and everything else is copied."""
+    tokens fill the first rows, the other rows keep their initial values, and everything else is copied. The run starts
+    at step 0 with a fresh optimizer and schedule. The section grow has better rules."""
 
     no_load_optim: bool = False
     """Load everything but the optimizer state."""

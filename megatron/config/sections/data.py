@@ -13,6 +13,8 @@ from megatron.registry import variant_names
 DatasetFormat = Annotated[str, OneOf(lambda: [*variant_names("megatron.data.formats"), "infer"])]
 TokenizerType = Literal["HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer", "CharLevelTokenizer"]
 
+REFUSED_WHEN_SMALL = "documents of less than one sample (seq_length + 1 tokens) are refused; NeoX repeats them"
+
 
 class TokenizerConfig(Section):
     """The tokenizer: text to token ids."""
@@ -34,17 +36,19 @@ class DataConfig(Section):
     data_path: PathText | None = None
     """Prefix of one .bin/.idx pair, split by `split`."""
 
-    split: str = "969, 30, 1"
+    split: Annotated[str, Key(difference=REFUSED_WHEN_SMALL)] = "969, 30, 1"
     """Shares of documents for training, validation and test when data_path is given."""
 
-    train_data_paths: list[PathText] | None = None
+    train_data_paths: Annotated[list[PathText] | None, Key(difference=REFUSED_WHEN_SMALL)] = None
     """Prefixes of the training datasets, blended by their weights."""
 
-    valid_data_paths: Annotated[list[PathText] | None, Key(difference="may be left out with eval_iters: 0")] = None
+    valid_data_paths: Annotated[
+        list[PathText] | None, Key(difference=f"may be left out with eval_iters: 0; {REFUSED_WHEN_SMALL}")
+    ] = None
     """Prefixes of the validation datasets."""
 
     test_data_paths: Annotated[
-        list[PathText] | None, Key(difference="may be left out; then there is no final test")
+        list[PathText] | None, Key(difference=f"may be left out: no final test; {REFUSED_WHEN_SMALL}")
     ] = None
     """Prefixes of the test datasets."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
@@ -83,6 +84,18 @@ class GrowthRules(Section):
 
     data: Literal["continue", "restart"] = "continue"
     """Training data after growth: from where the run was, or from its start."""
+
+
+def rule_contradictions(rules: GrowthRules) -> Iterator[tuple[str, str]]:
+    """Yields each rule that another one contradicts, by name, with what it needs."""
+    if rules.learning_rate != "continue" and not rules.rewarm_iters:
+        yield "learning_rate", "needs grow.rewarm_iters: the steps of that warmup"
+    if rules.learning_rate == "continue" and rules.rewarm_iters:
+        yield "rewarm_iters", "needs grow.learning_rate: rewarm_new or rewarm_all"
+    if rules.old_rows_lr != 1.0 and not rules.old_rows_iters:
+        yield "old_rows_lr", "needs grow.old_rows_iters: the steps for which it holds"
+    if rules.old_rows_lr == 1.0 and rules.old_rows_iters:
+        yield "old_rows_iters", "needs grow.old_rows_lr: the multiplier that holds, 0 to freeze"
 
 
 class GrowthRecord(Section):

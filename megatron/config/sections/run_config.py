@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
+
 from megatron.config.section import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
+from megatron.config.sections.grow import GrowConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.monitor import MonitorConfig
 from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
@@ -27,6 +32,13 @@ class RunConfig(Section):
     speedups: SpeedupsConfig = SpeedupsConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    grow: GrowConfig | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unused_growth(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Configurations without it are saved as they were before there was growth, so that older versions read them.
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "grow" or value is not None}
 
 
 def config_text(run: RunConfig) -> str:

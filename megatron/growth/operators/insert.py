@@ -53,7 +53,7 @@ class Insert(LayerOperator):
         """Returns an old layer as it is, and a new one in place of the neighbor that is given for it."""
         outputs = ARCHITECTURES[growth.after.architecture].output_weights
         inserted = {
-            local: _drawn(state, growth.initial(f"{layer.name}.{local}"), zero=local in outputs)
+            local: _drawn(state, growth.initial_of_layer(f"{layer.name}.{local}"), zero=local in outputs)
             for local, state in layer.parameters.items()
             if growth.first_new_row(f"{layer.name}.{local}") == 0
         }

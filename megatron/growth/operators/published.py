@@ -28,14 +28,14 @@ class Published(TokenOperator):
 
     def refusal(self, before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> str | None:
         """Requires what the release does with optimizer and schedule."""
-        for rule, needed in (("moments", "reset_all"), ("schedule", "restart")):
-            given = getattr(rules, rule)
-            if given != needed:
-                return (
-                    f"grow.{rule}: {given}: published starts optimizer and schedule anew, as the release does. Set "
-                    f"{rule} to {needed}, or use random, which leaves the choice."
-                )
-        return None
+        needed = (("moments", "reset_all"), ("schedule", "restart"))
+        wrong = [f"grow.{rule}: {getattr(rules, rule)}" for rule, value in needed if getattr(rules, rule) != value]
+        if not wrong:
+            return None
+        return (
+            f"{', '.join(wrong)}: published starts optimizer and schedule anew, as the release does. Set moments to "
+            "reset_all and schedule to restart, or use random, which leaves the choice."
+        )
 
     def grow(self, layer: LayerState, growth: Growth) -> LayerState:
         """Returns the layer with as many parameter tokens as the larger model has."""

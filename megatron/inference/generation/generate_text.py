@@ -81,6 +81,8 @@ def generate_text(config: RunConfig, context: ParallelContext) -> None:
                 converse(generator, pool, file)
             else:
                 write_records(generator, pool, file or sys.stdout)
+        if config.generation.sample_output_file is not None:
+            print(f"written: {config.generation.sample_output_file}", file=sys.stderr)
 
 
 class TextGenerator:

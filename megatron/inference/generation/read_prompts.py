@@ -15,12 +15,18 @@ def configured_prompts(config: GenerationConfig) -> Iterator[str]:
     """Yields one empty prompt, those of the file, or those of standard input until it ends.
 
     A prompt is the text before `prompt_end`, spaces included; two ends in a row have an empty prompt between them.
-    Raises DataError for a file that cannot be read.
+    Raises DataError for a file that cannot be read or holds no prompt.
     """
     if config.text_gen_type == "unconditional":
         yield ""
     elif config.text_gen_type == "input-file":
-        yield from _split(_read(config.sample_input_file), config.prompt_end)
+        prompts = _split(_read(config.sample_input_file), config.prompt_end)
+        if not prompts:
+            raise DataError(
+                f"sample_input_file: {config.sample_input_file} is empty. Write prompts into it, each ended by "
+                f"{config.prompt_end!r} (`prompt_end`)."
+            )
+        yield from prompts
     else:
         yield from _from_standard_input(config.prompt_end)
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from megatron.config.sections.monitor import MonitorConfig
 from megatron.monitor.format_quantities import format_count, format_duration
-from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, RunEvent, lost_on
 
 
 class _TrainingConsole(Console):
@@ -29,8 +29,7 @@ class ConsoleWriter:
         self._console = console or _TrainingConsole(highlight=False)
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        total = f"{self._total:,}"
-        step = f"step {iteration:>{len(total)},}/{total}"
+        step = self._step(iteration)
         for split, title in _SPLITS.items():
             parts = [
                 (_style(key), show(metrics[f"{split}/{key}"]))
@@ -49,6 +48,15 @@ class ConsoleWriter:
                 line.append(" | ", style="dim").append(text, style=style)
             with lost_on("standard output", (OSError,)):
                 self._console.print(line, soft_wrap=True)
+
+    def mark(self, event: RunEvent) -> None:
+        line = Text().append(self._step(event.iteration), style="dim").append(" | ", style="dim")
+        with lost_on("standard output", (OSError,)):
+            self._console.print(line.append(event.text, style="bold magenta"), soft_wrap=True)
+
+    def _step(self, iteration: int) -> str:
+        total = f"{self._total:,}"
+        return f"step {iteration:>{len(total)},}/{total}"
 
     def close(self) -> None:
         """Does nothing: no file is held open."""

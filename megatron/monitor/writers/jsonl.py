@@ -13,7 +13,7 @@ from megatron.errors import EnvironmentSetupError, os_errors_as
 from megatron.io.appended_file import AppendedFile
 from megatron.io.durable import replace_durably
 from megatron.monitor.metrics_file import METRICS_FILE, read_lines
-from megatron.monitor.metrics_writer import WRITERS, MonitoredRun
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, RunEvent
 
 
 class JsonlWriter:
@@ -46,12 +46,14 @@ class JsonlWriter:
 
     @classmethod
     def resume(cls, path: Path, iteration: int) -> JsonlWriter:
-        """Continues after step `iteration`: later rows, which the resumed run makes again, are dropped atomically.
+        """Continues after step `iteration`: what the resumed run writes again is dropped, atomically.
 
-        Raises DataError where `path` is not a metrics file.
+        That are later rows, and events of that step itself. Raises DataError where `path` is not a metrics file.
         """
         if path.exists():
-            kept = [line for line, record in read_lines(path) if record["iteration"] <= iteration]
+            kept = [
+                line for line, record in read_lines(path) if record["iteration"] < iteration + ("event" not in record)
+            ]
             replace_durably(path, "".join(f"{line}\n" for line in kept))
         return cls(path)
 
@@ -59,6 +61,11 @@ class JsonlWriter:
         record = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with os_errors_as(EnvironmentSetupError, str(self._file.path)):
             self._file.append(json.dumps({"iteration": iteration, **record}, allow_nan=False))
+
+    def mark(self, event: RunEvent) -> None:
+        record = {"iteration": event.iteration, "event": event.kind, "text": event.text, **event.details}
+        with os_errors_as(EnvironmentSetupError, str(self._file.path)):
+            self._file.append(json.dumps(record, allow_nan=False))
 
     def close(self) -> None:
         self._file.close()

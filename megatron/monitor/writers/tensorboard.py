@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, RunEvent, lost_on
 from megatron.registry import install_extra, require
 
 
 class TensorBoardWriter:
-    """Writes a scalar per metric over the iteration."""
+    """Writes a scalar per metric over the iteration, and events as text."""
 
     def __init__(self, folder: Path, resume_iteration: int) -> None:
         """Opens an event file in `folder`; what earlier event files say beyond `resume_iteration` is hidden.
@@ -28,6 +28,11 @@ class TensorBoardWriter:
         with self._guarded():
             for key, value in metrics.items():
                 self._writer.add_scalar(key, value, iteration)
+            self._writer.flush()
+
+    def mark(self, event: RunEvent) -> None:
+        with self._guarded():
+            self._writer.add_text(event.kind, event.text, event.iteration)
             self._writer.flush()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.io.durable import replace_durably
-from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, lost_on
+from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, RunEvent, lost_on
 from megatron.monitor.redaction import redact
 from megatron.registry import install_extra, require
 
@@ -74,6 +74,10 @@ class WandbWriter:
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
         with self._guarded():
             self._run.log({"iteration": iteration, **metrics})
+
+    def mark(self, event: RunEvent) -> None:
+        with self._guarded():
+            self._run.summary[f"{event.kind}/step_{event.iteration}"] = event.text
 
     def close(self) -> None:
         with self._guarded():

@@ -11,7 +11,7 @@ from megatron.training.training_context import TrainingContext
 
 
 class Checkpoints(Callback):
-    """Saves after the steps of the schedule, when the run is to stop, and at its end.
+    """Saves after the steps of the schedule, when the run is to stop or the model to grow, and at its end.
 
     Saves the initial weights as well when the schedule has step 0.
     """
@@ -36,8 +36,8 @@ class Checkpoints(Callback):
     def after_step(self, step: Step) -> None:
         """Saves when it is time, and publishes an earlier save that is written by now."""
         ends = step.ends_run or self.context.stop.agreed
-        if step.iteration in self.iterations or ends:
-            self._save(wait=ends)
+        if step.iteration in self.iterations or ends or step.grows:
+            self._save(wait=ends or step.grows)
         elif self.saver.is_saving:
             with self.context.throughput.saving():
                 self.saver.publish_if_written()

@@ -16,7 +16,7 @@ from megatron.training.training_context import TrainingContext
 
 
 class Metrics(Callback):
-    """Writes a record every `log_interval` steps, after every evaluation, and at the end of the run."""
+    """Writes a record every `log_interval` steps, after every evaluation, before growth, and at the end of the run."""
 
     def __init__(self, context: TrainingContext) -> None:
         super().__init__(context)
@@ -35,13 +35,14 @@ class Metrics(Callback):
         if not step.left_out:
             self.losses.append(step.loss)
         context, run = self.context, self.context.run
-        ends = step.ends_run or context.stop.agreed
+        ends = step.ends_run or step.grows or context.stop.agreed
         if not (step.iteration % run.config.monitor.log_interval == 0 or step.metrics or ends):
             return
         loss = float(torch.stack(self.losses).double().mean()) if self.losses else math.nan
         self.losses.clear()
         record = {
-            "consumed_tokens": context.progress.consumed_train_samples * run.config.model.seq_length,
+            "consumed_tokens": context.consumed_tokens,
+            "training_flops": context.progress.training_flops,
             "train/lm_loss": loss,
             "train/learning_rate": step.learning_rate,
             "train/grad_norm": float(run.engine.get_global_grad_norm()),

@@ -32,6 +32,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.mpu.collectives import ALL_GATHER, REDUCE_SCATTER
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import parameter_spec
+from megatron.training.after_growth import AfterGrowth
 from megatron.training.stability.step_guard import StepGuard
 
 if TYPE_CHECKING:
@@ -54,9 +55,15 @@ def join_process_group() -> None:
     backend.reduce_scatter_function = getattr(distributed, REDUCE_SCATTER)
 
 
-def install(engine: PipelineEngine, context: ParallelContext, checkpoint: CheckpointConfig, guard: StepGuard) -> None:
+def install(
+    engine: PipelineEngine,
+    context: ParallelContext,
+    checkpoint: CheckpointConfig,
+    guard: StepGuard,
+    after_growth: AfterGrowth,
+) -> None:
     """Patches the engine: the gradients of a step in the order in which it meets them, then its files."""
-    _guard_and_sum_tied_gradients(engine, guard)
+    _guard_and_sum_tied_gradients(engine, guard, after_growth)
     if isinstance(engine.optimizer, BF16_Optimizer):
         _patch_bf16_norm(engine.optimizer, context, engine.device)
     else:
@@ -67,16 +74,18 @@ def install(engine: PipelineEngine, context: ParallelContext, checkpoint: Checkp
     engine._copy_recovery_script = lambda save_path: None
 
 
-def _guard_and_sum_tied_gradients(engine: PipelineEngine, guard: StepGuard) -> None:
+def _guard_and_sum_tied_gradients(engine: PipelineEngine, guard: StepGuard, after_growth: AfterGrowth) -> None:
     """Lets the guard see each rank's own gradients, before the first sum over ranks, which is that of tied weights.
 
-    DeepSpeed's own sum looks in `weight.grad`, where fp16 gradients do not accumulate, and skips what is not there.
+    Those of rows that a growth has frozen are dropped then. DeepSpeed's own sum looks in `weight.grad`, where fp16
+    gradients do not accumulate, and skips what is not there.
     """
     own_sum = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
     sum_tied = own_sum if isinstance(engine.optimizer, BF16_Optimizer) else _sum_tied_gradients
 
     def inspect_and_sum(engine: PipelineEngine) -> None:
         guard.inspect()
+        after_growth.drop_frozen_gradients()
         sum_tied(engine)
 
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: inspect_and_sum}

@@ -75,10 +75,10 @@ def test_a_second_start_names_the_holder_and_changes_nothing(running: tuple[Path
 
 
 @pytest.mark.full
-def test_tools_respect_the_holder(running: tuple[Path, int], tokenformer: Checkpoint) -> None:
+def test_tools_respect_the_holder(running: tuple[Path, int], tokenformer: Checkpoint, dataset: Path) -> None:
     config, pid = running
     source = tokenformer.path
-    larger = [str(source.parent.parent / "run.yml"), "ffn_slot_num=64", "ffn_scale_base=48"]
+    larger = [str(source.parent.parent / "run.yml"), "ffn_slot_num=64", "ffn_scale_base=48", f"data_path={dataset}"]
     folders = ["--input_dir", str(source), "--output_dir", str(config.with_suffix(""))]
     finished = run_command(["tools/ckpts/grow.py", *folders, "--config_file", *larger])
     assert finished.returncode == 1, finished.stderr

@@ -185,7 +185,7 @@ def loaded_by_both(config: Path) -> None:
     sizes = loaded.run.parallel
     context = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size)
     batch, vocab = loaded.batch(context.tensor_size), VocabSize(512, 512)
-    engine, _ = build_engine(loaded.run, batch, vocab, context, StopRequest())
+    engine = build_engine(loaded.run, batch, vocab, context, StopRequest()).engine
     folder = Path(loaded.run.checkpoint.load or "") / "universal"
     section = loaded.run.training.optimizer
     load_universal.load_universal(engine, folder, context, section, vocab_size=512, same_precision=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,39 @@ def test_bf16_is_measured_by_its_masters(folder: Folder, capsys: pytest.CaptureF
             assert torch.equal(state.weight, state.master.bfloat16())
 
 
+def larger_keys(checkpoint: Path) -> dict[str, Any]:
+    """The keys that describe a checkpoint's sizes and scales."""
+    model = read_checkpoint(checkpoint).config.model
+    tokens = model.param_tokens
+    assert tokens is not None
+    sizes = {f"{field}_slot_num": getattr(tokens, field) for field in ("qkv", "proj", "ffn")}
+    scales = {f"{field}_scale_base": getattr(tokens, f"{field}_scale_base") for field in ("qkv", "proj", "ffn")}
+    return sizes | scales | {"num_layers": model.num_layers}
+
+
+def test_a_folded_ramp_is_what_training_computes_with(folder: Folder) -> None:
+    """A run in the middle of its ramp goes on, and so does one that is grown once more there, which folds the ramp: the
+    next loss is the same."""
+    half = STEPS + STEPS // 2
+    source = folder.path / "small"
+    for name, words in (("ramp", ["--operator", "mask_ramp", "--ramp_iters", str(STEPS)]), ("folded", [])):
+        output = folder.path / name
+        layout = folder.config("layout", SMALL, 1, 1)
+        grown = ["--input_dir", str(source), "--config_file", str(layout), "--factor", "2", "--output_dir", str(output)]
+        assert grow.main([*grown, *words]) == 0
+        config = folder.config(name, SMALL | larger_keys(output / (output / "latest").read_text().strip()), 1, 1)
+        if name == "ramp":
+            assert run_ranks(config, "auto_resume=true", f"exit_interval={STEPS // 2}").code == 75
+            source = folder.path / "mid ramp"
+            shutil.copytree(output, source)
+        assert run_ranks(config, "auto_resume=true").code == 0
+    ramp, folded = (folder.losses(name, "train/lm_loss") for name in ("ramp", "folded"))
+    assert sorted(ramp) == list(range(STEPS + 1, 2 * STEPS + 1)) and sorted(folded) == [half + 1, half + 2]
+    assert folded[half + 1] == pytest.approx(ramp[half + 1], abs=1e-6)
+    state = read_checkpoint(source / f"global_step{half}").state
+    assert state.growth[0].score_multiplier(half) == 0.5
+
+
 @pytest.mark.parametrize("operator", ["insert", pytest.param("copy", marks=pytest.mark.full)])
 def test_training_goes_on_in_tensor_and_pipeline_parallel(operator: str, folder: Folder) -> None:
     """On two by two ranks, from the first loss of the small model on; a restarted schedule begins with its warmup."""
@@ -135,12 +169,8 @@ def test_training_goes_on_in_tensor_and_pipeline_parallel(operator: str, folder:
     words = ["--operator", operator, "--factor", "2", "--schedule", "restart", "--output_dir", str(output)]
     small = folder.config(name, SMALL, 2, 2)
     assert grow.main(["--input_dir", source, "--config_file", str(small), *words]) == 0
-    model = read_checkpoint(output / f"global_step{STEPS}").config.model
-    tokens = model.param_tokens
-    assert tokens is not None
-    sizes = {f"{field}_slot_num": getattr(tokens, field) for field in ("qkv", "proj", "ffn")}
-    scales = {f"{field}_scale_base": getattr(tokens, f"{field}_scale_base") for field in ("qkv", "proj", "ffn")}
-    large = folder.config(name, SMALL | sizes | scales | {"num_layers": model.num_layers}, 2, 2)
+    keys = larger_keys(output / f"global_step{STEPS}")
+    large = folder.config(name, SMALL | keys, 2, 2)
     assert run_ranks(large, "auto_resume=true", ranks=4).code == 0
     ungrown = folder.config("ungrown", SMALL, 1, 1)
     if not (folder.path / "ungrown").exists():

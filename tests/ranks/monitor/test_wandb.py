@@ -47,7 +47,7 @@ def _wandb_history(file: Path) -> list[dict[str, float]]:
 
 def test_wandb_offline_is_read_back_and_holds_no_secret(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = run_with_wandb(folder, 0, 3, WANDB_MODE="offline")
+    first = run_with_wandb(folder, 0, 3, WANDB_MODE="offline", MARK_AT="2")
     assert (first.returncode, first.stdout.splitlines()[-1]) == (0, "finished"), first.stderr
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
 
@@ -59,6 +59,9 @@ def test_wandb_offline_is_read_back_and_holds_no_secret(tmp_path: Path) -> None:
     rows = _wandb_history(file)
     keys = ("iteration", "consumed_tokens", "train/lm_loss")
     assert [tuple(row[key] for key in keys) for row in rows] == [(1, 100, 8.0), (2, 200, 4.0), (3, 300, 8.0 / 3)]
+    summaries = [record.summary for record in _wandb_records(file) if record.WhichOneof("record_type") == "summary"]
+    told = {"/".join([item.key, *item.nested_key]): item.value_json for each in summaries for item in each.update}
+    assert told["growth/step_2"] == '"grown by zero_key"'
     metrics = [record.metric for record in _wandb_records(file) if record.WhichOneof("record_type") == "metric"]
     assert any(metric.glob_name == "*" and metric.step_metric == "iteration" for metric in metrics)
 
@@ -66,7 +69,8 @@ def test_wandb_offline_is_read_back_and_holds_no_secret(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert len({path.name for path in folder.glob("wandb/offline-run-*/run-*.wandb")}) == 1  # the same W&B run
     assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 2
-    assert [record["iteration"] for record in read_records(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    rows = [record for record in read_records(folder / "metrics.jsonl") if "event" not in record]
+    assert [record["iteration"] for record in rows] == [1, 2, 3, 4]
 
     afresh = run_with_wandb(folder, 0, 1, WANDB_MODE="offline")
     assert afresh.returncode == 0, afresh.stderr

@@ -65,7 +65,7 @@ def take_steps(config: Path, poisoned_rank: int | None, poisoned_parameter: str,
     unguarded = mock.patch.object(StepGuard, "inspect", lambda guard: None)
     optimizer = mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION)
     with optimizer if as_fp16 else nullcontext():
-        engine, _ = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context, StopRequest())
+        engine = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context, StopRequest()).engine
     parameters = dict(engine.module.global_parameters())
     seen = Steps(norms=[], rates=[], skipped=0, weights=[copied(parameters)])
     if dist.get_rank() == poisoned_rank:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 
+from megatron.checkpointing.store import find_checkpoint as search
+from megatron.checkpointing.store import manifest
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+from megatron.checkpointing.store.manifest import FileEntry
 from megatron.errors import CheckpointError
 from megatron.io import progress
 from tests.helpers.checkpoints import CONFIG, STATE, save
+from tools.ckpts import inspect_checkpoint
 
 
 def found(folder: Path, iteration: int | None = None, level: str = "full") -> Checkpoint:
@@ -106,6 +110,41 @@ def test_damage_is_named_and_an_older_one_taken(kind: str, tmp_path: Path, caplo
         CheckpointError, match=rf"none of its checkpoints is whole\.\n  global_step20: (.|\n)*{message}"
     ):
         find_checkpoint(tmp_path, None, "full")
+
+
+@pytest.fixture
+def removed_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint that its run removes as soon as somebody looks at its tensors, beside an older one that it keeps."""
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+
+    def damage(folder: Path, files: Mapping[str, FileEntry], level: Any) -> list[str]:
+        if path.exists() and folder == path:
+            path.rename(tmp_path / ".global_step20.removed")
+        return manifest.damage(folder, files, level)
+
+    for reader in (search, inspect_checkpoint):
+        monkeypatch.setattr(reader, "damage", damage)
+    return path
+
+
+def test_one_that_retention_removes_meanwhile_is_not_called_damaged(
+    removed_while_read: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert found(removed_while_read.parent).state.iteration == 10
+    assert f"{removed_while_read} was removed while it was read" in caplog.text
+    assert "missing" not in caplog.text
+
+
+def test_a_named_one_that_retention_removes_meanwhile(removed_while_read: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"was removed while it was read.*Load a newer one"):
+        find_checkpoint(removed_while_read, None, "full")
+
+
+def test_the_inspector_s_is_removed_meanwhile(removed_while_read: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"was removed while it was read.*Load a newer one"):
+        inspect_checkpoint.main([str(removed_while_read)])
 
 
 def test_sizes_alone_do_not_tell_a_flipped_byte(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.checkpointing.states.parameter_layout import ParallelSizes, layer_layouts
 from megatron.checkpointing.states.read_zero_files import COUNTERS, EngineState
 from megatron.checkpointing.states.write_states import RunHeader, write_states
-from megatron.checkpointing.store.manifest import MANIFEST_FILE, describe_file
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.config.sections.run_config import RunConfig
+from tests.helpers.checkpoints import reseal
 from tests.helpers.hostile_pickles import hostile_archives, saved
 from tests.helpers.mutations import FileContent, Findings, damaged_bytes, damaged_json, damaged_structure, settings_of
 from tests.helpers.tiny_checkpoints import MODELS, VOCAB, read_run, whole_model, write_yaml
@@ -84,16 +84,6 @@ def inspected(path: Path, level: str) -> dict[str, Any] | None:
     assert (code == 1) == bool(report["problems"])
     unlike = ("path", "bytes", "bytes_of_weights", "verified")
     return {key: value for key, value in report.items() if key not in unlike} if code == 0 else None
-
-
-def reseal(path: Path) -> None:
-    """Makes the manifest anew, as somebody does who wants the checkpoint to look whole."""
-    from megatron.checkpointing.store.manifest import _digest
-
-    manifest = json.loads((path / MANIFEST_FILE).read_text())
-    del manifest["sha256"]
-    manifest["files"] = {name: asdict(describe_file(path / name)) for name in manifest["files"]}
-    (path / MANIFEST_FILE).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}))
 
 
 @st.composite

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from megatron.checkpointing.states.read_states import read_weights
+from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
@@ -163,6 +164,32 @@ def test_replicas_that_drifted_apart_are_averaged_and_named(tmp_path: Path, caps
         "1 replicated parameters differed between tensor-parallel ranks and were averaged; most of all "
         "layers.1.input_layernorm.weight, by 5.0e-01"
     ) in capsys.readouterr().out
+
+
+def test_biases_that_a_converter_has_divided_are_summed_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = MODELS["sequential residual"]
+    weights = neox_weights(settings, ROWS)
+    biases = [name for name in weights if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias"))]
+    divided = weights | {name: weights[name] / 2 for name in biases}
+    source = write_neox(tmp_path / "neox", divided, settings, "layers", tensor=2)
+    config = write_config(tmp_path, settings)
+    names = {our_name: weights[name] for name in biases for our_name in our_weights({name: weights[name]}, 2)}
+    for words, factor, said in (
+        ([], 0.5, "one of the ranks' replicas, as `gpt_j_residual: false` trains them. What NeoX's converters wrote"),
+        (["--row-parallel-biases", "sum"], 1.0, "summed over ranks, as asked for"),
+    ):
+        output = tmp_path / f"out{len(words)}"
+        arguments = ["--input", source, "--config_file", config, "--output_dir", output, *words]
+        assert import_neox.main([str(word) for word in arguments]) == 0
+        assert f"biases of row-parallel matrices: {said}" in capsys.readouterr().out
+        checkpoint = find_checkpoint(output, None, "full")
+        assert checkpoint is not None
+        got = read_weights(checkpoint)
+        assert len(names) == 4
+        for name, whole in names.items():
+            assert torch.equal(got[name], factor * whole)
 
 
 @pytest.mark.parametrize("rows", [512, 576, 704])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,37 @@ def test_a_truncated_file_is_named(tmp_path: Path, mmap: bool, length: float) ->
     path.write_bytes(content[: int(len(content) * length) if isinstance(length, float) else length])
     with pytest.raises(CheckpointError, match=r"layer\.pt"):
         load_tensors(path, mmap=mmap)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_in_torch_s_format_before_1_6_is_read(tmp_path: Path, mmap: bool) -> None:
+    """Only the format of archives can be mapped."""
+    tensors = {"a": torch.arange(1000), "b": torch.ones(3, dtype=torch.bfloat16)}
+    path = tmp_path / "layer.pt"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    loaded = load_tensors(path, mmap=mmap)
+    assert all(torch.equal(tensors[name], loaded[name]) for name in tensors)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"layer\.pt cannot be read: .*damaged"):
+        load_tensors(path, mmap=mmap)
+
+
+def test_a_file_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"layer\.pt is not there\..*keep_last_n_checkpoints") as caught:
+        load_tensors(tmp_path / "layer.pt")
+    assert "damaged" not in str(caught.value)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder\.pt cannot be read \(Is a directory\)\."):
+        load_tensors(tmp_path / "folder.pt")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "layer.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("layer/data.pkl", bytes(1 << 24))
+    assert path.stat().st_size < 1 << 16
+    with pytest.raises(CheckpointError, match="is compressed, which torch never does"):
+        load_tensors(path)
 
 
 def test_a_file_is_hashed_while_it_is_written(tmp_path: Path) -> None:

@@ -221,7 +221,8 @@ def test_a_broken_promise_is_found_before_anything_is_written(folder: Folder) ->
     [
         (["--ffn", "40"], ConfigError, "ffn_slot_num: 40 is fewer than the checkpoint's 48. .* use 48 or more"),
         (["--ffn", "48"], ConfigError, "nothing to grow"),
-        (["--factor", "0.5"], ConfigError, "qkv_slot_num: 12 is fewer"),
+        (["--factor", "0.5"], ConfigError, "factor: 0.5: expected a number above 1"),
+        (["--factor", "nan"], ConfigError, "factor: nan: expected a number above 1"),
         (["--factor", "2", "--ffn", "96"], ConfigError, "give either it or sizes"),
         (["--ffn", "50", "--operator", "copy"], ConfigError, "Nearest valid values: 48 and 96"),
         (["--num_layers", "3", "--operator", "stack"], ConfigError, "Nearest valid values: 2 and 4; or use insert"),
@@ -260,6 +261,12 @@ def test_configurations_that_are_refused(changes: dict[str, Any], message: str, 
         folder.keys = {"data_path": folder.keys["data_path"]}
     with pytest.raises(ConfigError, match=message):
         folder.grow("--config_file", folder.config(**keys))
+    assert not (folder.path / "grown").exists()
+
+
+def test_sizes_do_not_hide_what_else_a_configuration_changes(folder: Folder) -> None:
+    with pytest.raises(ConfigError, match="hidden_size: checkpoint 32, configuration 64"):
+        folder.grow("--config_file", folder.config(hidden_size=64), "--ffn", "96")
     assert not (folder.path / "grown").exists()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from megatron.config.sections.parallel import ParallelConfig
 from megatron.errors import ConfigError
 from megatron.growth.added_tokens import with_new_rows
 from megatron.growth.grow_checkpoint import grow_checkpoint
-from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator, grown_layers, require_growth
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator, grown_layers
+from megatron.growth.require_growth import require_growth
 from megatron.growth.target_model import grown_model
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.registry import variant_names
@@ -333,6 +335,19 @@ def test_layers_keep_weights_and_moments_where_they_go(
             assert all(torch.equal(state.moments[name], theirs.moments[name]) for name in theirs.moments)
 
 
+def test_inserted_layers_start_as_no_other_layer_has_started() -> None:
+    """Also under the seed of the small model's initial values."""
+    before = small_model("l2_norm_gelu")
+    old = layers_of(before, build_local(before, VOCAB, seed=1), {})
+    _, _, growth = grow_layers(before, rules_of("insert"), old, num_layers=4)
+    again = replace(growth, seed=1)
+    new = list(grown_layers({layer.name: layer for layer in old}.__getitem__, again))
+    keys = [layer["mlp.key_tokens"].weight for layer in new[1:5]]
+    assert all(not torch.equal(one, two) for one, two in itertools.combinations(keys, 2))
+    deviations = [float(key.std()) for key in keys]
+    assert deviations == pytest.approx([0.02] * 4, rel=0.1)
+
+
 @pytest.mark.parametrize(("operator", "steps"), [
     ("zero_key", ({"qkv": 32}, {"qkv": 48, "ffn": 56})),
     ("copy", ({"factor": 2}, {"factor": 2})),
@@ -408,11 +423,15 @@ def test_an_unfinished_ramp_folds_into_keys_and_their_moments(theta: str) -> Non
         ({"operator": "copy"}, {"ffn": 100}, "Nearest valid values: 80 and 120"),
         ({"operator": "mask_ramp"}, SIZES, "grow.ramp_iters: mask_ramp opens"),
         ({"operator": "shrink_perturb"}, SIZES, "no other than random"),
-        ({"operator": "published"}, SIZES, "grow.moments: keep: published starts optimizer and schedule anew"),
-        ({"operator": "published", "moments": "reset_all"}, SIZES, "grow.schedule: continue: published"),
+        ({"operator": "published"}, SIZES, "grow.moments: keep, grow.schedule: continue: published starts optimizer"),
+        ({"operator": "published", "moments": "reset_all"}, SIZES, "^grow.schedule: continue: published"),
         ({"ramp_iters": 5}, SIZES, "grow.ramp_iters: 5: has no effect with zero_key. It is a rule of mask_ramp"),
         ({"perturb": 0.5}, SIZES, "It is a rule of copy and shrink_perturb"),
         ({"insert_at": "top"}, SIZES, "It is a rule of insert"),
+        ({"learning_rate": "rewarm_all"}, SIZES, "grow.learning_rate: rewarm_all: needs grow.rewarm_iters"),
+        ({"rewarm_iters": 5}, SIZES, "grow.rewarm_iters: 5: needs grow.learning_rate"),
+        ({"old_rows_lr": 0.0}, SIZES, "grow.old_rows_lr: 0.0: needs grow.old_rows_iters"),
+        ({"old_rows_iters": 5}, SIZES, "grow.old_rows_iters: 5: needs grow.old_rows_lr"),
     ],
 )
 def test_growths_that_are_refused(rules: dict[str, Any], sizes: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -491,6 +492,26 @@ def test_old_pythia_folders_are_read(pythia: Checkpoint, tmp_path: Path) -> None
         import_folder(folder, run, tmp_path / "again")
 
 
+def test_a_configuration_is_written_for_a_tokenizer_that_is_named(exported: Path, tmp_path: Path) -> None:
+    """The folder needs none then; the words override other keys as before."""
+    folder = shutil.copytree(exported, tmp_path / "folder", ignore=shutil.ignore_patterns("tokenizer*"))
+    words = ["tokenizer_type=CharLevelTokenizer", "train_iters=7", "mask_padded_vocab=true"]
+    arguments = [
+        "--input_dir",
+        folder,
+        "--write-config",
+        tmp_path / "new.yml",
+        *words,
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    assert convert_hf_to_neox.main([str(word) for word in arguments]) == 0
+    written = yaml.safe_load((tmp_path / "new.yml").read_text())
+    assert written["tokenizer_type"] == "CharLevelTokenizer"
+    assert "vocab_file" not in written
+    assert (tmp_path / "run" / "global_step0").is_dir()
+
+
 def test_folders_that_cannot_be_described_leave_nothing(exported: Path, tmp_path: Path) -> None:
     def convert(folder: Path) -> None:
         names = {"--input_dir": folder, "--write-config": tmp_path / "new.yml", "--output_dir": tmp_path / "imported"}
@@ -508,7 +529,7 @@ def test_folders_that_cannot_be_described_leave_nothing(exported: Path, tmp_path
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         convert(folder)
     (folder / "config.json").write_text((exported / "config.json").read_text())
-    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"no tokenizer\.json.*name one after the YAML"):
         convert(folder)
     (tmp_path / "new.yml").write_text("mine: 1\n")
     with pytest.raises(ConfigError, match="it exists"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.errors import CheckpointError
@@ -60,6 +60,28 @@ def test_trainer_fine_tunes_the_exported_folder(exported: Path, tmp_path: Path) 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     with torch.no_grad():
         torch.testing.assert_close(again(tokens()).logits, model.eval()(tokens()).logits, rtol=0, atol=1e-6)
+
+
+def test_a_classifier_is_fine_tuned_from_the_exported_folder(exported: Path) -> None:
+    """Sequences of two kinds of tokens are told apart, also those that it was not trained on, padded on the left."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(exported, num_labels=2)
+    model.config.pad_token_id = 1
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, (64,), generator=generator)
+    rows = torch.randint(2, 40, (64, 12), generator=generator) + 40 * labels[:, None]
+    lengths = torch.randint(4, 13, (64,), generator=generator)
+    mask = (torch.arange(12) >= 12 - lengths[:, None]).long()
+    rows = rows.masked_fill(mask == 0, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(20):
+        loss = model.train()(rows[:48], attention_mask=mask[:48], labels=labels[:48]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        found = model.eval()(rows[48:], attention_mask=mask[48:]).logits.argmax(-1)
+    assert found.tolist() == labels[48:].tolist()
 
 
 def test_peft_lora_trains_parameter_tokens(exported: Path, tmp_path: Path) -> None:

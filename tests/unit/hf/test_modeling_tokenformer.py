@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,19 @@ def test_frequencies_stay_in_float32_when_the_model_is_cast() -> None:
     want = model.model.rotary_emb.inv_freq.clone()
     assert torch.equal(model.to(torch.bfloat16).float().model.rotary_emb.inv_freq, want)
     assert model.to(torch.float16).model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles flex attention for the CPU with g++")
+def test_flex_attention_computes_the_same() -> None:
+    """transformers compiles it, which takes a CPU a minute."""
+    model, batch = model_of(), left_padded(PROMPTS)
+    with torch.no_grad():
+        want = model(**batch).logits
+        model.set_attn_implementation("flex_attention")
+        difference = (model(**batch).logits - want).abs()
+    assert difference[batch["attention_mask"].bool()].max() < 1e-5
 
 
 @pytest.mark.full

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron.monitor.format_quantities import format_count, format_duration
+from megatron.monitor.metrics_writer import RunEvent
 from megatron.monitor.writers.console import ConsoleWriter
 
 TRAIN = {
@@ -51,6 +52,12 @@ def test_evaluations_get_lines_of_their_own() -> None:
     assert lines[1:] == ["step   120/1,430 | validation | loss 4.0000 | perplexity 54.60"]
     final = _lines({"test/lm_loss": 20.0, "test/perplexity": math.exp(20.0)}, iteration=1430)
     assert final == ["step 1,430/1,430 | test | loss 20.0000 | perplexity 4.85e+08"]
+
+
+def test_an_event_is_a_line() -> None:
+    file = io.StringIO()
+    ConsoleWriter(1430, Console(file=file, highlight=False)).mark(RunEvent(120, "growth", "grown by zero_key", {}))
+    assert file.getvalue() == "step   120/1,430 | grown by zero_key\n"
 
 
 def test_a_terminal_sees_the_same_words() -> None:

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron.config.sections.monitor import MonitorConfig
+from megatron.monitor.metrics_writer import RunEvent
 from megatron.monitor.monitor import build_monitor
 from megatron.monitor.writers.tensorboard import TensorBoardWriter
 
@@ -32,6 +33,18 @@ def test_tensorboard_is_read_back_and_forgets_what_a_resumed_run_makes_again(tmp
     kept = [(step, 1.0 / step) for step in range(1, 5)]
     assert _scalars(tmp_path, "train/lm_loss") == [*kept, (5, 5.0)]
     assert _scalars(tmp_path, "train/learning_rate") == [(step, 6e-4) for step in range(1, 5)]
+
+
+def test_tensorboard_shows_events_as_text(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path, resume_iteration=4)
+    writer.mark(RunEvent(4, "growth", "grown by zero_key", {}))
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    ((step, text),) = [
+        (event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("growth/text_summary")
+    ]
+    assert (step, text) == (4, b"grown by zero_key")
 
 
 def test_runs_get_tensorboard_folders_of_their_own(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.metrics_file import read_records
+from megatron.monitor.metrics_writer import RunEvent
 from megatron.monitor.writers.jsonl import JsonlWriter
 
 RECORD = {
@@ -71,6 +72,24 @@ def test_resume_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
     assert lines[:4] == before[:4]
     assert [record["iteration"] for record in read_records(path)] == [1, 2, 3, 4, 5]
     assert _names(tmp_path) == ["metrics.jsonl"]
+
+
+def test_an_event_is_kept_once_however_often_its_step_is_the_first(tmp_path: Path) -> None:
+    """A run that goes on from the event's step marks it again; one that goes on later does not."""
+    path = tmp_path / "metrics.jsonl"
+    _write_steps(path, range(1, 4))
+    event = RunEvent(3, "growth", "grown", {"operator": "zero_key", "after": {"ffn": 96}})
+    for _ in range(2):
+        writer = JsonlWriter.resume(path, 3)
+        writer.mark(event)
+        writer.write(4, {"train/lm_loss": 0.25})
+        writer.close()
+    JsonlWriter.resume(path, 4).close()
+    rows = _strict_json(path.read_text())
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 3, 4]
+    assert rows[3] == {
+        "iteration": 3, "event": "growth", "text": "grown", "operator": "zero_key", "after": {"ffn": 96}
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("torn", ['{"iteration": 3, "train/lm_l', "\0\0\0\0", '{"iteration": 3, "x": 1.'])

@@ -12,7 +12,7 @@ from megatron import registry
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.monitor.metrics_file import read_records
-from megatron.monitor.metrics_writer import WRITERS, BackendLostError
+from megatron.monitor.metrics_writer import WRITERS, BackendLostError, RunEvent
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.writers.jsonl import JsonlWriter
 
@@ -32,6 +32,9 @@ class Flaky:
         self.calls += 1
         if self.calls > self.lives:
             raise BackendLostError("flaky: connection reset")
+
+    def mark(self, event: RunEvent) -> None:
+        self.write(event.iteration, {})
 
     def close(self) -> None:
         raise AssertionError("a lost writer is not closed")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -21,7 +22,7 @@ from megatron.data.formats.mmap import IndexedDatasetWriter
 from megatron.errors import CheckpointError, EnvironmentSetupError
 from megatron.mpu.context import ParallelContext
 from megatron.training import pretrain
-from megatron.training.build_engine import require_hardware
+from megatron.training.build_engine import BuiltEngine, require_hardware
 from megatron.training.run_start import adopt_schedule, find_start
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_context import TrainingRun, initial_run_state
@@ -33,7 +34,7 @@ def assemble(config: Path, *overrides: str) -> TrainingRun:
     loaded = load_config([config], overrides)
     start = find_start(loaded.run)
     run = adopt_schedule(loaded.run, start)
-    parts = {"build_engine": lambda *_: (None, None), "describe_run": lambda *_: {}}
+    parts = {"build_engine": lambda *_: BuiltEngine(*[cast(Any, None)] * 3), "describe_run": lambda *_: {}}
     with mock.patch.multiple(pretrain, **parts):
         return pretrain.assemble(run, loaded.batch(1), ParallelContext.single(), config.parent, start, StopRequest())
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from megatron.errors import CheckpointError
 from megatron.io.durable import new_folder
 from megatron.model.causal_lm import VocabSize
 
+RowBiases = Literal["sum", "replicas"]
+"""What tensor-parallel ranks hold of the biases of row-parallel matrices: parts that are summed, or the same."""
+
 
 @dataclass(frozen=True)
 class ImportedNeox:
@@ -42,17 +46,27 @@ class ImportedNeox:
     vocab: VocabSize
     differing: dict[str, float]
     """Replicated parameters whose ranks differed, and by how much at most; they were averaged."""
+    row_biases: RowBiases | None
+    """How biases of row-parallel matrices were merged; None where there was none, or one rank."""
 
 
-def import_neox(source: Path, run: RunConfig, output: Path, progress: Callable[[int, int], None]) -> ImportedNeox:
+def import_neox(
+    source: Path,
+    run: RunConfig,
+    output: Path,
+    progress: Callable[[int, int], None],
+    row_biases: RowBiases | None = None,
+) -> ImportedNeox:
     """Writes `output`/global_step0 and `latest`, in the source's number format; calls `progress(done, layers)`.
 
     A format for each tensor becomes the narrowest that holds all of them exactly. A layer is in memory at a time. Each
-    tensor is one parameter of the configured model, or it is an error; where anything fails, no folder is left. Raises
-    ConfigError when the configuration describes another model, CheckpointError for damaged, unsafe or unknown tensors,
-    DataError without the configured tokenizer.
+    tensor is one parameter of the configured model, or it is an error; where anything fails, no folder is left. Under
+    `gpt_j_residual` each tensor-parallel rank adds its own bias of a row-parallel matrix before the outputs are summed,
+    so the model's is their sum; elsewhere they are replicas. `row_biases` decides otherwise. Raises ConfigError when
+    the configuration describes another model, CheckpointError for damaged, unsafe or unknown tensors, DataError without
+    the configured tokenizer.
     """
-    states = NeoxStates(source, run)
+    states = NeoxStates(source, run, row_biases)
     with new_folder(output) as temporary:
         header = RunHeader.new(states.vocab.actual, {"torch": version("torch")})
         write_states(states.read(progress), run, ParallelSizes(), temporary, header)
@@ -62,15 +76,22 @@ def import_neox(source: Path, run: RunConfig, output: Path, progress: Callable[[
 class NeoxStates:
     """The layers of a foreign checkpoint under our names."""
 
-    def __init__(self, source: Path, run: RunConfig) -> None:
+    def __init__(self, source: Path, run: RunConfig, row_biases: RowBiases | None) -> None:
         """Opens the files. Raises what `import_neox` raises."""
         self.files = open_neox(source, allow_unsafe=run.checkpoint.allow_unsafe_load)
         found = model_of(self.files)
         require_same_model(self.files, found, run.model)
         self.source_rows = found.vocabulary_rows
         self.vocab = imported_vocabulary(self.source_rows, run, str(self.files.path))
-        self._merger = NeoxMerger(self.source_rows, NEOX_ARCHITECTURES[run.model.architecture].summed_biases(run.model))
         self._layouts = layer_layouts(run.model, self.vocab)
+        architecture = NEOX_ARCHITECTURES[run.model.architecture]
+        self._row_biases: RowBiases = row_biases or (
+            "sum" if architecture.row_biases_are_summed(run.model) else "replicas"
+        )
+        self._merger = NeoxMerger(self.source_rows, architecture.row_biases if self._row_biases == "sum" else ())
+        self._has_row_biases = any(
+            name.endswith(architecture.row_biases) for layout in self._layouts for name in layout.parameters
+        )
         self._num_parameters = 0
         self._theirs = _names_of(self.files, run.model, self._layouts)
         self._dtype = _common_dtype(self.files, self._theirs.values())
@@ -85,14 +106,16 @@ class NeoxStates:
 
     def report(self) -> ImportedNeox:
         """Returns what was found in the source, once all layers are read."""
+        ranks = len(next(iter(self.files.tensors.values())))
         return ImportedNeox(
             source=self.files.path,
-            tensor_parallel_size=len(next(iter(self.files.tensors.values()))),
+            tensor_parallel_size=ranks,
             num_parameters=self._num_parameters,
             dtype=self._dtype,
             source_rows=self.source_rows,
             vocab=self.vocab,
             differing=self._merger.differing,
+            row_biases=self._row_biases if ranks > 1 and self._has_row_biases else None,
         )
 
     def _whole(self, layout: LayerLayout, local: str) -> Tensor:

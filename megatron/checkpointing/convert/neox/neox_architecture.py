@@ -48,8 +48,12 @@ class NeoxArchitecture:
     also_read: tuple[tuple[str, str], ...] = ()
     """Beginning of a name in other versions of NeoX, and the usual one."""
 
-    summed_biases: Callable[[ModelConfig], tuple[str, ...]] = lambda model: ()
-    """Ends of the names of biases of which each tensor-parallel rank adds its own, so that the model's is their sum."""
+    row_biases: tuple[str, ...] = ()
+    """Ends of the names of the biases of row-parallel matrices."""
+
+    row_biases_are_summed: Callable[[ModelConfig], bool] = lambda model: False
+    """Tells whether each tensor-parallel rank adds a row bias of its own, so that the model's is their sum; elsewhere
+    they are replicas."""
 
 
 NEOX_ARCHITECTURES: Registry[NeoxArchitecture] = Registry(

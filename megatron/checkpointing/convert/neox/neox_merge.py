@@ -17,9 +17,10 @@ from megatron.mpu.parameters import ParameterSpec
 class NeoxMerger:
     """Merges the parameters of one checkpoint, and keeps in mind which of their replicas differed."""
 
-    def __init__(self, vocabulary_rows: int, summed_biases: tuple[str, ...]) -> None:
+    def __init__(self, vocabulary_rows: int, summed: tuple[str, ...]) -> None:
+        """Takes the ends of the names of parameters that are `summed` from the ranks' parts."""
         self.vocabulary_rows = vocabulary_rows
-        self.summed_biases = summed_biases
+        self.summed = summed
         self.differing: dict[str, float] = {}
         """Name of a replicated parameter whose ranks did not agree -> their largest difference; it was averaged."""
 
@@ -27,10 +28,9 @@ class NeoxMerger:
         """Returns the parameter `name`, ours, with as many vocabulary rows as were saved.
 
         Columns and rows are split as in Megatron, the vocabulary by rows; the head of `output_layer_parallelism: row`
-        by columns. Under `gpt_j_residual` each rank adds its own bias before the outputs are summed, so the model's is
-        their sum; elsewhere biases of row-parallel matrices are replicas, as norms always are. Replicas that training
-        let drift apart are averaged, as NeoX's own converter does. TokenFormer's release keeps whole parameter tokens
-        on every rank. Raises CheckpointError when a part has another shape than its share.
+        by columns. What is neither split nor summed are replicas, as norms always are. Replicas that training let drift
+        apart are averaged, as NeoX's own converter does. TokenFormer's release keeps whole parameter tokens on every
+        rank. Raises CheckpointError when a part has another shape than its share.
         """
         parts = [part.read() for part in stored]
         if name in VOCABULARY:
@@ -45,7 +45,7 @@ class NeoxMerger:
         if len(parts) == 1:
             return parts[0]
         together = torch.stack([part.double() for part in parts])
-        if name.endswith(self.summed_biases):
+        if name.endswith(self.summed):
             return together.sum(0).to(parts[0].dtype)
         apart = float((together - together[0]).abs().max())
         if apart == 0.0:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.errors import DataError
+from megatron.io.json_files import parse_json
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class ResponseCache:
                 text = text[: text.rfind("\n") + 1]
                 path.write_text(text, encoding="utf-8")
             for line in text.splitlines():
-                entry = json.loads(line)
+                entry = parse_json(line)
                 self.responses[entry["key"]] = entry["answer"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(

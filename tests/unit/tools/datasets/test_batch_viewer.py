@@ -159,6 +159,14 @@ def test_text(configure: Callable[..., str], capsys: pytest.CaptureFixture[str])
     assert any("<|endoftext|>" in line for line in lines)
 
 
+def test_steps_past_the_end_of_the_run(configure: Callable[..., str], tmp_path: Path) -> None:
+    output = tmp_path / "batches.npy"
+    with pytest.raises(ConfigError, match=r"--end 31: the run ends with step 30 \(`train_iters`\)"):
+        main([configure(), "--start", "29", "--end", "31", "--output", str(output)])
+    assert not output.exists()
+    assert main([configure(), "train_iters=31", "--start", "31", "--end", "31", "--output", str(output)]) == 0
+
+
 def test_nothing_is_written_when_the_data_is_damaged(configure: Callable[..., str], tmp_path: Path) -> None:
     config = configure()
     (tmp_path / "corpus.bin").write_bytes(b"")

@@ -107,6 +107,25 @@ def test_an_evaluation_in_a_row_of_its_own_is_placed_by_its_step(tmp_path: Path)
     assert _curve(figure.axes[0], "test/lm_loss") == ([10 * TOKENS_PER_STEP], [2.5])
 
 
+@pytest.mark.parametrize(("x", "place"), [("steps", 40.0), ("tokens", 40.0 * TOKENS_PER_STEP), ("flops", 7e12)])
+def test_growth_is_a_line_with_its_sizes(tmp_path: Path, x: str, place: float) -> None:
+    """On every axis, and the compute axis is that of both models."""
+    rows = [_record(step) | {"training_flops": step * 1e11} for step in range(10, 101, 10)]
+    growth = {
+        "iteration": 40, "event": "growth", "text": "...", "operator": "zero_key",
+        "consumed_tokens": 40 * TOKENS_PER_STEP, "training_flops": 7e12,
+        "parameters_before": 1_000_000, "parameters_after": 2_000_000,
+    }  # fmt: skip
+    run = _make_run(tmp_path / "grown", [*rows[:4], growth, *rows[4:]], flops_per_token=1.0)
+    figure = draw([load_run(run)], x=x)
+    for ax in figure.axes:
+        ((at, _),) = [line.get_xdata() for line in ax.lines if line.get_gid() == "event growth"]
+        assert at == place
+    assert [text.get_text() for text in figure.axes[0].texts] == ["zero_key: 1M to 2M parameters"]
+    if x == "flops":
+        assert _curve(figure.axes[0], "train/lm_loss")[0] == [step * 1e11 for step in range(10, 101, 10)]
+
+
 def test_runs_differ_by_colour_and_share_one_legend(run: Path, tmp_path: Path) -> None:
     faster = _make_run(tmp_path / "faster", [_record(step, rate=2.0) for step in range(5, 60, 5)])
     figure = draw(load_runs([run, faster / "metrics.jsonl"]), metrics=["loss", "perplexity"])

@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES, NeoxArchitecture, TensorKey
-from megatron.config.sections.model import ModelConfig
-
-
-def summed_biases(model: ModelConfig) -> tuple[str, ...]:
-    """Returns the biases of row-parallel matrices under `gpt_j_residual`; elsewhere these are replicas."""
-    return ("attention.dense.bias", "mlp.dense_4h_to_h.bias") if model.parallel_residual else ()
-
 
 NEOX_ARCHITECTURES.register("gpt_neox")(
     NeoxArchitecture(
@@ -25,6 +18,7 @@ NEOX_ARCHITECTURES.register("gpt_neox")(
         ),
         # Newer versions of GPT-NeoX call the matrices of the MLP by their order.
         also_read=(("mlp.linear1.", "mlp.dense_h_to_4h."), ("mlp.linear2.", "mlp.dense_4h_to_h.")),
-        summed_biases=summed_biases,
+        row_biases=("attention.dense.bias", "mlp.dense_4h_to_h.bias"),
+        row_biases_are_summed=lambda model: model.parallel_residual,
     )
 )

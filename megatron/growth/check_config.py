@@ -1,0 +1,27 @@
+"""Checks the section `grow` of a configuration against its operator, before any rank starts."""
+
+from __future__ import annotations
+
+from megatron.config.build_config import require_consistent
+from megatron.config.load_config import LoadedConfig
+from megatron.errors import ConfigError
+
+
+def require_growable(loaded: LoadedConfig) -> None:
+    """Raises ConfigError, naming the line of the YAML, when the model cannot grow while it trains as configured.
+
+    The larger model is held to every check that the small one has passed. A growth at the start of a run needs its
+    checkpoint and is checked with it.
+    """
+    run = loaded.run
+    grow = run.grow
+    if grow is None or not grow.happens_in_training:
+        return
+    # An operator needs torch, which a configuration without growth is checked without.
+    from megatron.growth.target_model import grown_model
+
+    try:
+        larger = grown_model(run.model, grow.rules, **grow.sizes)
+        require_consistent(run.model_copy(update={"model": larger}), run)
+    except ConfigError as error:
+        raise ConfigError(f"{loaded.origins['grow.operator']} grow: the larger model: {error}") from error
