@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from megatron.config.load_config import load_config, load_words
 from megatron.config.local_path import holds_paths
+from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.section_fields import Field, fields
 from megatron.errors import ConfigError, UserError
 from tests.helpers.forkserver import ROOT
@@ -59,6 +62,15 @@ def test_the_remedy_fits_the_url(url: str, remedy: str) -> None:
 @pytest.mark.parametrize("path", ["runs/a:b", "a//b", "C:/x", "://x", "runs/s3://x", "3s://x"])
 def test_other_paths_stay_paths(path: str) -> None:
     assert load_config([DEMO], [f"save='{path}'"]).run.checkpoint.save == path
+
+
+def test_what_a_checkpoint_recorded_still_loads() -> None:
+    run = load_config([DEMO]).run
+    recorded = run.model_dump(mode="json")
+    recorded["checkpoint"]["save"] = "s3://bucket/run"
+    assert RunConfig.model_validate_json(json.dumps(recorded)).checkpoint.save == "s3://bucket/run"
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate(recorded)
 
 
 def test_a_url_is_no_yaml_file() -> None:
