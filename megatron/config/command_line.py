@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.effective_config import effective_text, summary
-from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.local_path import local_path, url_remedy
 from megatron.config.merge_files import split_words
 
@@ -149,24 +150,28 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def load_command_line(
-    argv: Sequence[str], script: str | None = None, check: Callable[[LoadedConfig], None] = lambda loaded: None
+    argv: Sequence[str], script: str | None = None, check: Callable[[LoadedConfig], list[str]] = lambda loaded: []
 ) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
-    `script` is the one of SCRIPTS that it is for, and `check` is of what this package cannot know. Raises ConfigError
-    for what is wrong with the configuration, also with its batch on `--world-size` ranks.
+    `script` is the one of SCRIPTS that it is for. `check` is of what this package cannot know; it returns lines for
+    `--check` to print. Raises ConfigError for what is wrong with the configuration, also with its batch on
+    `--world-size` ranks.
     """
     command = parse_command_line(argv, script)
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
-    check(loaded)
+    found = check(loaded)
+    if command.answered and isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal may not have all letters of a path.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if command.print_effective_config:
         print(effective_text(loaded, command.world_size))
     elif command.check:
-        print("\n".join(["the configuration is valid", *summary(loaded, command.world_size)]))
+        print("\n".join(["the configuration is valid", *summary(loaded, command.world_size), *found]))
     if command.answered:
-        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+        print_warnings(loaded)
     return command, loaded
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from megatron.config.build_config import require_consistent
 from megatron.config.load_config import LoadedConfig
+from megatron.config.model_size import count_parameters
+from megatron.config.sections.growth import ModelSizes
 from megatron.errors import ConfigError
 
 
-def require_growable(loaded: LoadedConfig) -> None:
-    """Raises ConfigError, naming the line of the YAML, when the model cannot grow while it trains as configured.
+def require_growable(loaded: LoadedConfig) -> list[str]:
+    """Returns what a run is to grow to, in a line for its user, if it grows while it trains.
 
-    The larger model is held to every check that the small one has passed. A growth at the start of a run needs its
-    checkpoint and is checked with it.
+    Raises ConfigError, naming the line of the YAML, when the model cannot grow as configured. The larger model is held
+    to every check that the small one has passed. A growth at the start of a run needs its checkpoint and is checked
+    with it.
     """
     run = loaded.run
     grow = run.grow
     if grow is None or not grow.happens_in_training:
-        return
+        return []
     # An operator needs torch, which a configuration without growth is checked without.
     from megatron.growth.target_model import grown_model
 
@@ -25,3 +28,7 @@ def require_growable(loaded: LoadedConfig) -> None:
         require_consistent(run.model_copy(update={"model": larger}), run)
     except ConfigError as error:
         raise ConfigError(f"{loaded.origins['grow.operator']} grow: the larger model: {error}") from error
+    when = f"step {grow.at_step:,}" if grow.at_step is not None else f"{grow.at_tokens:,} tokens"
+    rows = run.model.padded_vocab_size
+    size = "" if rows is None else f"; {count_parameters(larger, rows):,} parameters"
+    return [f"grows by {grow.operator} after {when}: {ModelSizes.of(run.model).change_to(ModelSizes.of(larger))}{size}"]

@@ -35,7 +35,7 @@ from megatron.config.value_types import did_you_mean
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, report, show
 from megatron.config.yaml.yaml_files import LocatedValue, read_yaml
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import require_growth
+from megatron.growth.require_growth import require_growth
 
 PLAN_KEYS = ("config_files", "folder", "stages")
 STAGE_KEYS = ("tokens", "steps", "restart", "keys")
@@ -150,7 +150,8 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[list[_Entry], list[Path
     if problems or not isinstance(names, list) or not isinstance(stages, dict):
         raise ConfigError(report(problems, [file]))
     base = [file.parent / str(name) for name in names]
-    given, problems = gather(base, overrides)
+    gathered = gather(base, overrides)
+    given, problems = gathered.given, gathered.problems
     command_line = {key: item for key, item in given.items() if item.origin.kind == "command line"}
     problems += [_set_by_plan(item) for key, item in command_line.items() if key in SET_BY_PLAN]
     entries: list[_Entry] = []

@@ -21,7 +21,6 @@ from megatron.growth.grow_checkpoint import grow_checkpoint
 from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.mpu.context import ParallelContext
-from megatron.training.growth_event import sizes_in_words
 from megatron.training.run_start import RunStart, go_on_from
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def grow_start(config: RunConfig, start: RunStart, context: ParallelContext) -> 
     if source is None or due is None or config.checkpoint.save is None:
         raise ValueError("a run grows from a checkpoint, by a growth that is due, and into the folder `save`")
     save = Path(config.checkpoint.save).resolve()
-    logger.info("%s: growing by %s: %s", source.path, due.rules.operator, sizes_in_words(due.record))
+    logger.info("%s: growing by %s: %s", source.path, due.rules.operator, due.record.before.change_to(due.record.after))
     began = time.monotonic()
     with os_errors_as(CheckpointError, "the checkpoint folder"):
         if source.path.resolve().parent == save:

@@ -8,13 +8,6 @@ from megatron.config.sections.model import ModelConfig
 from megatron.monitor.metrics_writer import RunEvent
 
 
-def sizes_in_words(record: GrowthRecord) -> str:
-    """Names the sizes that a growth changes, such as `ffn 48 to 96`."""
-    before, after = record.before.model_dump(), record.after.model_dump()
-    changed = [name for name in after if after[name] != before[name]]
-    return ", ".join(f"{name} {before[name]} to {after[name]}" for name in changed)
-
-
 def growth_event(record: GrowthRecord, larger: ModelConfig, padded_vocab_size: int, training_flops: float) -> RunEvent:
     """Describes a growth for the records of the run, which has the `larger` model from then on.
 
@@ -25,8 +18,8 @@ def growth_event(record: GrowthRecord, larger: ModelConfig, padded_vocab_size: i
     return RunEvent(
         iteration=record.iteration,
         kind="growth",
-        text=f"grown by {record.rules.operator}: {sizes_in_words(record)}; {parameters[0]:,} to {parameters[1]:,} "
-        "parameters",
+        text=f"grown by {record.rules.operator}: {record.before.change_to(record.after)}; {parameters[0]:,} to "
+        f"{parameters[1]:,} parameters",
         details={
             "consumed_tokens": record.tokens,
             "training_flops": training_flops,

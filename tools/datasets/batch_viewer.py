@@ -26,7 +26,7 @@ import numpy.typing as npt
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
-from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes or prints the tokens of the steps."""
     args, command = parse_args(argv)
     loaded = load_config(command.files, command.overrides)
+    print_warnings(loaded)
     last = loaded.run.training.train_iters
     if args.end > last:
         raise ConfigError(

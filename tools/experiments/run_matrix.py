@@ -242,6 +242,8 @@ class Runner:
                 stderr=subprocess.STDOUT,
             )
             self._children.append(child)
+            if self._stopped.is_set():
+                child.terminate()
             code = child.wait()
             self._children.remove(child)
         return code
@@ -289,11 +291,12 @@ class Runner:
 
 
 def report_words(experiment: Experiment, table: ResultsTable) -> list[str]:
-    """Lists the words that tools/growth_report.py takes for the cells that are done."""
+    """Lists the words that tools/growth_report.py takes for the cells that are done, as seen from the root folder."""
     results = table.results()
     done = {result.name for result in results}
     ready = [experiment.ready(cell, results) for cell in experiment.cells]
-    return [cell.report for cell in ready if cell is not None and cell.name in done and cell.report is not None]
+    words = [cell.report for cell in ready if cell is not None and cell.name in done and cell.report is not None]
+    return [word.replace(f"{ROOT}{os.sep}", "") for word in words]
 
 
 def listing(experiment: Experiment, table: ResultsTable) -> list[str]:

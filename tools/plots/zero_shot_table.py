@@ -115,18 +115,39 @@ def is_share(column: str) -> bool:
 
 
 def read_published(path: Path) -> list[Row]:
-    """Reads the published rows; a line of their file is one value, with its metric and its source."""
+    """Reads the published rows; a line of their file is one value, with its metric and its source.
+
+    Raises DataError, with the line's number, for a file that is none of these.
+    """
     rows: dict[str, Row] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for entry in csv.DictReader(file):
-            row = rows.setdefault(entry["model"], Row(entry["model"], float(entry["parameters"]), True))
-            if (entry["task"], entry["metric"]) == AVERAGE:
-                row.printed_average = float(entry["value"])
-                continue
-            column = f"{entry['task']}:{entry['metric']}"
-            row.values[column] = float(entry["value"])
-            row.sources[column] = entry["source"]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file)
+            for entry in lines:
+                name, value = one_line(entry["model"]), _measured(entry["value"])
+                row = rows.setdefault(name, Row(name, _measured(entry["parameters"]), True))
+                if (entry["task"], entry["metric"]) == AVERAGE:
+                    row.printed_average = value
+                    continue
+                column = f"{entry['task']}:{entry['metric']}"
+                row.values[column] = value
+                row.sources[column] = one_line(entry["source"])
+    except OSError as error:
+        raise DataError(f"{path}: {describe_read_error(error)}. Name a CSV of published values.") from error
+    # A column that is not there, a line that is too short, a word for a number, a byte that is no text.
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path}: no CSV of published values ({error!r} after {len(rows)} models). Its columns are model, "
+            "parameters, task, metric, value and source."
+        ) from error
     return list(rows.values())
+
+
+def _measured(text: str) -> float:
+    value = float(text)
+    if not is_number(value) or math.isnan(value):
+        raise ValueError(f"{text!r:.50} is no number that was measured")
+    return value
 
 
 def read_results(paths: Sequence[Path]) -> list[Row]:

@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
+from megatron.config.model_size import training_flops
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.growth.loss_curves import read_curve
 from megatron.growth.staged_plan import load_plan
 from tests.helpers.commands import run_command
-from tests.helpers.configs import TOKENFORMER, write_dataset
+from tests.helpers.configs import SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, write_dataset
 from tests.helpers.forkserver import ROOT
 from tests.helpers.runs import run_ranks
 from tools import run_stages
@@ -92,8 +93,12 @@ def test_stages_grow_one_from_the_other_and_what_is_done_stays_done(
     assert not damaged
     assert list(curve.train.steps) == list(range(1, 11))
     assert [event.step for event in curve.growths] == [4, 7]
-    costs = [stage.tokens_per_step for stage in load_plan(plan.file).stages]
-    assert curve.tokens == 10 * costs[0]
+    stages = load_plan(plan.file).stages
+    assert curve.tokens == sum(stage.tokens for stage in stages) == 10 * 8 * 16
+    costs = [stage.tokens * training_flops(stage.loaded.run.model, VOCAB_SIZE, SEQ_LENGTH) for stage in stages]
+    assert curve.flops == pytest.approx(sum(costs), rel=1e-12), "the smaller models' included"
+    assert plan.rows("large")[-1]["training_flops"] == pytest.approx(sum(costs), rel=1e-12)
+    assert [event.flops for event in curve.growths] == pytest.approx([costs[0], costs[0] + costs[1]], rel=1e-12)
     assert run_stages.main([str(plan.file), "--check"]) == 0
     assert capsys.readouterr().out.count(" done\n") == 3
     again = ForkedCommands()

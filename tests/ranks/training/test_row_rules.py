@@ -57,7 +57,8 @@ def grown_run(
     folder: Path, dataset: Path, rules: dict[str, Any], layout: tuple[int, int, int], **keys: Any
 ) -> dict[str, Any]:
     """Trains with a growth after GROWN steps; returns the keys."""
-    settings = TOKENFORMER | layout_keys(*layout, batch=BATCH) | {"train_iters": STEPS, "gradient_clipping": 0.5}
+    accumulated = layout_keys(*layout, batch=BATCH, accumulation=layout[1])
+    settings = TOKENFORMER | accumulated | {"train_iters": STEPS, "gradient_clipping": 0.5}
     settings |= {"grow": SIZES | {"at_step": GROWN} | rules, "extra_save_iters": [GROWN, GROWN + FROZEN]} | keys
     config = folder / "run.yml"
     paths = {"data_path": str(dataset), "save": str(folder / "run"), "index_cache_dir": str(folder)}

@@ -44,12 +44,13 @@ def test_what_an_operator_requires(
     path = write(tmp_path, TOKENFORMER | changes, **grow)
     loaded = load_config([path])
     if message is None:
-        require_growable(loaded)
+        (line,) = require_growable(loaded)
+        assert line.startswith(f"grows by {grow.get('operator', 'zero_key')} after step 4: ")
         return
-    line = 1 + next(n for n, text in enumerate(path.read_text().splitlines()) if text.startswith("  operator:"))
+    number = 1 + next(n for n, text in enumerate(path.read_text().splitlines()) if text.startswith("  operator:"))
     with pytest.raises(ConfigError, match=message) as caught:
         require_growable(loaded)
-    assert str(caught.value).startswith(f"{path}:{line} grow: the larger model: ")
+    assert str(caught.value).startswith(f"{path}:{number} grow: the larger model: ")
 
 
 def test_a_model_without_parameter_tokens_grows_by_layers(tmp_path: Path) -> None:
@@ -59,10 +60,13 @@ def test_a_model_without_parameter_tokens_grows_by_layers(tmp_path: Path) -> Non
 
 
 def test_check_says_it_before_any_rank_starts(tmp_path: Path) -> None:
-    path = write(tmp_path, TOKENFORMER | {"norm_activation_type": "softmax"}, factor=2)
+    path = write(tmp_path, TOKENFORMER | {"norm_activation_type": "softmax", "padded_vocab_size": 512}, factor=2)
     refused = run_command(["deepy.py", "train.py", str(path), "--check"])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "softmax: every new token takes a share" in refused.stderr
     assert "Traceback" not in refused.stderr
     valid = run_command(["deepy.py", "train.py", str(path), "--check", "norm_activation_type=gelu_l2_norm"])
     assert (valid.returncode, valid.stdout.splitlines()[0]) == (0, "the configuration is valid"), valid.stderr
+    assert valid.stdout.splitlines()[-1] == (
+        "grows by zero_key after step 4: qkv 24 to 48, proj 40 to 80, ffn 48 to 96; 57,408 parameters"
+    )

@@ -155,7 +155,8 @@ def test_a_kill_loses_the_running_cell_alone(folder: Folder, number: int) -> Non
     """The last cell sleeps when the signal comes. What outlives a killed runner does not write into the next one's."""
     folder.groups = {"small": folder.groups["small"] | {"vary": {"lr": [4e-3, 8e-3], "wait": [0]}}}
     folder.groups["small"]["keys"]["exit_duration_in_mins"] = "{wait}"
-    folder.groups["slow"] = folder.groups["small"] | {"name": "slow", "vary": {"lr": [4e-3], "wait": [6]}}
+    seconds = 300 if number == signal.SIGTERM else 6
+    folder.groups["slow"] = folder.groups["small"] | {"name": "slow", "vary": {"lr": [4e-3], "wait": [seconds]}}
     command = [sys.executable, str(SHIPPED / "run_matrix.py"), str(folder.write()), "--jobs", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     log = folder.path / "work" / "cells" / "slow.log"

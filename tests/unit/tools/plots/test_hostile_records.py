@@ -33,12 +33,17 @@ RESULTS = {
     "config": {"limit": None, "num_fewshot": 5},
 }
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+PUBLISHED = "model,parameters,task,metric,value,source\n" + "".join(
+    f'Theirs-{size}M,{size}e6,{task},acc,{size / 10:.1f},"their, paper"\n' for size in (125, 350) for task in TASKS
+)
 DOCUMENTS: dict[str, Any] = {"metrics.jsonl": ROWS[2], "run.json": RUN, "results.json": RESULTS}
 
 
 @st.composite
 def changes(draw: st.DrawFn, name: str) -> bytes:
     """The new content of a file."""
+    if name == "published.csv":
+        return draw(damaged_bytes(PUBLISHED.encode()))
     if name != "metrics.jsonl":
         return draw(damaged_json(DOCUMENTS[name]) | damaged_bytes(json.dumps(DOCUMENTS[name]).encode()))
     if draw(st.booleans()):
@@ -53,15 +58,15 @@ def drawn(folder: Path, name: str, x: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that no font has
-        if name == "results.json":
-            words = ["--output", str(folder / "table"), "--without-published", "--columns", "piqa:acc", "hellaswag:acc"]
-            zero_shot_table.main([str(folder / name), *words])
+        if name in ("results.json", "published.csv"):
+            words = ["--published", str(folder / "published.csv"), "--columns", "piqa:acc", "hellaswag:acc"]
+            zero_shot_table.main([str(folder / "results.json"), "--output", str(folder / "table"), *words])
         else:
             plot_runs.main([str(folder), "--x", x, "--output", str(folder / "curves.svg")])
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [*DOCUMENTS, "published.csv"])
 @pytest.mark.parametrize("examples", [12, pytest.param(200, marks=pytest.mark.full)])
 def test_damaged_records(examples: int, name: str, tmp_path: Path) -> None:
     found = Findings()
@@ -71,6 +76,8 @@ def test_damaged_records(examples: int, name: str, tmp_path: Path) -> None:
     def read(content: bytes, x: str) -> None:
         (tmp_path / "metrics.jsonl").write_text(LINES)
         (tmp_path / "run.json").write_text(json.dumps(RUN))
+        (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+        (tmp_path / "published.csv").write_text(PUBLISHED)
         (tmp_path / name).write_bytes(content)
         printed = found.read(lambda: drawn(tmp_path, name, x), tmp_path)
         if printed is not None:
@@ -86,5 +93,6 @@ def test_names_that_look_like_formulas_are_shown_as_they_are(tmp_path: Path) -> 
     (tmp_path / "run.json").write_text(json.dumps(RUN | {"name": "lr $x^ of\n$5\ud800"}))
     assert "1 run(s)" in drawn(tmp_path, "metrics.jsonl", "steps")
     assert "lr $x^ of?$5?" in (tmp_path / "curves.svg").read_text()
+    (tmp_path / "published.csv").write_text(PUBLISHED)
     (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"model": {"name": "a$b$\n|", "parameters": 7}}))
     assert "| **a$b$?| (5-shot)** |" in drawn(tmp_path, "results.json", "steps")

@@ -126,6 +126,15 @@ def test_growth_is_a_line_with_its_sizes(tmp_path: Path, x: str, place: float) -
         assert _curve(figure.axes[0], "train/lm_loss")[0] == [step * 1e11 for step in range(10, 101, 10)]
 
 
+@pytest.mark.parametrize(
+    "event", [{"event": "feast"}, {"event": "growth"}, {"event": ["growth"], "consumed_tokens": 1}]
+)
+def test_an_event_that_no_run_writes_is_refused(tmp_path: Path, event: dict[str, object]) -> None:
+    run = _make_run(tmp_path / "odd", [_record(10), {"iteration": 10, **event}])
+    with pytest.raises(DataError, match="the event of iteration 10 is no growth of a run"):
+        load_run(run)
+
+
 def test_runs_differ_by_colour_and_share_one_legend(run: Path, tmp_path: Path) -> None:
     faster = _make_run(tmp_path / "faster", [_record(step, rate=2.0) for step in range(5, 60, 5)])
     figure = draw(load_runs([run, faster / "metrics.jsonl"]), metrics=["loss", "perplexity"])
