@@ -13,6 +13,7 @@ from megatron.registry import install_extra, require
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration, scores the models that it names, and writes a results file for each."""
     from megatron.config.command_line import load_command_line
+    from megatron.config.load_config import print_warnings
 
     command, loaded = load_command_line(argv)
     if command.answered:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.mpu.process_group import inference_context, local_device
 
     prepare_environment()
+    print_warnings(loaded)
     require("lm_eval", "eval.py", install_extra("eval"))
     from megatron.inference.evaluation.harness.harness_tasks import stay_offline_without_network
 

@@ -12,6 +12,7 @@ from megatron.errors import exit_on_user_error
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and a checkpoint, and continues prompts. Returns the exit code."""
     from megatron.config.command_line import load_command_line
+    from megatron.config.load_config import print_warnings
 
     command, loaded = load_command_line(argv)
     if command.answered:
@@ -20,8 +21,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.mpu.process_group import inference_context
 
     prepare_environment()
-    if os.environ["RANK"] == "0":
-        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+    print_warnings(loaded)
     from megatron.inference.generation.generate_text import generate_text
 
     loaded.replicas(int(os.environ["WORLD_SIZE"]))

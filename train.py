@@ -13,6 +13,7 @@ def main(argv: Sequence[str]) -> int:
     """Loads the configuration and trains. Returns the exit code."""
     end_at_once_when_stopped()
     from megatron.config.command_line import load_command_line
+    from megatron.config.load_config import print_warnings
     from megatron.growth.check_config import require_growable
 
     command, loaded = load_command_line(argv, require_growable)
@@ -21,8 +22,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.launch.environment import prepare_environment
 
     prepare_environment()
-    if os.environ["RANK"] == "0":
-        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+    print_warnings(loaded)
     from megatron.training.pretrain import pretrain
 
     return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)

@@ -15,7 +15,14 @@ from typing import Any
 from megatron_tokenformer import run_tool
 
 from megatron.config.architecture import ARCHITECTURES, optional_sections, owners_of
-from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, OTHER_KEYS, neox_keys, nested_keys
+from megatron.config.neox.keys.table import (
+    EXTRA_ARGS,
+    OPTIMIZER_PARAMS,
+    OTHER_KEYS,
+    is_dictionary,
+    neox_keys,
+    without_extra_args,
+)
 from megatron.config.neox_entries import Entry, Inert, MapsTo, Rejected
 from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import Schema, describe, schema_of
@@ -50,7 +57,9 @@ A run is described by YAML files in NeoX's vocabulary. Several are merged; no ke
 
 - `-d DIR` goes before every file, and `.yml` may be left out. `key=value` words come after the files and take the place
   of their values; keys of nested dictionaries are joined by dots, as in `optimizer.params.lr=1e-3`.
-- Hyphens and underscores mean the same. A duplicate key is an error, also within a file and across `a-b` and `a_b`.
+- Hyphens and underscores mean the same. A duplicate key is an error, also within a file and across `a-b` and `a_b`; on
+  the command line the last counts, with a notice. `key=null` there clears a key of the files, and `fp16=null` a whole
+  dictionary.
 - `6e-4` is a number. Only `true` and `false` (also `True`, `TRUE` and so on) are booleans: `yes`, `no`, `on` and `off`
   are text. `12:30` and `010` are text. `null`, `None`, `~` and an empty value leave a key unset.
 - `--check` validates and stops, `--world-size N` with it also the batch on N ranks; neither needs a GPU or torch.
@@ -136,6 +145,9 @@ def flat_schema() -> dict[str, Any]:
             inner |= {**_object(), **inner}
             properties = inner["properties"]
         properties[name] = {**properties.get(name, {}), **_property(key, entry)}
+    extra = root["properties"][EXTRA_ARGS[:-1]]
+    inner = {key: value for key, value in root["properties"].items() if without_extra_args(EXTRA_ARGS + key) == key}
+    root["properties"][EXTRA_ARGS[:-1]] = {**_object(), **extra, "properties": inner}
     return root
 
 
@@ -155,7 +167,7 @@ def _property(key: str, entry: Entry) -> dict[str, Any]:
         return {**_nullable(_schema(entry)), **described, **({} if default is None else {"default": default})}
     if isinstance(entry, Inert):
         return {**_nullable(schema_of(entry.accepts)), "description": f"No effect: {entry.reason}."}
-    if key in nested_keys():
+    if is_dictionary(key):
         return {"description": f"Refused but for these keys: {entry.reason}."}
     refused: dict[str, Any] = {"description": f"Refused: {entry.reason}.", "enum": [*entry.harmless, None]}
     if entry.accepts is dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from operator import attrgetter
 from types import SimpleNamespace
@@ -160,8 +161,20 @@ def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespac
 
 def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
     setting = settings.get(finding.path)
+    message = finding.message + _other_names(finding, settings)
     if setting is not None and setting.given is not None:
-        return problem_with(setting.given, finding.message)
+        return problem_with(setting.given, message)
     field = _fields(settings)[finding.path]
     shown = "" if field.default is None else f": {show(field.default)} (default)"
-    return Problem(field.key + shown, finding.message)
+    return Problem(field.key + shown, message)
+
+
+def _other_names(finding: Finding, settings: Mapping[str, Setting]) -> str:
+    """Says which key the user wrote, such as `batch_size`, for each that a message calls by its first name."""
+    said = set(re.findall(r"[a-z][a-z0-9_.]*[a-z0-9]", finding.message))
+    names = []
+    for path, field in _fields(settings).items():
+        given = settings[path].given if path in settings and path != finding.path else None
+        if given is not None and given.key != field.key and field.key in said:
+            names.append(f"{given.key} sets {field.key}")
+    return f" ({', '.join(names)})" if names else ""

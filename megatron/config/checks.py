@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.config.architecture import ARCHITECTURES
 from megatron.config.batch_triangle import NEITHER_GIVEN
+from megatron.config.model_size import count_parameters
 from megatron.config.optimizer import facts_of, registered_optimizers
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
@@ -127,6 +128,48 @@ def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
         yield Finding("model.padded_vocab_size", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
 
 
+_MOST_PARAMETERS = 10**14
+
+
+def _parameters_are_countable(run: RunConfig) -> Iterator[Finding]:
+    model = run.model
+    count = count_parameters(model, model.padded_vocab_size or model.make_vocab_size_divisible_by)
+    if count > _MOST_PARAMETERS:
+        yield Finding(
+            "model.num_layers",
+            f"makes {count:,} parameters with hidden_size {model.hidden_size}; is one of the sizes mistyped?",
+        )
+
+
+_FILES = (
+    *("data.data_path", "data.train_data_paths", "data.valid_data_paths", "data.test_data_paths"),
+    *("data.index_cache_dir", "data.tokenizer.vocab_file", "data.tokenizer.merge_file"),
+    *("checkpoint.save", "checkpoint.load", "checkpoint.pretrain_partial_init"),
+    *("monitor.log_dir", "monitor.tensorboard_dir", "generation.sample_input_file", "generation.sample_output_file"),
+    *("evaluation.include_path", "evaluation.output", "evaluation.results_prefix", "evaluation.cache"),
+    "evaluation.hf_model",
+)
+"""Values that name files and folders."""
+_LONGEST_NAME = 200
+"""Bytes of a file's name [bytes]; Linux has 255, and what is written adds endings."""
+_LONGEST_PATH = 3500
+"""Bytes of a path [bytes]; Linux has 4095."""
+
+
+def _file_names(run: RunConfig) -> Iterator[Finding]:
+    for path in _FILES:
+        value = attrgetter(path)(run)
+        for name in value if isinstance(value, list) else [value]:
+            if name == "" and path != "evaluation.results_prefix":
+                yield Finding(path, "names no file or folder; give null, or leave the key out")
+            elif name is not None and len(name.encode()) > _LONGEST_PATH:
+                yield Finding(path, f"is longer than {_LONGEST_PATH:,} bytes, which no path can be")
+            elif name is not None and any(len(part.encode()) > _LONGEST_NAME for part in name.split("/")):
+                yield Finding(
+                    path, f"has a part of more than {_LONGEST_NAME} bytes; no file with an ending can have it"
+                )
+
+
 def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
     stages, layers = run.parallel.pipe_parallel_size, run.model.num_layers
     if stages > layers:
@@ -138,7 +181,7 @@ def _pipeline_stages(run: RunConfig) -> Iterator[Finding]:
     if kind == "type":
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             yield Finding("parallel.pipe_partition_method", f"is no regular expression after type: ({error})")
             return
         names = pipeline_layer_types(run.model)
@@ -178,6 +221,34 @@ def _batch_divides(run: RunConfig) -> Iterator[Finding]:
         )
 
 
+_MOST_SAMPLES = 10**11
+"""Samples of a run whose order is made: several hundred times what the published runs read."""
+
+
+def _batch_keys(run: RunConfig) -> str:
+    if run.training.train_batch_size is not None:
+        return "train_batch_size"
+    return "train_micro_batch_size_per_gpu x gradient_accumulation_steps"
+
+
+def _samples_are_countable(run: RunConfig) -> Iterator[Finding]:
+    """Refuses runs whose index of samples no machine holds; `sample_counts` in megatron/data has the same numbers."""
+    training = run.training
+    micro, steps = training.train_micro_batch_size_per_gpu, training.gradient_accumulation_steps
+    batch = training.train_batch_size or (micro or 1) * (steps or 1)
+    validations = training.train_iters // training.eval_interval + 1
+    for path, what, batches in (
+        ("train_iters", "training", training.train_iters),
+        ("eval_iters", "validation", validations * training.eval_iters),
+    ):
+        if batches * batch > _MOST_SAMPLES:
+            yield Finding(
+                f"training.{path}",
+                f"{what} would read {batches * batch:,} samples in batches of {batch} ({_batch_keys(run)}); at most "
+                f"{_MOST_SAMPLES:,} are put in order",
+            )
+
+
 def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
     section = run.training.optimizer
     for name, message in facts_of(section).check(section):
@@ -187,7 +258,7 @@ def _optimizer_values(run: RunConfig) -> Iterator[Finding]:
 def _smallest_learning_rate(run: RunConfig) -> Iterator[Finding]:
     lowest, peak = run.training.lr_schedule.min_lr, run.training.optimizer.lr
     if lowest > peak:
-        yield Finding("training.lr_schedule.min_lr", f"is above the peak learning rate {peak:g}")
+        yield Finding("training.lr_schedule.min_lr", f"is above optimizer.params.lr {peak:g}, the peak learning rate")
 
 
 def _one_schedule(run: RunConfig) -> Iterator[Finding]:
@@ -217,7 +288,7 @@ def _split(run: RunConfig) -> Iterator[Finding]:
         numbers = [float(share) for share in shares]
     except ValueError:
         numbers = []
-    if not 1 <= len(numbers) <= 3 or not all(math.isfinite(n) and n >= 0 for n in numbers) or sum(numbers) <= 0:
+    if not 1 <= len(numbers) <= 3 or not all(n >= 0 for n in numbers) or not 0 < sum(numbers) < math.inf:
         yield Finding("data.split", "expected up to three shares for training, validation and test, such as 969, 30, 1")
 
 
@@ -233,17 +304,23 @@ def _one_kind_of_dataset(run: RunConfig) -> Iterator[Finding]:
         yield Finding("data.train_data_paths", "needs valid_data_paths as well, or eval_iters: 0")
 
 
+_MOST_DATASETS = 254
+"""Datasets of a blend, as in NeoX: an item's dataset is a byte."""
+
+
 def _dataset_lists(run: RunConfig) -> Iterator[Finding]:
     for part in ("train", "valid", "test"):
         paths, weights = getattr(run.data, f"{part}_data_paths"), getattr(run.data, f"{part}_data_weights")
-        if paths is not None and not paths:
-            yield Finding(f"data.{part}_data_paths", "expected at least one path")
+        if paths is not None and not 1 <= len(paths) <= _MOST_DATASETS:
+            yield Finding(
+                f"data.{part}_data_paths", f"expected 1 to {_MOST_DATASETS} paths, and these are {len(paths)}"
+            )
         if weights is None:
             continue
         if paths is None or len(weights) != len(paths):
             count = len(paths or ())
             yield Finding(f"data.{part}_data_weights", f"has {len(weights)} weights for {count} {part}_data_paths")
-        elif any(weight < 0 for weight in weights) or sum(weights) <= 0:
+        elif sum(weights) <= 0:
             yield Finding(f"data.{part}_data_weights", "expected numbers of at least 0, not all 0")
 
 
@@ -253,14 +330,26 @@ def _tokenizer_files(run: RunConfig) -> Iterator[Finding]:
         yield Finding("data.tokenizer.vocab_file", "GPT2BPETokenizer needs merge_file as well; or use HFTokenizer")
 
 
+_MOST_CHECKPOINTS = 10**6
+_SMALLEST_RATIO = 1.0001
+
+
 def _checkpoint_steps(run: RunConfig) -> Iterator[Finding]:
     factor, scale = run.checkpoint.checkpoint_factor, run.checkpoint.checkpoint_scale
     if factor is None:
         return
     if scale == "linear" and not float(factor).is_integer():
         yield Finding("checkpoint.checkpoint_factor", "expected a whole number of steps, or checkpoint_scale: log")
-    if scale == "log" and factor <= 1:
-        yield Finding("checkpoint.checkpoint_factor", "expected a ratio above 1 with checkpoint_scale: log")
+    elif scale == "linear" and run.training.train_iters / factor > _MOST_CHECKPOINTS:
+        yield Finding(
+            "checkpoint.checkpoint_factor",
+            f"asks for more than {_MOST_CHECKPOINTS:,} checkpoints in train_iters {run.training.train_iters}",
+        )
+    if scale == "log" and factor < _SMALLEST_RATIO:
+        yield Finding(
+            "checkpoint.checkpoint_factor",
+            f"expected a ratio above 1, of at least {_SMALLEST_RATIO}, with checkpoint_scale: log",
+        )
 
 
 def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
@@ -323,9 +412,12 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _fixed_by_architecture,
     _tensor_parallel_sizes,
     _tensor_parallel_vocabulary,
+    _parameters_are_countable,
+    _file_names,
     _pipeline_stages,
     _batch_is_given,
     _batch_divides,
+    _samples_are_countable,
     _optimizer_values,
     _smallest_learning_rate,
     _one_schedule,

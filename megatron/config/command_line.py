@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.effective_config import effective_text, summary
-from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.merge_files import split_words
 
 SUFFIXES = (".yml", ".yaml", ".json")
@@ -120,12 +121,15 @@ def load_command_line(
     if command.world_size is not None:
         loaded.batch(command.world_size)
     found = check(loaded)
+    if command.answered and isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal may not have all letters of a path.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if command.print_effective_config:
         print(effective_text(loaded, command.world_size))
     elif command.check:
         print("\n".join(["the configuration is valid", *summary(loaded, command.world_size), *found]))
     if command.answered:
-        print("\n".join(loaded.warnings), end="\n" if loaded.warnings else "", file=sys.stderr)
+        print_warnings(loaded)
     return command, loaded
 
 

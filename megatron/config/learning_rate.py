@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from megatron.config.bounds import NonNegative, StepCount
 from megatron.config.section import Key, OneOf, Section
 from megatron.registry import Registry
 
@@ -29,7 +30,7 @@ class LRScheduleConfig(Section):
     warmup: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of lr_decay_iters that warms up linearly from 0."""
 
-    decay_iters: Annotated[PositiveInt | None, Key("lr_decay_iters")] = None
+    decay_iters: Annotated[StepCount | None, Key("lr_decay_iters")] = None
     """Steps until min_lr is reached [steps]; None means train_iters."""
 
     wsd_decay_style: Annotated[
@@ -38,12 +39,12 @@ class LRScheduleConfig(Section):
     """Shape of the decay at the end of WSD (warmup, stable, decay); before it, the rate stays at its peak."""
 
     wsd_decay_iters: Annotated[
-        PositiveInt | None,
+        StepCount | None,
         Key("lr_wsd_decay_iters", difference="Megatron-LM's key; the warmup stays NeoX's, a share of lr_decay_iters"),
     ] = None
     """Last steps of lr_decay_iters in which WSD decays to min_lr [steps]; required for WSD, unset otherwise."""
 
-    min_lr: Annotated[NonNegativeFloat, Key(difference="also held after the end of the decay")] = 0.0
+    min_lr: Annotated[NonNegative, Key(difference="also held after the end of the decay")] = 0.0
     """Smallest learning rate; held after the end of the decay."""
 
     override_lr_scheduler: bool = False

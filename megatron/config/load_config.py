@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,8 @@ class LoadedConfig:
     sources: tuple[Path, ...]
     """The YAML files."""
     warnings: tuple[str, ...]
-    """Keys without effect that the user might count on."""
+    """Overrides that others take the place of, values read as others, and keys without effect: those that the user
+    might count on with the reason, the others by name."""
     inert: tuple[str, ...]
     """All keys without effect, and why."""
 
@@ -56,9 +59,17 @@ class LoadedConfig:
 
 
 def load_words(words: Sequence[str]) -> LoadedConfig:
-    """Loads the configuration of `a.yml b.yml key=value`, given as one list."""
+    """Loads the configuration of `a.yml b.yml key=value`, given as one list, and prints its warnings."""
     files, overrides = split_words(words)
-    return load_config([Path(file) for file in files], overrides)
+    loaded = load_config([Path(file) for file in files], overrides)
+    print_warnings(loaded)
+    return loaded
+
+
+def print_warnings(loaded: LoadedConfig) -> None:
+    """Prints the warnings of a configuration, on the first rank of those that read it."""
+    if loaded.warnings and os.environ.get("RANK", "0") == "0":
+        print("\n".join(loaded.warnings), file=sys.stderr)
 
 
 def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -68,14 +79,17 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     which would be misleading without it.
     """
     sources = tuple(Path(file) for file in files)
-    given, problems = gather(sources, overrides)
-    if problems:
-        raise ConfigError(report(problems, sources))
-    return load_given(given, sources)
+    gathered = gather(sources, overrides)
+    if gathered.problems:
+        raise ConfigError(report(gathered.problems, sources))
+    return load_given(gathered.given, sources, gathered.notices)
 
 
-def load_given(given: Mapping[str, Given], sources: Sequence[Path]) -> LoadedConfig:
-    """Translates and checks keys that have been gathered. Raises ConfigError with everything that is wrong."""
+def load_given(given: Mapping[str, Given], sources: Sequence[Path], notices: Sequence[str] = ()) -> LoadedConfig:
+    """Translates and checks keys that have been gathered, with `notices` of that.
+
+    Raises ConfigError with everything that is wrong.
+    """
     translation = translate(given)
     run, wrong = build(translation.settings, translation.refused)
     problems = translation.problems + wrong
@@ -85,6 +99,11 @@ def load_given(given: Mapping[str, Given], sources: Sequence[Path]) -> LoadedCon
         run=run,
         origins=origins(run, translation.settings),
         sources=tuple(sources),
-        warnings=tuple(translation.warnings),
+        warnings=(*notices, *translation.warnings, *_named(translation.ignored)),
         inert=tuple(translation.inert),
     )
+
+
+def _named(ignored: Sequence[str]) -> list[str]:
+    names = ", ".join(ignored)
+    return [f"keys without effect here: {names} (--print-effective-config says why)"] if ignored else []

@@ -1,17 +1,20 @@
 """Gathers the keys that several YAML files and the command line set, flat, each with its origin.
 
-As in NeoX, files are merged and a key may stand in one of them only. `key=value` overrides come after the files.
+As in NeoX, files are merged and a key may stand in one of them only. `key=value` overrides come after the files: a
+dictionary is merged into that of the files, a null clears its key with all that is in it, and of a key that is given
+twice the last counts, so that scripts can append to a command.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.config.neox.keys.table import neox_keys, nested_keys
-from megatron.config.yaml.problems import Given, Origin, Problem, problem_with
-from megatron.config.yaml.yaml_files import LocatedValue, read_value, read_yaml
+from megatron.config.neox.keys.table import is_dictionary, is_known, neox_keys, without_extra_args
+from megatron.config.yaml.problems import Given, Origin, Problem, problem_with, show, show_key
+from megatron.config.yaml.yaml_files import MAX_KEY, LocatedValue, read_value, read_yaml
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
 """Form of an override on the command line."""
@@ -25,26 +28,53 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def gather(files: Sequence[Path], overrides: Sequence[str]) -> tuple[dict[str, Given], list[Problem]]:
-    """Returns all keys that are set, by flat name, and what is wrong with how they are written."""
-    given: dict[str, Given] = {}
-    problems = list(_repeated_names(files))
+@dataclass
+class Gathered:
+    """The keys that are set, and what is to be said of how they are written."""
+
+    given: dict[str, Given] = field(default_factory=dict)
+    """All keys that are set, by flat name."""
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def gather(files: Sequence[Path], overrides: Sequence[str]) -> Gathered:
+    """Collects all keys that are set, and what is wrong with how they are written."""
+    gathered = Gathered(problems=list(_repeated_names(files)))
     top_level: dict[str, Origin] = {}
     for file in files:
         entries, wrong = read_yaml(file)
-        problems += wrong
+        gathered.problems += wrong
         for key in list(entries):
             origin = Origin("file", key=key, file=file, line=entries[key].line)
             if key in top_level:
-                problems.append(Problem(f"{origin} {key}", f"duplicate key; also in {top_level[key]}", origin))
+                message = f"duplicate key; also in {top_level[key]}"
+                gathered.problems.append(Problem(f"{origin} {show_key(key)}", message, origin))
                 del entries[key]
             else:
                 top_level[key] = origin
-        _add(flatten(entries, file), given, problems)
-    by_command: dict[str, Given] = {}
+        _add(flatten(entries, file), gathered.given, gathered.problems)
     for override in overrides:
-        _add(_parse_override(override), by_command, problems)
-    return given | by_command, problems
+        _override(override, gathered)
+    return gathered
+
+
+def _override(override: str, gathered: Gathered) -> None:
+    """Lets an override take the place of what the files and earlier overrides say of its keys."""
+    for item in _parse_override(override):
+        if isinstance(item, Problem):
+            gathered.problems.append(item)
+            continue
+        earlier = gathered.given.get(item.key)
+        if earlier is not None and earlier.origin == COMMAND_LINE and earlier.value != item.value:
+            gathered.notices.append(f"{item}: counts as the last of the command line, in place of {earlier.shown}")
+        cleared = [key for key in gathered.given if key.startswith(f"{item.key}.")] if item.value is None else []
+        for key in cleared:
+            del gathered.given[key]
+        if item.value is None and (cleared or earlier is not None) and not item.is_known:
+            gathered.given.pop(item.key, None)
+        else:
+            gathered.given[item.key] = item
 
 
 def _add(found: Iterator[Given | Problem], given: dict[str, Given], problems: list[Problem]) -> None:
@@ -70,23 +100,31 @@ def flatten(entries: Mapping[str, LocatedValue], file: Path | None, prefix: str 
     for name, entry in entries.items():
         key = prefix + name
         origin = COMMAND_LINE if file is None else Origin("file", key=key, file=file, line=entry.line)
-        if isinstance(entry.value, dict) and key in nested_keys():
+        if isinstance(entry.value, dict) and is_dictionary(key):
             yield from flatten(entry.value, file, f"{key}.")
-        elif key in nested_keys() and key not in neox_keys():
-            if entry.value is not None:
-                inner = sorted(known.removeprefix(f"{key}.") for known in neox_keys() if known.startswith(f"{key}."))
-                shown = Given(key, entry.plain(), origin)
-                yield problem_with(shown, f"expected a mapping with some of the keys {', '.join(inner)}")
+        elif is_dictionary(key) and without_extra_args(key) not in neox_keys():
+            block = Given(key, entry.plain(), origin)
+            if entry.value is None:
+                yield block
+            else:
+                around = f"{without_extra_args(key)}."
+                inner = sorted(known.removeprefix(around) for known in neox_keys() if known.startswith(around))
+                yield problem_with(block, f"expected a mapping with some of the keys {', '.join(inner)}")
         else:
-            yield Given(key, entry.plain(), origin)
+            yield Given(key, entry.plain(), origin, is_known(key))
 
 
 def _parse_override(override: str) -> Iterator[Given | Problem]:
     match = OVERRIDE.fullmatch(override)
     if match is None:
-        yield Problem(f"command line {override}", "expected key=value", COMMAND_LINE)
+        yield Problem(f"command line {show(override)}", "expected key=value", COMMAND_LINE)
         return
     key = match["key"].replace("-", "_")
+    if len(key) > MAX_KEY:
+        yield Problem(f"command line {show_key(key)}", f"expected a key of at most {MAX_KEY} characters", COMMAND_LINE)
+        return
     entry, problems = read_value(match["value"])
-    yield from (Problem(f"command line {override}", problem.message, COMMAND_LINE) for problem in problems)
-    yield from flatten({key: entry}, None)
+    written = Given(key, match["value"], COMMAND_LINE, is_known(key))
+    yield from (problem_with(written, problem.message) for problem in problems)
+    if not problems:
+        yield from flatten({key: entry}, None)

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, get_args
 
-from pydantic import NonNegativeFloat, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
+from megatron.config.bounds import NonNegative, Positive
 from megatron.config.neox_entries import Inert, Rejected
 from megatron.config.section import Key, Section
 from megatron.registry import Registry, is_installed, require
@@ -25,10 +26,10 @@ class OptimizerConfig(Section):
     type: Annotated[str, Key("optimizer.type", difference="other optimizers are not implemented")]
     """Name of the optimizer: a section lists the names that mean it in a Literal."""
 
-    lr: Annotated[PositiveFloat, Key(difference="must be given; NeoX's default is 0.001")]
+    lr: Annotated[Positive, Key(difference="must be given; NeoX's default is 0.001")]
     """Peak learning rate."""
 
-    weight_decay: Annotated[NonNegativeFloat, Key("weight_decay")] = 0.1
+    weight_decay: Annotated[NonNegative, Key("weight_decay")] = 0.1
     """Weight decay."""
 
     @model_serializer(mode="wrap")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Set
 from functools import cache
 from typing import Any, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron.config.yaml.problems import YamlValue, show
 
@@ -26,7 +28,7 @@ _NAMES = {
 
 @cache
 def _adapter(accepts: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(accepts)
+    return TypeAdapter(accepts, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 @cache
@@ -39,22 +41,30 @@ def schema_of(accepts: Any) -> Schema:
 
 def mistyped(value: YamlValue, accepts: Any) -> str | None:
     """Says what was expected of a value that is not of the type `accepts`; returns None for one that is."""
+    return None if conforms(value, _adapter(accepts)) else expected(value, schema_of(accepts))
+
+
+def conforms(value: object, adapter: TypeAdapter[Any]) -> bool:
+    """Tells whether pydantic accepts a value."""
     try:
-        _adapter(accepts).validate_python(value, strict=True)
+        adapter.validate_python(value)
     except ValidationError:
-        return expected(value, schema_of(accepts))
-    return None
+        return False
+    return True
 
 
 def expected(value: YamlValue, schema: Schema) -> str:
     """Says what was expected in the place of `value`, and what was probably meant by it."""
-    return f"expected {describe(schema)}{likely_meant(value, schema)}"
+    return f"expected {describe(schema, value=value)}{likely_meant(value, schema)}"
 
 
-def describe(schema: Schema, plural: bool = False) -> str:
-    """Puts a schema in words, such as `a whole number above 0`. Null is left unsaid, since every key may be null."""
+def describe(schema: Schema, plural: bool = False, value: YamlValue = None) -> str:
+    """Puts a schema in words, such as `a whole number above 0`. Null is left unsaid, since every key may be null.
+
+    So are bounds far from any use, unless `value` is beyond them.
+    """
     if "anyOf" in schema:
-        options = [describe(option, plural) for option in schema["anyOf"] if option.get("type") != "null"]
+        options = [describe(option, plural, value) for option in schema["anyOf"] if option.get("type") != "null"]
         return " or ".join(dict.fromkeys(options))
     if "enum" in schema:
         return f"one of {', '.join(show(choice) for choice in schema['enum'])}"
@@ -62,30 +72,62 @@ def describe(schema: Schema, plural: bool = False) -> str:
         return show(schema["const"])
     if "type" not in schema:
         return "anything"
-    return _NAMES[schema["type"]][plural] + _narrowing(schema)
+    return _NAMES[schema["type"]][plural] + _narrowing(schema, value)
 
 
-def _narrowing(schema: Schema) -> str:
+def _narrowing(schema: Schema, value: YamlValue) -> str:
     if "pattern" in schema:
-        return f" of the form {schema['pattern']}"
+        longest = f", of at most {schema['maxLength']} characters" if "maxLength" in schema else ""
+        return f" of the form {schema['pattern']}{longest}"
+    if "maxLength" in schema:
+        return f" of at most {schema['maxLength']} characters"
     if "items" in schema:
         length = f"{schema['minItems']} " if "minItems" in schema else ""
-        return f" of {length}{describe(schema['items'], plural=True)}"
-    words = {
-        "exclusiveMinimum": "above",
-        "minimum": "of at least",
-        "exclusiveMaximum": "below",
-        "maximum": "of at most",
-    }
-    bounds = [f"{word} {schema[name]:g}" for name, word in words.items() if name in schema]
+        worst = max(value, key=_size, default=None) if isinstance(value, list) else None
+        return f" of {length}{describe(schema['items'], plural=True, value=worst)}"
+    bounds = [
+        f"{word} {_in_digits(schema[name])}" for name, word in _BOUNDS.items() if _is_worth_saying(name, schema, value)
+    ]
+    if schema.get("minimum") == SMALLEST and not 0 < _size(value) < SMALLEST:
+        bounds.insert(0, "above 0")
     return " " + " and ".join(bounds) if bounds else ""
+
+
+_BOUNDS = {
+    "exclusiveMinimum": "above",
+    "minimum": "of at least",
+    "exclusiveMaximum": "below",
+    "maximum": "of at most",
+}
+SMALLEST = 1e-30
+"""Least of the numbers above 0 that float32 holds with room for products."""
+_FAR = 10**5
+"""Upper bounds from here on are far from any use."""
+
+
+def _is_worth_saying(name: str, schema: Schema, value: YamlValue) -> bool:
+    if name not in schema:
+        return False
+    bound: float = schema[name]
+    if "aximum" in name:
+        return bound < _FAR or _size(value) >= bound
+    return bound != SMALLEST or 0 < _size(value) < SMALLEST
+
+
+def _size(value: YamlValue) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+
+
+def _in_digits(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) and bound >= _FAR else f"{bound:g}"
 
 
 def likely_meant(value: YamlValue, schema: Schema) -> str:
     """Asks whether the user meant what a value that does not conform resembles; returns nothing when unclear."""
-    kinds = {option.get("type") for option in schema.get("anyOf", [schema])}
+    options = schema.get("anyOf", [schema])
+    kinds = {option.get("type") for option in options}
     if "array" in kinds and not isinstance(value, list | dict):
-        return f"; did you mean [{show(value)}]?"
+        return f"; did you mean [{show(value)}]?" if any(_fits_alone(value, option) for option in options) else ""
     if isinstance(value, str):
         if "boolean" in kinds:
             guess = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(value.lower(), value.lower())
@@ -93,15 +135,51 @@ def likely_meant(value: YamlValue, schema: Schema) -> str:
         if kinds & {"integer", "number"} and _is_number(value):
             return "; remove the quotes"
         return did_you_mean(value, schema.get("enum", []))
+    return _likely_meant_by_number(value, kinds) if isinstance(value, int | float) else ""
+
+
+def _likely_meant_by_number(value: float, kinds: Set[str | None]) -> str:
+    if "string" in kinds:
+        return "; put it in quotes"
+    if not math.isfinite(value):
+        return "; infinity and NaN are none"
     if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
         return f"; did you mean {int(value)}?"
-    return "; put it in quotes" if "string" in kinds and isinstance(value, int | float) else ""
+    return ""
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Returns `; did you mean X?` for the known word nearest to `word`, or nothing when none is near."""
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean X?` for the known word that `word` is a slip of, or nothing when it is none.
+
+    A slip changes parts of a word, which stand between underscores and dots: `num_gpu` is one of `num_gpus`, and
+    `attention_type` none of `attention_dropout`.
+    """
+    if len(word) > _LONGEST_SLIP:
+        return ""
+    near = difflib.get_close_matches(word, list(known), n=5, cutoff=0.7)
+    nearest = next((name for name in near if _is_slip(word, name)), None)
+    return f"; did you mean {nearest}?" if nearest else ""
+
+
+def _fits_alone(value: YamlValue, schema: Schema) -> bool:
+    """Tells whether a list of this value alone conforms."""
+    items = schema.get("items", {})
+    types = {"integer": int, "number": int | float, "string": str}
+    if items.get("type") not in types or schema.get("minItems", 1) > 1 or isinstance(value, bool):
+        return False
+    return isinstance(value, types[items["type"]]) and not (
+        _size(value) < items.get("minimum", -math.inf) or _size(value) > items.get("maximum", math.inf)
+    )
+
+
+_LONGEST_SLIP = 64
+
+
+def _is_slip(word: str, known: str) -> bool:
+    ours, theirs = re.split(r"[._]", word.lower()), re.split(r"[._]", known.lower())
+    if len(ours) != len(theirs):
+        return difflib.SequenceMatcher(None, "".join(ours), "".join(theirs)).ratio() >= 0.9
+    return all(difflib.SequenceMatcher(None, *pair).ratio() >= 0.6 for pair in zip(ours, theirs, strict=True))
 
 
 def _is_number(text: str) -> bool:

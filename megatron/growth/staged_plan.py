@@ -150,7 +150,8 @@ def _read(file: Path, overrides: Sequence[str]) -> tuple[list[_Entry], list[Path
     if problems or not isinstance(names, list) or not isinstance(stages, dict):
         raise ConfigError(report(problems, [file]))
     base = [file.parent / str(name) for name in names]
-    given, problems = gather(base, overrides)
+    gathered = gather(base, overrides)
+    given, problems = gathered.given, gathered.problems
     command_line = {key: item for key, item in given.items() if item.origin.kind == "command line"}
     problems += [_set_by_plan(item) for key, item in command_line.items() if key in SET_BY_PLAN]
     entries: list[_Entry] = []

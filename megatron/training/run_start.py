@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from megatron.training.progress import Progress
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,9 @@ def find_start(config: RunConfig) -> RunStart:
     """Decides where a run starts. Collective; the same on every rank.
 
     `auto_resume` continues from the newest whole checkpoint in `save`, if there is one. Otherwise `load` must hold a
-    checkpoint; `finetune` takes only its weights, as `pretrain_partial_init` does. A run that loads nothing does not
-    write into a folder that already holds another run's checkpoints. Raises CheckpointError for each of these, and for
-    a checkpoint that does not fit; ConfigError for one that cannot grow as configured.
+    checkpoint unless it is `save`; `finetune` takes only its weights, as `pretrain_partial_init` does. A run that loads
+    nothing does not write into a folder that already holds another run's checkpoints. Raises CheckpointError for each
+    of these, and for a checkpoint that does not fit; ConfigError for one that cannot grow as configured.
     """
     return _with_due_growth(config, _locate(config.checkpoint))
 
@@ -173,6 +176,10 @@ def _locate(config: CheckpointConfig) -> RunStart:
     if source is None:
         return RunStart(run_id)
     found = find_checkpoint(Path(source), config.iteration, config.verify_checkpoint)
+    if found is None and goes_on_in_save:
+        # As in NeoX, whose YAMLs name one folder for both: the first start is fresh, and later ones go on.
+        logger.info("load: %s is save, and holds no checkpoint yet", config.load)
+        return RunStart(run_id)
     if found is None:
         key = "load" if config.load is not None else "pretrain_partial_init"
         raise CheckpointError(

@@ -13,7 +13,7 @@ WANDB_RUN = """
 import faulthandler, json, logging, os, sys
 from pathlib import Path
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
-from megatron.monitor.redaction import REDACTED
+from megatron.config.redaction import REDACTED
 from megatron.monitor.metrics_writer import RunEvent
 from megatron.monitor.monitor import build_monitor
 

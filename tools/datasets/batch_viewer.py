@@ -27,7 +27,7 @@ from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
-from megatron.config.load_config import LoadedConfig, load_config
+from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """Writes or prints the tokens of the steps."""
     args, command = parse_args(argv)
     loaded = load_config(command.files, command.overrides)
+    print_warnings(loaded)
     last = loaded.run.training.train_iters
     if args.end > last:
         raise ConfigError(

@@ -186,10 +186,10 @@ class Experiment:
         self.work = (folder or Path(self.matrix.folder)).resolve()
         self.results = file.parent / self.matrix.results
         files = [file.parent / name for name in self.matrix.config_files]
-        given, problems = gather(files, [])
-        if problems:
-            raise ConfigError(report(problems, files))
-        self.base = {key: item.value for key, item in given.items()}
+        gathered = gather(files, [])
+        if gathered.problems:
+            raise ConfigError(report(gathered.problems, files))
+        self.base = {key: item.value for key, item in gathered.given.items()}
         self.cells = [cell for name, group in self.matrix.groups.items() for cell in _combinations(name, group)]
         self._require_known_groups()
 

@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.architecture import DEFAULT_ARCHITECTURE, architecture_facts, optional_sections, owners_of
-from megatron.config.neox.keys.table import OPTIMIZER_PARAMS, find_entry, mapped_keys, neox_keys
+from megatron.config.neox.keys.table import (
+    OPTIMIZER_PARAMS,
+    find_entry,
+    mapped_keys,
+    neox_keys,
+    without_extra_args,
+)
 from megatron.config.neox_entries import UNSET, Converted, Flat, Inert, MapsTo, RefusedError, Rejected
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, OptimizerFacts, optimizer_facts
-from megatron.config.value_types import did_you_mean, mistyped, schema_of
+from megatron.config.redaction import holds_secret_url
+from megatron.config.sections.section_fields import Field, fields
+from megatron.config.value_types import did_you_mean, expected, mistyped, schema_of
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, show
 
 
@@ -40,20 +48,25 @@ class Translation:
     inert: list[str] = field(default_factory=list)
     """Keys without effect, and why."""
     warnings: list[str] = field(default_factory=list)
-    """Those of them that the user might count on."""
+    """Those of them that the user might count on, and values that are read as others."""
+    ignored: list[str] = field(default_factory=list)
+    """The names of all others of them that ask for something."""
 
 
 def translate(given: Mapping[str, Given]) -> Translation:
-    """Looks every key up in the table. A null leaves its key unset, as if it were not there."""
+    """Looks every key up in the table. A null leaves a key of the table unset, as if it were not there."""
     translation = Translation()
-    flat = {key: item.value for key, item in given.items() if item.value is not None}
+    flat = {without_extra_args(key): item.value for key, item in given.items() if item.value is not None}
     optimizer = _chosen_optimizer(given, flat)
     for item in given.values():
-        if item.value is not None:
+        if item.value is not None or not item.is_known:
             _translate_key(item, flat, optimizer, translation)
     _contradicted_switches(given, translation)
     _complete(translation)
     return translation
+
+
+_OPTIMIZER_TYPE = "training.optimizer.type"
 
 
 def _chosen_optimizer(given: Mapping[str, Given], flat: Flat) -> OptimizerFacts[Any] | None:
@@ -61,9 +74,9 @@ def _chosen_optimizer(given: Mapping[str, Given], flat: Flat) -> OptimizerFacts[
     choice = Translation()
     for item in given.values():
         entry = find_entry(item.key)
-        if item.value is not None and isinstance(entry, MapsTo) and entry.path == "training.optimizer.type":
-            _set(item, entry, flat, choice)
-    setting = choice.settings.get("training.optimizer.type")
+        if item.value is not None and isinstance(entry, MapsTo) and entry.path == _OPTIMIZER_TYPE:
+            _set(item, entry, flat, None, choice)
+    setting = choice.settings.get(_OPTIMIZER_TYPE)
     if setting is None:
         return None if choice.refused else OPTIMIZERS[DEFAULT_OPTIMIZER]
     return optimizer_facts(setting.value)
@@ -73,14 +86,19 @@ def _translate_key(item: Given, flat: Flat, optimizer: OptimizerFacts[Any] | Non
     entry = find_entry(item.key, optimizer)
     match entry:
         case None:
-            translation.problems.append(problem_with(item, _unknown(item.key, optimizer)))
+            nearest = len(translation.problems) < _SUGGESTIONS
+            translation.problems.append(problem_with(item, _unknown(item.key, optimizer) if nearest else "unknown key"))
         case Rejected():
             if not entry.allows(item.value):
                 translation.problems.append(problem_with(item, entry.message()))
         case Inert():
             _note_inert(item, entry, flat, translation)
         case MapsTo():
-            _set(item, entry, flat, translation)
+            _set(item, entry, flat, optimizer, translation)
+
+
+_SUGGESTIONS = 50
+"""Problems after which no more suggestions are looked for: the file is another one than was meant."""
 
 
 def _unknown(key: str, optimizer: OptimizerFacts[Any] | None) -> str:
@@ -97,7 +115,7 @@ def _suggestion(key: str) -> str:
     """Asks for the key that was probably meant: one of the same name in a dictionary, or one that is spelt alike."""
     _, _, name = key.rpartition(".")
     nested = [known for known in mapped_keys() if known.endswith(f".{name}")]
-    return f"; did you mean {nested[0]}?" if nested else did_you_mean(key, mapped_keys())
+    return f"; did you mean {nested[0]}?" if len(nested) == 1 else did_you_mean(key, mapped_keys())
 
 
 def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation) -> None:
@@ -107,19 +125,29 @@ def _note_inert(item: Given, entry: Inert, flat: Flat, translation: Translation)
         return
     note = f"{item}: no effect: {entry.reason}"
     translation.inert.append(note)
-    if entry.warn and item.value is not False:
+    if item.value is False or item.value == {"enabled": False}:
+        return
+    if entry.warn:
         translation.warnings.append(note)
+    else:
+        translation.ignored.append(item.key)
 
 
-def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> None:
-    is_choice = entry.accepts is None or "enum" in schema_of(entry.accepts)
-    refusal = None if is_choice else mistyped(item.value, entry.accepts)
+def _set(
+    item: Given, entry: MapsTo, flat: Flat, optimizer: OptimizerFacts[Any] | None, translation: Translation
+) -> None:
     value: Converted = item.value
+    # A conversion knows more values of a choice than the type: those that it replaces or refuses with a reason.
+    is_choice = entry.accepts is None or "enum" in schema_of(entry.accepts)
+    refusal = _secret_in(item) or (None if is_choice else mistyped(item.value, entry.accepts))
     if refusal is None and entry.convert is not None:
         try:
             value = entry.convert(item.value, flat)
         except RefusedError as refused:
             refusal = str(refused)
+    field = _field_at(entry.path, optimizer_facts(value) if entry.path == _OPTIMIZER_TYPE else optimizer)
+    if refusal is None and value is not UNSET and not field.accepts(value):
+        refusal = expected(item.value, field.schema if entry.accepts is None else schema_of(entry.accepts))
     if refusal is not None:
         translation.problems.append(problem_with(item, refusal))
         translation.refused.add(entry.path)
@@ -129,10 +157,26 @@ def _set(item: Given, entry: MapsTo, flat: Flat, translation: Translation) -> No
         _settle(entry.path, Setting(value, item), translation)
 
 
+def _field_at(path: str, optimizer: OptimizerFacts[Any] | None) -> Field:
+    """Returns a value of the configuration, as the chosen optimizer declares it where that has one."""
+    own = {} if optimizer is None else fields(optimizer.section)
+    return own.get(path) or fields()[path]
+
+
+def _secret_in(item: Given) -> str | None:
+    """Says why a value with a password may not be: it would be written into run.json and into every checkpoint."""
+    if not holds_secret_url(item.value):
+        return None
+    return (
+        "a URL with a password or a token in it would be written into run.json and into every checkpoint; leave that "
+        "out, and keep it in ~/.netrc or in the environment"
+    )
+
+
 def _settle(path: str, setting: Setting, translation: Translation) -> None:
     """Keeps one setting of a path: the command line's before the files'; else two keys must agree."""
     other = translation.settings.get(path)
-    if other is None or (other.value != setting.value and _beats(setting, other)):
+    if other is None or _beats(setting, other):
         translation.settings[path] = setting
     elif other.value != setting.value and not _beats(other, setting) and setting.given is not None:
         translation.problems.append(problem_with(setting.given, f"contradicts {other.given}"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field
 
+from megatron.config.bounds import NonNegative, Positive
 from megatron.config.neox_entries import Rejected, absent_flag
 from megatron.config.optimizer import OPTIMIZERS, Implementation, OptimizerConfig, OptimizerFacts, ParameterGroup
 
@@ -20,10 +21,10 @@ class AdamWConfig(OptimizerConfig):
     betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Decay of the first and second moment."""
 
-    eps: PositiveFloat = 1.0e-8
+    eps: Positive = 1.0e-8
     """Added to the root of the second moment."""
 
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay on everything but norms and biases."""
 
 
@@ -72,6 +73,7 @@ OPTIMIZERS.register("adamw")(
         check=_check,
         neox_keys={
             "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),
+            "max_grad_norm": Rejected("DeepSpeed's old place for it", "use gradient_clipping", accepts=float),
             "freeze_step": Rejected("1-bit Adam is not implemented"),
             "cuda_aware": absent_flag("1-bit Adam is not implemented"),
             "bias_correction": Rejected("Adam always corrects its bias", harmless=(True,), accepts=bool),

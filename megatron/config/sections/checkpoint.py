@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from megatron.config.bounds import Count, StepCount, StepNumber
 from megatron.config.section import Key, Section
 
+Ratio = Annotated[float, Field(gt=0.0, le=1e12)]
 Verification = Literal["full", "sizes"]
 
 
@@ -17,32 +19,32 @@ class CheckpointConfig(Section):
     save: str | None = None
     """Folder for this run's checkpoints; None saves nothing."""
 
-    load: Annotated[str | None, Key(difference="must hold a checkpoint; NeoX starts from step 0 when it does not")] = (
-        None
-    )
-    """Folder to load from; it must hold a checkpoint."""
+    load: Annotated[
+        str | None, Key(difference="must hold a checkpoint unless it is save; NeoX always starts from step 0 without")
+    ] = None
+    """Folder to load from. It must hold a checkpoint, unless it is the folder `save`, in which a run starts fresh."""
 
-    checkpoint_factor: PositiveInt | PositiveFloat | None = None
+    checkpoint_factor: StepCount | Ratio | None = None
     """Steps between checkpoints (linear, a whole number) or ratio between them (log, above 1); None saves only at
     extra_save_iters and at the end."""
 
     checkpoint_scale: Literal["linear", "log"] = "linear"
     """Whether checkpoints are evenly or exponentially spaced."""
 
-    extra_save_iters: list[NonNegativeInt] = Field(default=[])
+    extra_save_iters: list[StepNumber] = Field(default=[])
     """Further steps at which to save [steps]; 0 saves the initial weights."""
 
     async_save: Annotated[bool, Key(difference="not a NeoX key; Megatron-LM has an option of this name")] = False
     """Write checkpoints in the background while training goes on, from a copy in host memory, which is as large as the
     files that a rank writes. Only the copying, and the last save of a run, are waited for."""
 
-    keep_last_n_checkpoints: PositiveInt | None = None
+    keep_last_n_checkpoints: Count | None = None
     """Newest complete checkpoints of this run that are kept [checkpoints]; None keeps all."""
 
     keep_extra_save_iters: Annotated[bool, Key(difference="not a NeoX key")] = False
     """Keep the checkpoints of extra_save_iters for ever, whatever keep_last_n_checkpoints says."""
 
-    keep_every_n_iters: Annotated[PositiveInt | None, Key(difference="not a NeoX key")] = None
+    keep_every_n_iters: Annotated[StepCount | None, Key(difference="not a NeoX key")] = None
     """Keep the checkpoint of every multiple of this step for ever [steps]; None keeps none for that reason."""
 
     verify_checkpoint: Annotated[Verification, Key(difference="not a NeoX key; there, nothing is checked")] = "full"
@@ -58,7 +60,7 @@ class CheckpointConfig(Section):
     """Continue from the newest complete checkpoint in `save` when there is one; otherwise start from `load`, or
     fresh."""
 
-    iteration: NonNegativeInt | None = None
+    iteration: StepNumber | None = None
     """Step of the checkpoint to load [steps]; None means the newest complete one."""
 
     finetune: bool = False

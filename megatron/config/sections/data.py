@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field
 
+from megatron.config.bounds import NonNegative
 from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
@@ -51,13 +52,13 @@ class DataConfig(Section):
     ] = None
     """Prefixes of the test datasets."""
 
-    train_data_weights: list[float] | None = None
+    train_data_weights: list[NonNegative] | None = None
     """Weights of the training datasets; equal when unset."""
 
-    valid_data_weights: list[float] | None = None
+    valid_data_weights: list[NonNegative] | None = None
     """Weights of the validation datasets; equal when unset."""
 
-    test_data_weights: list[float] | None = None
+    test_data_weights: list[NonNegative] | None = None
     """Weights of the test datasets; equal when unset."""
 
     impl: Annotated[DatasetFormat, Key("data_impl", difference="infer means mmap")] = "mmap"
@@ -68,7 +69,7 @@ class DataConfig(Section):
     ] = False
     """Leave end-of-document tokens out of the loss."""
 
-    num_workers: NonNegativeInt = 2
+    num_workers: int = Field(default=2, ge=0, le=1024)
     """Loader processes per rank [processes]."""
 
     index_cache_dir: Annotated[str | None, Key(difference="not a NeoX key; there, beside the dataset")] = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field
 
+from megatron.config.bounds import NonNegative, SampleCount, TokenCount
 from megatron.config.section import Key, Section
 
 
@@ -15,20 +16,20 @@ class GenerationConfig(Section):
     text_gen_type: Literal["unconditional", "input-file", "interactive"] = "unconditional"
     """Where prompts come from: nowhere, sample_input_file, or the terminal (without one, standard input)."""
 
-    temperature: NonNegativeFloat = 0.0
+    temperature: NonNegative = 0.0
     """Divides the logits before sampling; 0 decodes greedily."""
 
-    top_k: NonNegativeInt = 0
+    top_k: int = Field(default=0, ge=0, le=10**8)
     """Sample among this many likeliest tokens; 0 means all."""
 
     top_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Sample among the likeliest tokens that together reach this probability; 0 means all."""
 
-    maximum_tokens: PositiveInt = 64
+    maximum_tokens: TokenCount = 64
     """Tokens generated per sample at most [tokens]. A prompt loses tokens on the left to make room for them, at most
     for half of seq_length; where a sequence reaches seq_length, it ends."""
 
-    num_samples: Annotated[PositiveInt, Key(difference="counts for prompts too, not only without")] = 1
+    num_samples: Annotated[SampleCount, Key(difference="counts for prompts too, not only without")] = 1
     """Samples of each prompt [samples]."""
 
     prompt_end: str = Field(default="\n", min_length=1)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
+from megatron.config.bounds import LayerCount, NonNegative, StepCount, StepNumber, TokenCount
 from megatron.config.section import OneOf, Section
 from megatron.config.sections.model import ModelConfig
 from megatron.registry import variant_names
@@ -16,16 +17,16 @@ from megatron.registry import variant_names
 class ModelSizes(Section):
     """Sizes that growth changes; everything else about a model stays."""
 
-    qkv: PositiveInt | None = None
+    qkv: TokenCount | None = None
     """Parameter tokens in each of the query, key and value Pattentions [tokens]; None without parameter tokens."""
 
-    proj: PositiveInt | None = None
+    proj: TokenCount | None = None
     """Parameter tokens in the output projection's Pattention [tokens]; None without parameter tokens."""
 
-    ffn: PositiveInt | None = None
+    ffn: TokenCount | None = None
     """Parameter tokens in the feed-forward Pattention [tokens]; None without parameter tokens."""
 
-    num_layers: PositiveInt
+    num_layers: LayerCount
     """Transformer layers [layers]."""
 
     @staticmethod
@@ -58,22 +59,22 @@ class GrowthRules(Section):
     learning_rate: Literal["continue", "rewarm_new", "rewarm_all"] = "continue"
     """Learning rate after growth: the schedule's; or warmed up once more from 0, for new rows or for all."""
 
-    rewarm_iters: NonNegativeInt = 0
+    rewarm_iters: StepNumber = 0
     """Steps of that warmup [steps]."""
 
-    old_rows_lr: NonNegativeFloat = 1.0
+    old_rows_lr: NonNegative = 1.0
     """Multiplier on the learning rate of what was there before; 0 freezes it."""
 
-    old_rows_iters: NonNegativeInt = 0
+    old_rows_iters: StepNumber = 0
     """Steps for which old_rows_lr holds after growth [steps]."""
 
-    new_rows_weight_decay: NonNegativeFloat | None = None
+    new_rows_weight_decay: NonNegative | None = None
     """Weight decay of new rows; None means the optimizer's."""
 
-    ramp_iters: PositiveInt | None = None
+    ramp_iters: StepCount | None = None
     """Steps in which mask_ramp opens the scores of new tokens from 0 to 1 [steps]."""
 
-    perturb: NonNegativeFloat = 0.0
+    perturb: NonNegative = 0.0
     """Noise on what copy and shrink_perturb write, as a share of the standard deviation of the values."""
 
     shrink: PositiveFloat = Field(default=1.0, le=1.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from megatron.config.bounds import LayerCount, NonNegative, Positive, TokenCount, Width
 from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
@@ -30,30 +31,30 @@ PositionEmbedding = Literal["rotary", "none"]
 class ParamTokenConfig(Section):
     """Sizes of the learnable parameter tokens (TokenFormer only), and how their scores are normalized."""
 
-    qkv: Annotated[PositiveInt, Key("qkv_slot_num", difference="TokenFormer release; not a key of NeoX proper")]
+    qkv: Annotated[TokenCount, Key("qkv_slot_num", difference="TokenFormer release; not a key of NeoX proper")]
     """Parameter tokens in each of the query, key and value Pattentions [tokens, summed over tensor ranks]."""
 
-    proj: Annotated[PositiveInt, Key("proj_slot_num", difference="TokenFormer release")]
+    proj: Annotated[TokenCount, Key("proj_slot_num", difference="TokenFormer release")]
     """Parameter tokens in the Pattention that replaces the attention output projection [tokens]."""
 
-    ffn: Annotated[PositiveInt, Key("ffn_slot_num", difference="TokenFormer release")]
+    ffn: Annotated[TokenCount, Key("ffn_slot_num", difference="TokenFormer release")]
     """Parameter tokens in the Pattention that replaces the MLP [tokens]."""
 
     theta: Annotated[Theta, Key("norm_activation_type", difference="TokenFormer release")] = "l2_norm_gelu"
     """Normalization of the scores between input tokens and parameter tokens."""
 
-    qkv_scale_base: Annotated[PositiveInt, Key(difference="not a NeoX key; the release recomputes it")] = Field(
+    qkv_scale_base: Annotated[TokenCount, Key(difference="not a NeoX key; the release recomputes it")] = Field(
         default_factory=lambda given: given["qkv"]
     )
     """Token count that scales the q, k and v scores [tokens]; the current count unless set. Growth pins it to the count
     of the first stage, so that appended zero keys leave the model unchanged."""
 
-    proj_scale_base: Annotated[PositiveInt, Key(difference="not a NeoX key")] = Field(
+    proj_scale_base: Annotated[TokenCount, Key(difference="not a NeoX key")] = Field(
         default_factory=lambda given: given["proj"]
     )
     """Token count that scales the output projection's scores [tokens]; the current count unless set."""
 
-    ffn_scale_base: Annotated[PositiveInt, Key(difference="not a NeoX key")] = Field(
+    ffn_scale_base: Annotated[TokenCount, Key(difference="not a NeoX key")] = Field(
         default_factory=lambda given: given["ffn"]
     )
     """Token count that scales the feed-forward scores [tokens]; the current count unless set."""
@@ -67,19 +68,19 @@ class ModelConfig(Section):
     ]
     """Layer design; attention_config, when given, says it as well."""
 
-    num_layers: PositiveInt
+    num_layers: LayerCount
     """Transformer layers [layers]."""
 
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width of the residual stream [features]."""
 
-    num_attention_heads: PositiveInt
+    num_attention_heads: Width
     """Attention heads; must divide hidden_size [heads]."""
 
-    seq_length: PositiveInt
+    seq_length: TokenCount
     """Tokens in a training sample [tokens]."""
 
-    max_position_embeddings: PositiveInt
+    max_position_embeddings: TokenCount
     """Longest sequence that the model is meant for [tokens]; at least seq_length."""
 
     pos_emb: Annotated[
@@ -98,10 +99,10 @@ class ModelConfig(Section):
     final_norm: Annotated[Norm | None, Key(difference="TokenFormer release")] = None
     """Normalization before the head; None means the same kind as `norm`."""
 
-    layernorm_epsilon: PositiveFloat = 1.0e-5
+    layernorm_epsilon: Positive = 1.0e-5
     """Added to the variance in LayerNorm."""
 
-    rms_norm_epsilon: PositiveFloat = 1.0e-8
+    rms_norm_epsilon: Positive = 1.0e-8
     """Added to the mean square in RMSNorm."""
 
     activation: Annotated[
@@ -113,7 +114,7 @@ class ModelConfig(Section):
     rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each head's dimensions that is rotated."""
 
-    rotary_emb_base: PositiveFloat = 10000.0
+    rotary_emb_base: Positive = 10000.0
     """Base of the rotary frequencies."""
 
     parallel_residual: Annotated[bool, Key("gpt_j_residual")] = False
@@ -140,16 +141,16 @@ class ModelConfig(Section):
     output_layer_init_method: InitMethod = "scaled_normal"
     """Initialization of output-side weights: value tokens, attention output and second MLP matrices."""
 
-    init_method_std: NonNegativeFloat = 0.02
+    init_method_std: NonNegative = 0.02
     """Standard deviation of the normal initializations."""
 
     make_vocab_size_divisible_by: Annotated[
-        PositiveInt,
+        Width,
         Key(difference="NeoX pads to this times model_parallel_size, so that its loss depends on the layout"),
     ] = 128
     """The vocabulary is padded up to a multiple of this [tokens]; never of the tensor-parallel size."""
 
-    padded_vocab_size: Annotated[PositiveInt | None, Key(difference="NeoX overwrites it with the tokenizer's")] = None
+    padded_vocab_size: Annotated[TokenCount | None, Key(difference="NeoX overwrites it with the tokenizer's")] = None
     """Rows of the embedding [tokens]; None derives it from the tokenizer."""
 
     mask_padded_vocab: Annotated[bool, Key(difference="not a NeoX key; there, padding is not masked")] = False

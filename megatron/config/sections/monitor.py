@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import PositiveInt
+from pydantic import Field
 
+from megatron.config.bounds import StepCount
 from megatron.config.section import Key, Section
+
+Name = Annotated[str, Field(max_length=128)]
+"""What W&B can name a thing."""
 
 
 class WandbConfig(Section):
@@ -17,26 +21,26 @@ class WandbConfig(Section):
     enabled: Annotated[bool, Key("use_wandb")] = False
     """Record to W&B."""
 
-    project: str = "neox"
+    project: Name = "neox"
     """Project that the run belongs to."""
 
-    group: Annotated[str | None, Key(difference="taken as it is; NeoX appends a random suffix")] = None
+    group: Annotated[Name | None, Key(difference="taken as it is; NeoX appends a random suffix")] = None
     """Group of runs."""
 
-    team: str | None = None
+    team: Name | None = None
     """Team (entity) that owns the project."""
 
     host: Annotated[str | None, Key(difference="NeoX's default is https://api.wandb.ai")] = None
     """Base URL of the server; None means W&B's own or what the environment says."""
 
-    run_name: str | None = None
+    run_name: Name | None = None
     """Name of the run; None lets W&B choose one."""
 
 
 class MonitorConfig(Section):
     """Progress and metrics: what a run shows and records."""
 
-    log_interval: PositiveInt = 100
+    log_interval: StepCount = 100
     """Steps between progress lines and metric records [steps]."""
 
     log_batch_hashes: Annotated[bool, Key(difference="not a NeoX key")] = False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
+from megatron.config.bounds import ElementCount, LayerCount, LocalCount, RankCount
 from megatron.config.section import Key, Section
 
 
@@ -23,25 +24,27 @@ class ZeroConfig(Section):
     ] = 1
     """ZeRO stage; 0 is raised to 1 and 2 or 3 are refused."""
 
-    allgather_bucket_size: PositiveInt = 500_000_000
+    allgather_bucket_size: ElementCount = 500_000_000
     """Elements gathered at a time after the optimizer step [elements]."""
 
-    reduce_bucket_size: PositiveInt = 500_000_000
+    reduce_bucket_size: ElementCount = 500_000_000
     """Elements reduced at a time [elements]."""
 
 
 class ParallelConfig(Section):
     """Sizes of the tensor- and pipeline-parallel groups; the data-parallel size is what remains of the ranks."""
 
-    model_parallel_size: PositiveInt = 1
+    model_parallel_size: RankCount = 1
     """Tensor-parallel ranks [ranks]."""
 
     pipe_parallel_size: Annotated[
-        PositiveInt, Key(difference="0 means 1; both train through DeepSpeed's pipeline engine")
+        LayerCount, Key(difference="0 means 1; both train through DeepSpeed's pipeline engine")
     ] = 1
     """Pipeline stages [stages]."""
 
-    pipe_partition_method: str = Field(default="type:transformer|mlp", pattern=r"^(uniform|parameters|type:.+)$")
+    pipe_partition_method: str = Field(
+        default="type:transformer|mlp", max_length=200, pattern=r"^(uniform|parameters|type:.+)$"
+    )
     """How layers are spread over stages: `uniform`, `parameters`, or `type:REGEX` of layer class names."""
 
     sequence_parallel: bool = False
@@ -54,7 +57,7 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """Ranks on this machine, and where they meet. Ranks started by torchrun, srun or mpirun ignore these."""
 
-    num_gpus: Annotated[PositiveInt | None, Key(difference="ranks on this machine, also on CPUs")] = None
+    num_gpus: Annotated[LocalCount | None, Key(difference="ranks on this machine, also on CPUs")] = None
     """Ranks that deepy.py starts on this machine [ranks]; None means every visible GPU, or one rank on a CPU."""
 
     master_port: Annotated[int | None, Key(difference="a free port when unset; NeoX's default is 29500")] = Field(

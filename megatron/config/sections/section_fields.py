@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
 from megatron.config.optimizer import OptimizerConfig, registered_optimizers
 from megatron.config.section import Key, OneOf, Section
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.value_types import Schema
+from megatron.config.value_types import Schema, conforms
 from megatron.config.yaml.problems import YamlValue
 
 
@@ -40,11 +42,17 @@ class Field:
     """Default value; None also for required and derived ones."""
     key_default: YamlValue
     """Default of the key, where the section requires the value."""
+    adapter: TypeAdapter[Any] = dataclass_field(repr=False, compare=False)
+    """pydantic's validator of the value alone."""
 
     @property
     def schema(self) -> Schema:
         """Returns the JSON schema of its type, with the names that are registered now."""
         return self.type_schema if self.choice is None else self.choice.schema()
+
+    def accepts(self, value: object) -> bool:
+        """Tells whether the value may be this, apart from all others."""
+        return conforms(value, self.adapter)
 
 
 def fields(optimizer: type[OptimizerConfig] | None = None) -> dict[str, Field]:
@@ -92,6 +100,7 @@ def _own_fields(section: type[Section]) -> list[Field]:
             derived=info.default_factory is not None,
             default=_default(info),
             key_default=keys[name].default,
+            adapter=TypeAdapter(_alone(info), config=section.model_config),
         )
         for name, info in section.model_fields.items()
         if _section_of(info.annotation) is None
@@ -110,6 +119,11 @@ def _section_of(annotation: Any) -> type[Section] | None:
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def _alone(info: FieldInfo) -> Any:
+    """Returns the type of a field with its bounds."""
+    return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
 
 
 def _default(info: FieldInfo) -> YamlValue:

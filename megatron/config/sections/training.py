@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny
 
+from megatron.config.bounds import Count, LayerCount, NonNegative, Positive, SampleCount, Seed, StepCount, StepNumber
 from megatron.config.learning_rate import LRScheduleConfig
 from megatron.config.optimizer import OptimizerConfig, read_optimizer_section
 from megatron.config.section import Key, Section
@@ -38,19 +39,19 @@ class PrecisionConfig(Section):
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], Key("precision")] = "fp32"
     """Format of weights and activations; the optimizer always keeps fp32 master weights."""
 
-    loss_scale: NonNegativeFloat = 0.0
+    loss_scale: NonNegative = 0.0
     """fp16 only: fixed loss scale, 0 for dynamic."""
 
-    initial_scale_power: NonNegativeInt = 16
+    initial_scale_power: int = Field(default=16, ge=0, le=127)
     """fp16 only: the dynamic scale starts at 2 to this power."""
 
-    loss_scale_window: PositiveInt = 1000
+    loss_scale_window: StepCount = 1000
     """fp16 only: steps without overflow before the scale doubles [steps]."""
 
-    hysteresis: PositiveInt = 2
+    hysteresis: Count = 2
     """fp16 only: overflows before the scale halves."""
 
-    min_loss_scale: PositiveInt = 1
+    min_loss_scale: Count = 1
     """fp16 only: smallest dynamic scale."""
 
 
@@ -60,7 +61,7 @@ class CheckpointedActivations(Section):
     enabled: Annotated[bool, Key("checkpoint_activations")] = False
     """Recompute."""
 
-    num_layers: Annotated[PositiveInt, Key("checkpoint_num_layers")] = 1
+    num_layers: Annotated[LayerCount, Key("checkpoint_num_layers")] = 1
     """Layers between two kept activations [layers]."""
 
 
@@ -73,30 +74,30 @@ class NonFiniteConfig(Section):
     """Stop with an error and leave the last checkpoint the last; leave the step out; or go back to the newest complete
     checkpoint and on with the samples after the bad ones."""
 
-    budget: Annotated[PositiveInt, Key(difference="not a NeoX key")] = 10
+    budget: Annotated[StepCount, Key(difference="not a NeoX key")] = 10
     """Steps of the run that may be left out or rolled back before it stops after all [steps]."""
 
 
 class TrainingConfig(Section):
     """The run's schedule."""
 
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     """Seed of weights, data order and dropout."""
 
-    train_iters: PositiveInt
+    train_iters: StepCount
     """Optimizer steps [steps]."""
 
-    train_batch_size: PositiveInt | None = None
+    train_batch_size: SampleCount | None = None
     """Samples per optimizer step, over all ranks [samples]; derived when unset."""
 
-    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: SampleCount | None = None
     """Samples per forward pass and data-parallel rank [samples]; derived when unset."""
 
-    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_accumulation_steps: SampleCount | None = None
     """Micro batches per optimizer step [micro batches]; derived when unset."""
 
     gradient_clipping: Annotated[
-        NonNegativeFloat, Key(difference="published NeoX runs that say 1.0 very likely did not clip; this does")
+        NonNegative, Key(difference="published NeoX runs that say 1.0 very likely did not clip; this does")
     ] = 1.0
     """Largest global gradient norm; 0 does not clip."""
 
@@ -104,19 +105,19 @@ class TrainingConfig(Section):
     """NaN and infinity."""
 
     exit_interval: Annotated[
-        PositiveInt | None, Key(difference="saves first, and ends with the exit code that asks to be resumed")
+        StepCount | None, Key(difference="saves first, and ends with the exit code that asks to be resumed")
     ] = None
     """Save and end the run after every multiple of this step, with the exit code that asks to be resumed [steps]; None
     does not."""
 
-    exit_duration_in_mins: Annotated[PositiveFloat | None, Key(difference="Megatron's key, not NeoX's")] = None
+    exit_duration_in_mins: Annotated[Positive | None, Key(difference="Megatron's key, not NeoX's")] = None
     """Save and end the run at the first step that ends this long after its start, with the exit code that asks to be
     resumed [minutes]; None does not."""
 
-    eval_interval: PositiveInt = 1000
+    eval_interval: StepCount = 1000
     """Steps between validations [steps]."""
 
-    eval_iters: NonNegativeInt = 100
+    eval_iters: StepNumber = 100
     """Global batches per validation and per final test [batches]; 0 does not evaluate."""
 
     precision: PrecisionConfig = PrecisionConfig()

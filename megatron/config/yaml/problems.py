@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+from megatron.config.redaction import redact, redact_urls
 
 YamlValue: TypeAlias = "bool | int | float | str | list[YamlValue] | dict[str, YamlValue] | None"
 
@@ -38,9 +40,16 @@ class Given:
     """Flat, with underscores; keys of nested dictionaries are joined by dots."""
     value: YamlValue
     origin: Origin
+    is_known: bool = True
+    """Whether the key is in the table; the name of any other tells whether its value may be a secret."""
+
+    @property
+    def shown(self) -> str:
+        """Returns the value for messages: shortened, and redacted where it may be a secret."""
+        return show(redact(self.value, "" if self.is_known else self.key))
 
     def __str__(self) -> str:
-        return f"{self.origin} {self.key}: {show(self.value)}"
+        return f"{self.origin} {show_key(self.key)}: {self.shown}"
 
 
 @dataclass(frozen=True)
@@ -63,23 +72,45 @@ def problem_with(given: Given, message: str) -> Problem:
 
 
 _NEEDS_QUOTES = re.compile(r"[-+.\d][\w.+-]*|[Tt]rue|[Ff]alse|[Nn]ull|None|~|")
+_SHOWN_CHARACTERS = 80
+_SHOWN_PROBLEMS = 100
 
 
-def show(value: YamlValue) -> str:
-    """Writes a value as it would stand in a YAML file, shortened when long."""
-    plain = isinstance(value, str) and value.isprintable() and not _NEEDS_QUOTES.fullmatch(value)
-    text = value if isinstance(value, str) and plain else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def show(value: object) -> str:
+    """Writes a value as it would stand in a YAML file, shortened when long, without the secrets of URLs."""
+    if isinstance(value, str) and value.isprintable() and not _NEEDS_QUOTES.fullmatch(value):
+        return _shortened([redact_urls(value)])
+    return _shortened(json.JSONEncoder().iterencode(redact(value)))
+
+
+def show_key(key: str) -> str:
+    """Writes a key on one line, shortened when long."""
+    return _shortened([key if key.isprintable() else json.dumps(key)])
+
+
+def _shortened(parts: Iterable[str]) -> str:
+    text = ""
+    for part in parts:
+        text += part
+        if len(text) > _SHOWN_CHARACTERS:
+            return text[: _SHOWN_CHARACTERS - 3] + "..."
+    return text
 
 
 def report(problems: Sequence[Problem], files: Sequence[Path]) -> str:
-    """Lists all problems, in the order of the files and their lines; what no file says comes last."""
+    """Lists all problems, in the order of the files and their lines; what no file says comes last.
+
+    Of more than a hundred, the first hundred are listed.
+    """
 
     def position(problem: Problem) -> tuple[int, int]:
         file = problem.origin.file
         return (files.index(file) if file in files else len(files), problem.origin.line)
 
-    lines = [str(problem) for problem in sorted(problems, key=position)]
-    if len(lines) == 1:
+    lines = [str(problem) for problem in sorted(problems, key=position)[:_SHOWN_PROBLEMS]]
+    if len(problems) == 1:
         return lines[0]
-    return "\n".join([f"{len(lines)} errors in the configuration:", *lines])
+    more = len(problems) - len(lines)
+    return "\n".join(
+        [f"{len(problems)} errors in the configuration:", *lines, *([f"... and {more} more"] if more else [])]
+    )

@@ -2,13 +2,14 @@
 
 NeoX's YAMLs are YAML 1.1 read by PyYAML, whose surprises are not kept: `6e-4` is a number here, `12:30` and `010` are
 text, only `true` and `false` are booleans (`yes`, `no`, `on` and `off` are text: some keys take `on` or `off`),
-`None` is null like `null` and `~`, and a duplicate key is an error.
+`None` is null like `null` and `~`, and a duplicate key is an error. A file may be hostile, or the wrong one: size,
+depth, aliases and digits are limited far above what any configuration needs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +21,37 @@ from yaml.reader import Reader, ReaderError
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-from megatron.config.yaml.problems import Origin, Problem, YamlValue
+from megatron.config.yaml.problems import Origin, Problem, YamlValue, show, show_key
 from megatron.errors import ConfigError
 
 _TAG = "tag:yaml.org,2002:"
+
+MAX_BYTES = 4 * 2**20
+"""Size of a file [bytes]."""
+MAX_DEPTH = 32
+"""Lists and mappings inside one another."""
+MAX_VALUES = 100_000
+"""Values of a file, each counted as often as aliases repeat it."""
+MAX_TEXT = 10_000
+"""Characters of a text; as many as three paths of the greatest length that Linux has [characters]."""
+MAX_KEY = 200
+"""Characters of a key [characters]."""
+MAX_DIGITS = 100
+"""Characters of a number [characters]."""
 
 
 class _Resolver(BaseResolver):
     """Types of plain scalars; everything that matches nothing here is text."""
 
 
-for _kind, _pattern in (
+_PATTERNS = (
     ("null", r"~|null|Null|NULL|None|"),
     ("bool", r"true|True|TRUE|false|False|FALSE"),
     ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)"),
     ("float", r"[-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
-):
+)
+for _kind, _pattern in _PATTERNS:
     _Resolver.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"(?:{_pattern})\\Z"), None)
 
 
@@ -49,6 +64,26 @@ class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
         Parser.__init__(self)
         Composer.__init__(self)
         _Resolver.__init__(self)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Builds a node, and those inside it; raises MarkedYAMLError when they are nested too deep."""
+        if self._depth > MAX_DEPTH:
+            problem = f"lists and mappings are nested more than {MAX_DEPTH} deep"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self._mark())
+        self._depth += 1
+        try:
+            return Composer.compose_node(self, parent, index)
+        finally:
+            self._depth -= 1
+
+    def _mark(self) -> yaml.Mark:
+        mark: yaml.Mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        return mark
+
+
+class _TooManyValuesError(Exception):
+    """Aliases repeat more values than a file may have."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +103,14 @@ class LocatedValue:
 def read_yaml(file: Path) -> tuple[dict[str, LocatedValue], list[Problem]]:
     """Reads the top-level keys of a YAML (or JSON) file, hyphens turned into underscores, and what is wrong with it."""
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        return {}, [Problem(str(file), f"cannot be read: {error.strerror}", Origin("file", file=file))]
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return {}, [Problem(str(file), f"cannot be read: {reason}", Origin("file", file=file))]
+    if len(content) > MAX_BYTES:
+        message = f"is larger than {MAX_BYTES // 2**20} MiB, and so no configuration; is it the right file?"
+        return {}, [Problem(str(file), message, Origin("file", file=file))]
     return _Document(file).entries(content)
 
 
@@ -100,18 +140,25 @@ class _Document:
         self.file = file
         self.problems: list[Problem] = []
         self._open_nodes: set[int] = set()
+        self._values = 0
 
     def entries(self, content: bytes) -> tuple[dict[str, LocatedValue], list[Problem]]:
         node = self._compose(content)
         if isinstance(node, yaml.MappingNode):
-            return self._mapping(node), self.problems
+            try:
+                return self._mapping(node), self.problems
+            except _TooManyValuesError:
+                return {}, self.problems
         if node is not None and node.tag != f"{_TAG}null":
             self._wrong(node, "expected keys and values")
         return {}, self.problems
 
     def value(self, text: str) -> tuple[LocatedValue, list[Problem]]:
         node = self._compose(text)
-        return (LocatedValue(None, 0) if node is None else self._entry(node)), self.problems
+        try:
+            return (LocatedValue(None, 0) if node is None else self._entry(node)), self.problems
+        except _TooManyValuesError:
+            return LocatedValue(None, 0), self.problems
 
     def _compose(self, content: bytes | str) -> yaml.Node | None:
         try:
@@ -121,6 +168,10 @@ class _Document:
             return None
         except ReaderError as error:
             self._add(0, f"is not UTF-8 text: {error.reason} at position {error.position}")
+            return None
+        except (ValueError, OverflowError):
+            # PyYAML lets these out for \U with more than a character's number, and for %YAML with thousands of digits.
+            self._add(0, "not valid YAML: an escape or a directive holds a number that is too large")
             return None
         return node if isinstance(node, yaml.Node) else None
 
@@ -149,16 +200,23 @@ class _Document:
                 self._wrong(key_node, "expected a plain key; merge several files instead of `<<` or composite keys")
                 continue
             key = key_node.value.replace("-", "_")
+            if len(key) > MAX_KEY or not _is_text(key):
+                self._wrong(key_node, f"expected a key of up to {MAX_KEY} letters, digits and underscores")
+                continue
             if key in entries:
-                self._wrong(key_node, f"duplicate key {key_node.value}; also on line {entries[key].line}")
+                self._wrong(key_node, f"duplicate key {show_key(key_node.value)}; also on line {entries[key].line}")
                 continue
             entries[key] = LocatedValue(self._entry(value_node).value, _line(key_node))
         return entries
 
     def _entry(self, node: yaml.Node) -> LocatedValue:
         line = _line(node)
+        self._values += 1
+        if self._values > MAX_VALUES:
+            self._wrong(node, f"more than {MAX_VALUES:,} values, with those that aliases repeat")
+            raise _TooManyValuesError
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
+            return LocatedValue(self._scalar(node), line)
         if id(node) in self._open_nodes:
             self._wrong(node, "an alias that contains itself")
             return LocatedValue(None, line)
@@ -173,24 +231,55 @@ class _Document:
 
     def _require_tag(self, node: yaml.Node, tag: str) -> None:
         if node.tag != _TAG + tag:
-            self._wrong(node, f"the tag {node.tag} is not allowed")
+            self._wrong(node, f"the tag {show(node.tag)} is not allowed")
 
-    def _scalar(self, node: yaml.ScalarNode) -> LocatedValue:
-        text: str = node.value
-        line = _line(node)
-        match node.tag.removeprefix(_TAG):
-            case "null":
-                return LocatedValue(None, line)
-            case "bool":
-                return LocatedValue(text.lower() == "true", line)
-            case "int":
-                return LocatedValue(int(text.replace("_", ""), 16 if "x" in text else 10), line)
-            case "float":
-                return LocatedValue(float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))), line)
-            case "str":
-                return LocatedValue(text, line)
-        self._wrong(node, f"the tag {node.tag} is not allowed")
-        return LocatedValue(None, line)
+    def _scalar(self, node: yaml.ScalarNode) -> bool | int | float | str | None:
+        kind = node.tag.removeprefix(_TAG)
+        refusal = _refusal(kind, node.value) if kind in _READ else f"the tag {show(node.tag)} is not allowed"
+        if refusal is None:
+            return _READ[kind](node.value)
+        self._wrong(node, refusal)
+        return None
+
+
+_READ: Mapping[str, Callable[[str], bool | int | float | str | None]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": lambda text: int(text.replace("_", ""), 16 if "x" in text else 10),
+    "float": lambda text: float(re.sub(r"\.(inf|nan)", r"\1", text.lower().replace("_", ""))),
+    "str": str,
+}
+"""Types of scalars, and how the text of one is read once it is known to be of the type."""
+
+_EXPECTED = {
+    "null": "null",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+}
+
+
+def _refusal(kind: str, text: str) -> str | None:
+    """Says why a scalar cannot be read as its type, which a tag may have given to any text; None when it can."""
+    if kind == "str":
+        if len(text) > MAX_TEXT:
+            return f"a text of {len(text):,} characters; at most {MAX_TEXT:,} are read"
+        return (
+            None if _is_text(text) else "the text holds U+0000 or a lone surrogate, which no file can have in its name"
+        )
+    if kind in ("int", "float") and len(text) > MAX_DIGITS:
+        return f"a number of {len(text):,} characters; at most {MAX_DIGITS} are read"
+    if any(kind == known and re.fullmatch(pattern, text) for known, pattern in _PATTERNS):
+        return None
+    if kind == "float" and re.fullmatch(r"[-+]?[0-9][0-9_]*", text):
+        return None
+    return f"the tag !!{kind} stands before something else than {_EXPECTED[kind]}"
+
+
+def _is_text(text: str) -> bool:
+    """Tells whether a text can be written as UTF-8 and be a part of a file's name."""
+    return re.search("[\0\ud800-\udfff]", text) is None
 
 
 def _end_of_item(content: bytes, mark: yaml.Mark) -> int:

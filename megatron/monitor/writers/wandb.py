@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
+from megatron.config.redaction import redact
 from megatron.config.sections.monitor import MonitorConfig, WandbConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.io.durable import replace_durably
 from megatron.monitor.metrics_writer import WRITERS, MonitoredRun, RunEvent, lost_on
-from megatron.monitor.redaction import redact
 from megatron.registry import install_extra, require
 
 _logger = logging.getLogger(__name__)

@@ -68,7 +68,8 @@ def test_during_imports(command: list[str], library: str) -> None:
     assert_one_line(interrupt(command, loads(library)))
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 2])
 def test_while_text_is_tokenized(workers: int, tmp_path: Path) -> None:
     """Its worker processes are told as well, and say nothing; no file is left."""
     text = tmp_path / "text.jsonl"

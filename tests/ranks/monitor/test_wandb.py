@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from megatron.config.redaction import REDACTED
 from megatron.monitor.metrics_file import read_records
-from megatron.monitor.redaction import REDACTED
 from tests.helpers.wandb_runs import PLANTED_KEY, run_with_wandb
 
 

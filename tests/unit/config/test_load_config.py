@@ -58,7 +58,9 @@ def test_published_tokenformer() -> None:
     assert [warning.split(": ")[0].split()[-1] for warning in loaded.warnings] == [
         "partition_activations",
         "adlr_autoresume",
+        "here",
     ]
+    assert loaded.warnings[-1].startswith("keys without effect here: ")
 
 
 def test_published_pythia() -> None:

@@ -43,7 +43,7 @@ def test_neox_default_may_be_given(name: str) -> None:
     """A YAML that spells a default out asks for nothing special, so it is accepted: but for learned positions."""
     problems = [str(problem) for problem in translated(**{name: NEOX_DEFAULTS[name]}, **CONTEXT.get(name, {})).problems]
     if name == "pos_emb":
-        assert problems == ["command line pos_emb: learned: learned positions are not implemented; use rotary or none"]
+        assert problems == ["command line pos_emb: learned: learned positions are not implemented; rotary and none are"]
     else:
         assert problems == []
 
@@ -91,9 +91,16 @@ def test_true_for_a_missing_switch_is_refused() -> None:
 
 
 def test_keys_inside_a_refused_dictionary_are_refused_with_it() -> None:
-    assert find_entry("deepspeed_extra_args.gradient_clipping") is neox_keys()["deepspeed_extra_args"]
-    (problem,) = translated(**{"deepspeed_extra_args.gradient_clipping": 1.0}).problems
-    assert "written by this project" in str(problem)
+    assert find_entry("deepspeed_extra_args.hidden_size") is neox_keys()["deepspeed_extra_args"]
+    (problem,) = translated(**{"deepspeed_extra_args.hidden_size": 768}).problems
+    assert str(problem).startswith("command line deepspeed_extra_args.hidden_size: 768: known to NeoX, not supported")
+
+
+@pytest.mark.parametrize("key", ["gradient_clipping", "bf16.enabled", "comms_logger", "zero_optimization.stage"])
+def test_deepspeeds_keys_mean_the_same_in_its_extra_dictionary(key: str) -> None:
+    assert find_entry(f"deepspeed_extra_args.{key}") is neox_keys()[key]
+    (problem,) = translated(**{f"deepspeed_extra_args.{key}": "x"}).problems
+    assert str(problem).startswith(f"command line deepspeed_extra_args.{key}: x: expected ")
 
 
 @pytest.mark.parametrize("true_and_one", [(True, 1), (False, 0)])

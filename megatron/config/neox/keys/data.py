@@ -31,15 +31,15 @@ def _tokenizer_type(value: YamlValue, flat: Flat) -> Converted:
     return value
 
 
-_BOUNDARIES = "the published models attend and count positions across document boundaries, and so does this"
+_BOUNDARIES = "positions and attention that start anew at the boundaries of documents are not implemented"
 _LABELS = "labels always are the next tokens"
 _PREFERENCES = "preference training is not implemented"
 _ONLINE = "only read with dataset_impl: online, which is refused"
 
 DATA_KEYS: dict[str, TableEntry] = {
     "data_impl": Conversion(_data_impl),
-    "reset_position_ids": absent_flag(_BOUNDARIES, "use reset_position_ids: false"),
-    "reset_attention_mask": absent_flag(_BOUNDARIES, "use reset_attention_mask: false"),
+    "reset_position_ids": absent_flag(_BOUNDARIES),
+    "reset_attention_mask": absent_flag(_BOUNDARIES),
     "tokenizer_type": Conversion(_tokenizer_type),
     "use_shared_fs": Rejected(
         "indices are looked for beside the dataset, or in one folder per machine",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 from megatron.config.architecture import attention_types
 from megatron.config.neox_entries import (
     DELETED_EXPERIMENT,
+    UNSET,
     Conversion,
     Converted,
     Flat,
@@ -29,25 +31,25 @@ def architecture_of(value: YamlValue, flat: Flat) -> Converted:
     known = attention_types()
     for kind in layers:
         if kind not in known:
-            raise RefusedError(f"attention type {kind} is not implemented; use one of {', '.join(known)}")
+            raise RefusedError(f"attention type {kind} is not implemented; {', '.join(known)} are")
     architectures = {known[kind] for kind in layers}
     if len(architectures) > 1:
-        raise RefusedError("all layers must be of one architecture")
+        raise RefusedError("layers of several architectures in one model are not implemented")
     num_layers = flat.get("num_layers")
-    if isinstance(num_layers, int) and len(layers) != num_layers:
-        raise RefusedError(f"describes {len(layers)} layers, but num_layers is {num_layers}")
+    if isinstance(num_layers, int) and layers.total() != num_layers:
+        raise RefusedError(f"describes {layers.total()} layers, but num_layers is {num_layers}")
     return architectures.pop()
 
 
-def _attention_layers(value: YamlValue, num_layers: YamlValue) -> list[str]:
-    """Lists one attention type per layer: the value itself when flat, else groups of types times a count or "all"."""
+def _attention_layers(value: YamlValue, num_layers: YamlValue) -> Counter[str]:
+    """Counts the layers of each attention type: the value is their list, or groups of types times a count or "all"."""
     malformed = RefusedError('expected [[["tokenformer"], N]] or [[["flash"], N]] for N layers')
     if not isinstance(value, list) or not value:
         raise malformed
-    layers: list[str] = []
+    layers: Counter[str] = Counter()
     for item in value:
         if isinstance(item, str):
-            layers.append(item)
+            layers[item] += 1
             continue
         if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and item[0]):
             raise malformed
@@ -56,7 +58,8 @@ def _attention_layers(value: YamlValue, num_layers: YamlValue) -> list[str]:
             count = num_layers // len(kinds)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise malformed
-        layers.extend(kinds * count)
+        for kind in kinds:
+            layers[kind] += count
     return layers
 
 
@@ -64,23 +67,33 @@ def _norm(value: YamlValue, flat: Flat) -> Converted:
     if value == "non_parametric_layernorm":
         return "layernorm_nonparam"
     if value in ("te_layernorm", "te_rmsnorm"):
-        raise RefusedError(f"Transformer Engine is not supported; use {str(value).removeprefix('te_')}")
+        same = str(value).removeprefix("te_")
+        raise RefusedError(f"Transformer Engine is not supported; use norm: {same}, the same function")
     if value == "scalenorm":
-        raise RefusedError("scalenorm is not implemented; use layernorm, layernorm_nonparam or rmsnorm")
+        raise RefusedError("scalenorm is not implemented; layernorm, layernorm_nonparam and rmsnorm are")
     return value
 
 
 def _activation(value: YamlValue, flat: Flat) -> Converted:
-    """Replaces exact GeLU by its tanh approximation under bias_gelu_fusion, as NeoX does whatever `activation` says."""
-    activation = flat.get("activation") or "gelu"
-    if activation == "gelu" and flat.get("bias_gelu_fusion") is True:
-        return "gelu_tanh"
-    return activation
+    """Leaves exact GeLU to bias_gelu_fusion, under which NeoX computes the tanh approximation."""
+    _refuse_absent(value, "geglu relu softsign swish mish silu reglu swiglu bilinear glu", "gelu and gelu_tanh")
+    return UNSET if value == "gelu" and flat.get("bias_gelu_fusion") is True else value
+
+
+def _fused_gelu(value: YamlValue, flat: Flat) -> Converted:
+    """Returns the approximation that NeoX's fused kernel computes; of another activation it says nothing."""
+    return "gelu_tanh" if value is True and flat.get("activation") in (None, "gelu") else UNSET
+
+
+def _refuse_absent(value: YamlValue, absent: str, present: str) -> None:
+    """Raises RefusedError for one of NeoX's choices that are not implemented here."""
+    if value in absent.split():
+        raise RefusedError(f"{value} is not implemented; {present} are")
 
 
 def _position_embedding(value: YamlValue, flat: Flat) -> Converted:
     if value in ("learned", "sinusoidal", "rpe", "alibi"):
-        raise RefusedError(f"{value} positions are not implemented; use rotary or none")
+        raise RefusedError(f"{value} positions are not implemented; rotary and none are")
     return value
 
 
@@ -90,8 +103,11 @@ def _negated(value: YamlValue, flat: Flat) -> Converted:
 
 def _init_method(value: YamlValue, flat: Flat) -> Converted:
     if value == "single_residual_scaled_normal":
-        raise RefusedError("single_residual_scaled_normal is not implemented; use scaled_normal")
+        raise RefusedError("single_residual_scaled_normal is not implemented")
     return value
+
+
+_OTHER_WIDTH = "known to NeoX, not supported here: an MLP of another width is not implemented"
 
 
 def _is_four_times_hidden(value: YamlValue, flat: Flat) -> str | None:
@@ -99,21 +115,28 @@ def _is_four_times_hidden(value: YamlValue, flat: Flat) -> str | None:
     if isinstance(hidden, int) and value == 4 * hidden:
         return None
     wanted = f" ({4 * hidden})" if isinstance(hidden, int) else ""
-    return f"the MLP is always 4 x hidden_size{wanted} wide; leave the key out"
+    return f"{_OTHER_WIDTH}: it is 4 x hidden_size{wanted}"
 
 
 def _divides_mlp_width(value: YamlValue, flat: Flat) -> str | None:
     hidden = flat.get("hidden_size")
     if isinstance(hidden, int) and isinstance(value, int) and value > 0 and 4 * hidden % value == 0:
         return None
-    return "the MLP is always 4 x hidden_size wide, which this does not divide; leave the key out"
+    return f"{_OTHER_WIDTH}: it is 4 x hidden_size, which this does not divide"
+
+
+def _bias_of_layernorm(value: YamlValue, flat: Flat) -> str | None:
+    norm = flat.get("norm") or "layernorm"
+    if value is True or "layernorm" not in (norm, flat.get("final_norm") or norm):
+        return None
+    return "known to NeoX, not supported here: LayerNorm without a bias is not implemented"
 
 
 def _same_as(other: str, because: str) -> Inert:
     def check(value: YamlValue, flat: Flat) -> str | None:
         if value == flat.get(other):
             return None
-        return f"known to NeoX, not supported here: {because}; leave it out or give it the value of {other}"
+        return f"known to NeoX, not supported here: {because}; only the value of {other} is accepted"
 
     return Inert(int, f"equal to {other}, the only value accepted, it asks for nothing", check)
 
@@ -134,11 +157,11 @@ MODEL_KEYS: dict[str, TableEntry] = {
     ),
     "final_norm": Conversion(_norm),
     "scalenorm_epsilon": Inert(float, "only read by scalenorm, which norm refuses"),
-    "use_bias_in_norms": Rejected("LayerNorm always has a bias", "leave it out, or use norm: rmsnorm", (True,), bool),
+    "use_bias_in_norms": Inert(bool, "LayerNorm has a bias, and the other norms have none", _bias_of_layernorm),
     "activation": Conversion(_activation),
     "bias_gelu_fusion": MapsTo(
         "model.activation",
-        _activation,
+        _fused_gelu,
         bool,
         meaning="Compute the MLP's GeLU by its tanh approximation (gpt_neox), as NeoX's fused kernel does.",
         default=False,
@@ -148,7 +171,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "rpe_num_buckets": Inert(int, "only read with pos_emb: rpe, which is refused"),
     "rpe_max_distance": Inert(int, "only read with pos_emb: rpe, which is refused"),
     "opt_pos_emb_offset": Inert(int, "only read with pos_emb: learned, which is refused"),
-    "gpt_j_tied": absent_flag("the two norms of a parallel residual are separate", "use gpt_j_tied: false"),
+    "gpt_j_tied": absent_flag("a parallel residual with one norm for both branches is not implemented"),
     "no_weight_tying": Conversion(
         _negated, accepts=bool, meaning="The head has a matrix of its own instead of the embedding's.", default=False
     ),
@@ -163,7 +186,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "intermediate_size": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
     "ffn_dim": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
     "expansion_factor": Inert(
-        float, "4 is the only value accepted", only(4, 4.0, because="the MLP is 4 x hidden_size wide")
+        float, "4 is the only value accepted", only(4, 4.0, because="an MLP of another width is not implemented")
     ),
     "mlp_multiple_of": Inert(int, "the MLP width is a multiple of it already", _divides_mlp_width),
     "sliding_window_width": Rejected("sliding-window attention is not implemented"),
@@ -200,7 +223,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "te_layernorm_mlp": absent_flag("Transformer Engine is not supported"),
     "te_mha": absent_flag("Transformer Engine is not supported"),
     "te_fp8_mha": absent_flag("Transformer Engine is not supported"),
-    "te_fp8_format": Inert(str, "only read by Transformer Engine layers, which are refused"),
+    "te_fp8_format": Inert(Literal["e4m3", "hybrid"], "only read by Transformer Engine layers, which are refused"),
     "te_fp8_wgrad": Inert(bool, "only read by Transformer Engine layers, which are refused"),
     "te_fp8_amax_compute_algo": Inert(str, "only read by Transformer Engine layers, which are refused"),
     "te_fp8_amax_history_len": Inert(int, "only read by Transformer Engine layers, which are refused"),
@@ -222,7 +245,7 @@ MODEL_KEYS |= {
         "expert_interval": int,
         "jitter_eps": float,
         "lbl_in_fp32": bool,
-        "router_type": str,
+        "router_type": Literal["sinkhorn", "topk"],
         "top_k": int,
         "eval_capacity_factor": float,
         "expert_parallel_size": int,

@@ -42,7 +42,7 @@ MONITOR_KEYS: dict[str, TableEntry] = {
     "comet_workspace": Inert(str, _COMET),
     "tensorboard": Rejected(_DEEPSPEED_MONITOR, "use tensorboard_dir", accepts=dict),
     "wandb": Rejected(_DEEPSPEED_MONITOR, "use use_wandb", accepts=dict),
-    "csv_monitor": Rejected(_DEEPSPEED_MONITOR, "read metrics.jsonl in log_dir", accepts=dict),
+    "csv_monitor": Inert(dict, f"{_DEEPSPEED_MONITOR}; metrics.jsonl in log_dir has the numbers", warn=True),
     "steps_per_print": Inert(int, "DeepSpeed's own progress lines are off; log_interval decides"),
     "wall_clock_breakdown": Inert(bool, "only prints DeepSpeed's timers, and slows the run to do so"),
     "log_grad_norm": Inert(bool, "the gradient norm is always recorded"),
@@ -57,11 +57,13 @@ MONITOR_KEYS: dict[str, TableEntry] = {
     "profile": absent_flag("no profile is written"),
     "profile_step_start": Inert(int, _PROFILE),
     "profile_step_stop": Inert(int, _PROFILE),
-    "peak_theoretical_tflops": Rejected("utilization is only reported for devices whose peak is known"),
+    "peak_theoretical_tflops": Inert(
+        float, "utilization is reported for devices whose peak is known, and against that", warn=True
+    ),
     "git_hash": Inert(str, "the commit is found out by the run itself"),
     "dump_state": absent_flag("DeepSpeed's state is not dumped", "use --print-effective-config"),
-    "flops_profiler": Rejected("DeepSpeed's profiler is not used", accepts=dict),
-    "comms_logger": Rejected("DeepSpeed's communication logger is not used", accepts=dict),
+    "flops_profiler": Inert(dict, "DeepSpeed's profiler, which prints alone, is not used", warn=True),
+    "comms_logger": Inert(dict, "DeepSpeed's log of communication, which prints alone, is not used", warn=True),
 }
 
 GENERATION_KEYS: dict[str, TableEntry] = {

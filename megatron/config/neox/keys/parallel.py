@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 
 from megatron.config.neox_entries import (
     Conversion,
@@ -40,7 +40,7 @@ _MEMORY_ONLY = "decides how gradients lie in memory or travel between ranks; not
 _ZERO_DERIVED = "NeoX overwrites it from zero_optimization"
 
 PARALLEL_KEYS: dict[str, TableEntry] = {
-    "pipe_parallel_size": Conversion(_pipe_parallel_size, accepts=NonNegativeInt),
+    "pipe_parallel_size": Conversion(_pipe_parallel_size, accepts=Annotated[int, Field(ge=0, le=100_000)]),
     "is_pipe_parallel": Inert(bool, "NeoX overwrites it from pipe_parallel_size"),
     "zero_optimization.stage": Conversion(_zero_stage, accepts=Annotated[int, Field(ge=0, le=3)]),
     "zero_optimization.allgather_partitions": Inert(bool, _MEMORY_ONLY),
@@ -62,7 +62,7 @@ PARALLEL_KEYS: dict[str, TableEntry] = {
     "zero_reduce_bucket_size": Rejected(_ZERO_DERIVED, "use zero_optimization.reduce_bucket_size", accepts=int),
     "zero_allgather_bucket_size": Rejected(_ZERO_DERIVED, "use zero_optimization.allgather_bucket_size", accepts=int),
     "deepspeed": Rejected("training always goes through DeepSpeed", harmless=(True,), accepts=bool),
-    "deepspeed_extra_args": Rejected("DeepSpeed's configuration is written by this project"),
+    "deepspeed_extra_args": Rejected("it has no such key that is also one of NeoX's dictionary for DeepSpeed"),
     "data_types.grad_accum_dtype": Inert(
         str, "fp32 is what is always used", only("fp32", because="gradients are accumulated in fp32")
     ),
@@ -88,12 +88,15 @@ PARALLEL_KEYS: dict[str, TableEntry] = {
 }
 
 LAUNCH_KEYS: dict[str, TableEntry] = {
-    "launcher": Inert(str, f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}"),
+    "launcher": Inert(
+        Literal["pdsh", "openmpi", "mvapich", "mpich", "impi", "slurm", "jsrun"],
+        f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}",
+    ),
     "deepspeed_slurm": Inert(bool, _RANKS_READ_ENVIRONMENT),
     "deepspeed_mpi": Inert(bool, _RANKS_READ_ENVIRONMENT),
     "no_ssh_check": Inert(bool, "nothing is started over ssh"),
     "force_multi": absent_flag(_ONE_MACHINE, _START_ELSEWHERE),
-    "hostfile": Rejected(_ONE_MACHINE, _START_ELSEWHERE, accepts=str),
+    "hostfile": Inert(str, f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}", warn=True),
     "include": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=str),
     "exclude": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=str),
     "num_nodes": Rejected(_ONE_MACHINE, _START_ELSEWHERE, harmless=(-1, 1), accepts=int),
@@ -112,7 +115,7 @@ LAUNCH_KEYS: dict[str, TableEntry] = {
     "world_size": Rejected(_SET_BY_LAUNCHER, accepts=int),
     "rank": Rejected(_SET_BY_LAUNCHER, accepts=int),
     "local_rank": Rejected(_SET_BY_LAUNCHER, accepts=int),
-    "global_num_gpus": Rejected(_SET_BY_LAUNCHER, "use num_gpus", accepts=int),
+    "global_num_gpus": Inert(int, "whatever starts the ranks counts them; num_gpus starts as many here", warn=True),
     "do_train": Inert(bool, "NeoX overwrites it; train_iters decides"),
     "do_valid": Inert(bool, "NeoX overwrites it; eval_iters decides"),
     "do_test": Inert(bool, "NeoX overwrites it; eval_iters decides"),

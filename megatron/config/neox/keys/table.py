@@ -35,19 +35,51 @@ OPTIMIZER_PARAMS = "optimizer.params."
 """NeoX's dictionary of the values that an optimizer has of its own."""
 
 
+EXTRA_ARGS = "deepspeed_extra_args."
+"""NeoX's dictionary whose keys go to DeepSpeed beside those that stand at the top."""
+
+_DEEPSPEED_KEYS = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("fp16", "bf16", "amp", "data_types", "communication_data_type", "fp32_allreduce"),
+    *("prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "zero_optimization"),
+    *("optimizer", "scheduler", "activation_checkpointing", "checkpoint", "sparse_attention", "compression_training"),
+    *("autotuning", "curriculum_learning", "data_efficiency", "elasticity"),
+    *("comms_logger", "csv_monitor", "tensorboard", "wandb", "flops_profiler"),
+    *("steps_per_print", "wall_clock_breakdown", "dump_state"),
+}
+"""Keys that DeepSpeed reads itself, and that mean the same in `deepspeed_extra_args`."""
+
+
 def neox_keys(optimizer: OptimizerFacts[Any] | None = None) -> Mapping[str, Entry]:
     """Returns the table. It has the keys of every registered optimizer, or of `optimizer` alone."""
     return _table(registered_optimizers() if optimizer is None else (optimizer,))
 
 
+def is_dictionary(key: str) -> bool:
+    """Tells whether the table knows keys of a dictionary, such as `optimizer` and `optimizer.params`."""
+    return key == EXTRA_ARGS[:-1] or without_extra_args(key) in nested_keys()
+
+
 def nested_keys() -> frozenset[str]:
-    """Returns the dictionaries whose keys the table knows, such as `optimizer` and `optimizer.params`."""
+    """Returns the dictionaries whose keys the table knows."""
     return _dictionaries(registered_optimizers())
+
+
+def is_known(key: str) -> bool:
+    """Tells whether the table has a key, or keys in it."""
+    return without_extra_args(key) in neox_keys() or is_dictionary(key)
+
+
+def without_extra_args(key: str) -> str:
+    """Returns the key that one in `deepspeed_extra_args` means."""
+    own = key.removeprefix(EXTRA_ARGS)
+    return own if own.partition(".")[0] in _DEEPSPEED_KEYS else key
 
 
 def find_entry(key: str, optimizer: OptimizerFacts[Any] | None = None) -> Entry | None:
     """Returns what the table says of a key, or of the nearest dictionary around it."""
     table = neox_keys(optimizer)
+    key = without_extra_args(key)
     while key not in table:
         key, dot, _ = key.rpartition(".")
         if not dot:

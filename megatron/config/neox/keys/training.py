@@ -50,9 +50,9 @@ def _fp16_type(value: YamlValue, flat: Flat) -> Converted:
 def _optimizer_type(value: YamlValue, flat: Flat) -> Converted:
     facts = optimizer_facts(value)
     if facts is None:
-        others = "".join(f", or {'/'.join(other.names)}" for other in registered_optimizers()[1:])
+        others = "".join(f", and {'/'.join(other.names)}" for other in registered_optimizers()[1:])
         raise RefusedError(
-            f"the optimizer {value} is not implemented; use Adam, which is decoupled AdamW as in NeoX{others}"
+            f"the optimizer {value} is not implemented; Adam, which is decoupled AdamW as in NeoX, is{others}"
         )
     return next(name for name in facts.names if name.lower() == str(value).lower())
 
@@ -63,6 +63,8 @@ def _decay_share(value: YamlValue, flat: Flat) -> Converted:
         raise RefusedError("lr_decay_iters is given too; keep one of them")
     if not isinstance(train_iters, int) or not isinstance(value, int | float):
         return UNSET
+    if not 0 < value <= 1:
+        raise RefusedError("expected a number above 0 and of at most 1")
     return max(1, math.floor(train_iters * value))
 
 
@@ -95,13 +97,10 @@ TRAINING_KEYS: dict[str, TableEntry] = {
         meaning="Which 16-bit format `fp16.enabled` selects.",
         default="fp16",
     ),
-    "fp16.auto_cast": absent_flag("inputs are token ids"),
+    "fp16.auto_cast": Inert(bool, "only casts inputs that are no whole numbers, and token ids are"),
     "fp16.consecutive_hysteresis": absent_flag("the loss scaler keeps DeepSpeed's default"),
     "fp16.fp16_master_weights_and_grads": absent_flag("master weights are fp32"),
     "bf16.enabled": MapsTo("training.precision.dtype", _bf16_switch, bool, meaning="Compute in bf16.", default=False),
-    "deepspeed_extra_args.bf16.enabled": MapsTo(
-        "training.precision.dtype", _bf16_switch, bool, meaning="Compute in bf16.", default=False
-    ),
     "bf16.immediate_grad_update": absent_flag("gradients are accumulated in fp32 before the update"),
     "bf16.bf16_master_weights_and_grads": absent_flag("master weights are fp32"),
     "loss_scale": Rejected(_FIXED_LOSS_SCALE, "use fp16.loss_scale", (0,), float),
@@ -153,7 +152,7 @@ TRAINING_KEYS: dict[str, TableEntry] = {
     "dpo_fp32": Inert(bool, _PREFERENCES),
     "dpo_reference_free": Inert(bool, _PREFERENCES),
     "kl_div_beta": Inert(float, _PREFERENCES),
-    "kl_impl": Inert(str, _PREFERENCES),
+    "kl_impl": Inert(Literal["abs", "mse", "kl", "full"], _PREFERENCES),
     "kto_beta": Inert(float, _PREFERENCES),
     "kto_desirable_weight": Inert(float, _PREFERENCES),
     "kto_undesirable_weight": Inert(float, _PREFERENCES),

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.errors import ConfigError, DataError
+from megatron.inference.evaluation.harness.task_consent import require_consent
 
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
 """lm-eval's own defaults, so that its command line and ours choose the same examples."""
@@ -50,11 +52,13 @@ class HarnessTasks:
 def load_tasks(config: EvaluationConfig) -> HarnessTasks:
     """Loads the configured tasks with their data.
 
-    Raises ConfigError for an unknown task and for one that is given twice; DataError for data that cannot be had and
+    Raises ConfigError for an unknown task, for one that is given twice, and for one that runs code without consent;
+    DataError for data that cannot be had and
     for fewer solved examples than asked for.
     """
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise ConfigError(f"eval_include_path: {config.include_path} is not a folder with task YAMLs.")
+    require_consent(config)
     manager = _task_manager(config)
     names = _known_names(config.tasks, manager)
     content: dict[Any, Any] = {}
@@ -142,7 +146,7 @@ def _load(name: str, manager: Any) -> dict[Any, Any]:
             f"eval_tasks: the data of {name} cannot be had: {error}.{offline} Load the task once where there is a "
             "network and take HF_HOME along, or give a task whose YAML names local files (`--include_path`)."
         ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ImportError, TemplateError) as error:
         raise DataError(
             f"eval_tasks: {name} cannot be set up: {type(error).__name__}: {error}. See its YAML."
         ) from error

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ def test_a_task_that_is_asked_for_twice(eval_config: Path, eval_tasks: Path, tmp
         run_eval(eval_config, "--include_path", str(tasks), "--eval_tasks", "zen", "zen_choice")
 
 
+def one_document(folder: Path) -> dict[str, Any]:
+    """The keys of a task that name its data, which is written to the folder."""
+    (folder / "data.jsonl").write_text('{"text": "a"}\n')
+    return {"dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}}}
+
+
 def broken_task(folder: Path, **settings: Any) -> Path:
     """An include path with one task, `broken`."""
     folder.mkdir()
@@ -175,6 +182,35 @@ def test_broken_tasks(
 ) -> None:
     folder = broken_task(tmp_path / "tasks", **settings)
     with pytest.raises(error, match=said):
+        run_eval(eval_config, "--include_path", str(folder), "--eval_tasks", "broken")
+
+
+def test_tasks_run_python_only_with_consent(eval_config: Path, tmp_path: Path) -> None:
+    """In a file that the task's own includes; a metric that `evaluate` would load runs code as well."""
+    folder = broken_task(tmp_path / "tasks", **one_document(tmp_path), doc_to_target="a")
+    trace = tmp_path / "trace"
+    (folder / "base").mkdir()
+    (folder / "base" / "mine.py").write_text(f"from pathlib import Path\nPath({str(trace)!r}).touch()\ntext = str\n")
+    (folder / "base" / "base.yaml").write_text("doc_to_text: !function mine.text\n")
+    task = folder / "broken.yaml"
+    settings = yaml.safe_load(task.read_text())
+    task.write_text(yaml.safe_dump(settings | {"include": "base/base.yaml"}))
+    for asked in (["--include_path", str(folder), "--eval_tasks", "broken"], ["--eval_tasks", str(task)]):
+        with pytest.raises(ConfigError, match=r"base\.yaml:1: this task runs Python: !function .*eval_trust_remote"):
+            run_eval(eval_config, *asked)
+    assert not trace.exists()
+    with suppress(UserError):
+        run_eval(eval_config, "--eval_tasks", str(task), "eval_trust_remote_code=true")
+    assert trace.exists()
+    task.write_text(yaml.safe_dump(settings | {"metric_list": [{"metric": "somewhere/mine"}]}))
+    with pytest.raises(ConfigError, match=r"the metric somewhere/mine of the package evaluate"):
+        run_eval(eval_config, "--eval_tasks", str(task))
+
+
+def test_templates_of_tasks_reach_no_objects_of_python(eval_config: Path, tmp_path: Path) -> None:
+    hostile = {"doc_to_text": "{{ ''.__class__.__mro__ }}", "doc_to_target": "a"}
+    folder = broken_task(tmp_path / "tasks", **one_document(tmp_path), **hostile)
+    with pytest.raises(DataError, match="broken cannot be set up: SecurityError: access to attribute '__class__'"):
         run_eval(eval_config, "--include_path", str(folder), "--eval_tasks", "broken")
 
 

@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
+from megatron.config.redaction import REDACTED, redact
 from megatron.config.sections.run_config import RunConfig
-from megatron.monitor.redaction import REDACTED, redact
 
 
 @pytest.mark.parametrize(

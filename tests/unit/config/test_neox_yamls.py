@@ -1,0 +1,49 @@
+"""NeoX's own YAMLs beside its local setup: those that ask for what exists here load, others say what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron.config.command_line import load_command_line
+from megatron.errors import ConfigError
+from tests.helpers.neox_yamls import LOADABLE, NOT_HERE, write_neox_yamls
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_neox_yamls(tmp_path_factory.mktemp("neox") / "configs"))
+
+
+@pytest.mark.parametrize("setup", ["local_setup.yml", "local_setup_wandb.yml"])
+@pytest.mark.parametrize("name", LOADABLE)
+def test_what_exists_here_loads(name: str, setup: str, configs: str) -> None:
+    _, loaded = load_command_line(["-d", configs, name, setup, "--check"])
+    assert loaded.run.checkpoint.load == loaded.run.checkpoint.save == "checkpoints"
+    named = "\n".join(loaded.warnings)
+    assert ("hostfile: /mock_path: no effect: deepy.py starts the ranks of one machine" in named) == (
+        "hostfile" in LOADABLE[name]
+    )
+    assert ("comms_logger" in named) == ("deepspeed_extra_args" in LOADABLE[name])
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_what_is_missing_is_named(name: str, configs: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_command_line(["-d", configs, name, "local_setup.yml", "--check"])
+    assert NOT_HERE[name][1] in str(caught.value)
+
+
+def test_two_setups_contradict_as_in_neox(configs: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"local_setup_wandb\.yml:3 data_path: duplicate key; also in .*local_setup\.yml:3"
+    ):
+        load_command_line(["-d", configs, "125M.yml", "local_setup.yml", "local_setup_wandb.yml", "--check"])
+
+
+def test_the_cpu_example_adds_its_mock(configs: str, tmp_path: Path) -> None:
+    mock = tmp_path / "cpu_mock_config.json"
+    mock.write_text('{"global_num_gpus": 1}')
+    _, loaded = load_command_line(["-d", configs, "125M.yml", "local_setup.yml", str(mock), "--check"])
+    assert any("global_num_gpus: 1: no effect: " in warning for warning in loaded.warnings)
