@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron.checkpointing.store import find_checkpoint
 from megatron.config.load_config import load_config
 from megatron.errors import CheckpointError, ConfigError
 from megatron.growth.staged_plan import Stage, load_plan
@@ -174,7 +175,7 @@ def test_keys_on_the_command_line_hold_for_every_stage(tmp_path: Path) -> None:
         ({"grow": {"operator": "zero_key", "at_step": 2}}, "at_step: 2", "follows from the stage's place"),
         ({"train_iters": 9}, "train_iters: 9", "follows from the stage's place"),
         ({"model_parallel_size": 3}, "model_parallel_size: 3", "does not split over model_parallel_size 3"),
-        ({"ffn_slots": 3}, "ffn_slots: 3", "did you mean ffn_slot_num?"),
+        ({"ffn_slot_nun": 3}, "ffn_slot_nun: 3", "did you mean ffn_slot_num?"),
     ],
 )
 def test_a_stage_that_cannot_follow_is_refused_with_file_and_line(
@@ -220,6 +221,6 @@ def test_a_stage_beyond_its_budget_is_refused(tmp_path: Path, monkeypatch: pytes
     from types import SimpleNamespace
 
     newest = SimpleNamespace(path=Path("runs/a/global_step5"), state=SimpleNamespace(iteration=5))
-    monkeypatch.setattr(run_stages, "readable_checkpoints", lambda folder: [newest])
+    monkeypatch.setattr(find_checkpoint, "readable_checkpoints", lambda folder: [newest])
     with pytest.raises(CheckpointError, match="ends at step 4, and has trained beyond it"):
         run_stages.StagePlace.of(plan.stages[0])
