@@ -177,8 +177,8 @@ def _next_batch(iterator: Iterator[Tensor | UserError]) -> Tensor | UserError:
         if not died or "in DataLoader worker process" in reason:
             raise
         return EnvironmentSetupError(
-            f"a process that reads data ahead has died ({reason or type(error).__name__}). Most likely memory was short; set `num_workers` "
-            "lower, or to 0, which reads in the training process."
+            f"a process that reads data ahead has died ({reason or type(error).__name__}). Most likely memory was "
+            "short; set `num_workers` lower, or to 0, which reads in the training process."
         )
 
 
