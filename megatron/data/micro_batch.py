@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import itertools
 import mmap
@@ -159,23 +160,25 @@ def _raise_errors(loader: DataLoader[Tensor | UserError]) -> Generator[Tensor, N
             yield batch
     finally:
         if loader.num_workers > 0:
-            # Left to garbage collection, workers would live as long as a traceback that refers to the iterator.
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            # Left to garbage collection, workers would live as long as a traceback that refers to the iterator. torch's
+            # handler of signals may tell once more of a worker that has died.
+            with contextlib.suppress(RuntimeError):
+                iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _next_batch(iterator: Iterator[Tensor | UserError]) -> Tensor | UserError:
     try:
         return next(iterator)
     except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        reason = str(error).partition("\n")[0]
         # The last three where it died while it handed a batch over, by a socket in the file system. An error of the
-        # dataset comes as its own type, and begins with "Caught".
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        if str(error).startswith("Caught"):
+        # dataset comes as its own type, and says in which worker it was caught.
+        died = not isinstance(error, RuntimeError) or reason.startswith(("DataLoader worker", "Pin memory thread"))
+        if not died or "in DataLoader worker process" in reason:
             raise
         return EnvironmentSetupError(
-            f"a process that reads data ahead has died: {error}. Most likely memory was short; set `num_workers` "
-            "lower, or to 0, which reads in the training process."
+            f"a process that reads data ahead has died ({reason or type(error).__name__}). Most likely memory was "
+            "short; set `num_workers` lower, or to 0, which reads in the training process."
         )
 
 

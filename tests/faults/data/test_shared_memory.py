@@ -84,4 +84,4 @@ def test_a_killed_worker_is_told() -> None:
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("EnvironmentSetupError: a process that reads data ahead has died: ")
+    assert line.startswith("EnvironmentSetupError: a process that reads data ahead has died (")
