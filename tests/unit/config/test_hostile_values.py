@@ -68,9 +68,7 @@ FILES = [
     path
     for path, field in fields().items()
     if field.type_schema.get("type", "string") == "string"
-    and not path.startswith(
-        ("model.", "grow.", "monitor.wandb", "training.", "speedups.", "parallel.", "generation.prompt_end")
-    )
+    and path.startswith(("data.", "checkpoint.", "monitor.log", "monitor.tensor", "generation.sample", "evaluation."))
 ]
 """Texts that may become names of files."""
 
