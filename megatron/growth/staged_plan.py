@@ -45,8 +45,8 @@ SET_BY_PLAN = frozenset(
      "grow.ffn_slot_num", "grow.num_layers", "grow.factor"}
 )  # fmt: skip
 """Keys that follow from a stage's place, budget and sizes."""
-ANY_NUMBER_OF_STEPS = 10**12
-"""Stands for steps that are not known yet; no schedule is longer."""
+UNKNOWN_STEPS: dict[str, YamlValue] = {"train_iters": 10**7, "eval_iters": 0, "checkpoint_factor": None}
+"""Stands for steps that are not known yet; no schedule is longer, and nothing else is counted by them."""
 GROWING_FIELDS = frozenset({"param_tokens", "num_layers"})
 
 
@@ -297,7 +297,7 @@ def _of_stage(entry: _Entry) -> Iterator[None]:
 
 def _steps(entry: _Entry, follows: bool, files: Sequence[Path], ranks: int | None) -> tuple[int, int]:
     """Returns the optimizer steps of a stage, the last of which may go beyond its tokens, and the tokens of a step."""
-    settings: dict[str, YamlValue] = {"train_iters": ANY_NUMBER_OF_STEPS, "save": entry.name}
+    settings: dict[str, YamlValue] = {**UNKNOWN_STEPS, "save": entry.name}
     loaded = _load(entry, _with_settings(entry, settings | ({"load": "the stage before"} if follows else {})), files)
     ranks = loaded.run.launch.num_gpus or ranks
     batch = loaded.run.training.train_batch_size
