@@ -45,7 +45,7 @@ class GrowConfig(GrowthRules):
     num_layers: LayerCount | None = None
     """Transformer layers after growth [layers]; None leaves them."""
 
-    factor: float | None = Field(default=None, gt=1.0, le=1000.0)
+    factor: float | None = Field(default=None, gt=1.0, le=1e6)
     """Factor on all that the operator adds, parameter tokens or layers, in place of the sizes."""
 
     @property
