@@ -1,4 +1,5 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
+#               (TEXT=my.txt: on your own, in demo-my/; OUTPUT=folder: there)
 # make test     run the tests (make test-full: the whole of every big matrix; ARGS="tests/unit -k loss": some of them)
 # make test-transformers  run transformers' own common tests on the modelling file of exports, and on GPTNeoX
 # make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
@@ -14,7 +15,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.installed
-	$(PY) tools/demo.py $(if $(TEXT),--text "$(TEXT)")
+	$(PY) tools/demo.py $(if $(TEXT),--text "$(TEXT)") $(if $(OUTPUT),--output-dir "$(OUTPUT)")
 
 # A worker for each core, up to four; tests that read the same runs stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --durations 10
@@ -45,7 +46,7 @@ docs: $(VENV)/base.installed
 	$(PY) tools/plots/draw_architecture.py
 
 clean:
-	rm -rf demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }

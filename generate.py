@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.config.command_line import load_command_line
     from megatron.config.load_config import print_warnings
 
-    command, loaded = load_command_line(argv)
+    command, loaded = load_command_line(argv, "generate.py")
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment

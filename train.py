@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.config.load_config import print_warnings
     from megatron.growth.check_config import require_growable
 
-    command, loaded = load_command_line(argv, require_growable)
+    command, loaded = load_command_line(argv, "train.py", require_growable)
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment
@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     print_warnings(loaded)
     from megatron.training.pretrain import pretrain
 
-    return pretrain(loaded.run, loaded.batch(int(os.environ["WORLD_SIZE"])), loaded.run_folder)
+    batch = loaded.batch(int(os.environ["WORLD_SIZE"]))
+    return pretrain(loaded.run, batch, loaded.run_folder, loaded.name)
 
 
 if __name__ == "__main__":

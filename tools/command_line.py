@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron.config.local_path import url_remedy
+from megatron.errors import ConfigError
+
 if TYPE_CHECKING:
     from megatron.config.sections.run_config import RunConfig
 
@@ -50,6 +53,8 @@ def read_config_source(
     from megatron.config.load_config import load_words
 
     if args.write_config is not None:
+        if remedy := url_remedy(args.write_config[0]):
+            raise ConfigError(f"--write-config {args.write_config[0]}: expected a path on this machine{remedy}.")
         path = Path(args.write_config[0])
         write_config(path, args.write_config[1:])
         print(f"{path}: the {source}'s model as a configuration")

@@ -27,7 +27,6 @@ from typing import Any
 
 from megatron_tokenformer import run_tool
 
-import torch
 import yaml
 from rich.progress import track
 
@@ -204,6 +203,8 @@ def differences(first: Path, second: Path, *, since: int = -1) -> Iterator[str]:
     for mine, other in zip_longest(ours, theirs):
         if mine != other:
             yield f"metrics: {mine} and {other}"
+    import torch
+
     steps = {path.name for run in (first, second) for path in run.glob("global_step*")}
     for step in sorted(step for step in steps if int(step.removeprefix("global_step")) > since):
         names = {path.name for run in (first, second) for path in (run / step).glob("*")}
@@ -250,6 +251,8 @@ def parts(value: Any) -> dict[Any, Any] | None:
 
 def same(first: Any, second: Any) -> bool:
     """Tells whether two tensors or plain values of one type are equal; NaN equals itself."""
+    import torch
+
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     return bool(first == second) or (isinstance(first, float) and math.isnan(first) and math.isnan(second))

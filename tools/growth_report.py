@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from megatron.config.local_path import local_path
 from megatron.errors import EnvironmentSetupError, os_errors_as
 from megatron.growth.arms import Arm, make_arms, shared_spread
 from megatron.growth.compare_curves import Estimate
@@ -68,7 +69,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = tool_parser(__doc__)
     parser.fromfile_prefix_chars = "@"
     parser.add_argument("runs", nargs="+", metavar="RUN", help="FOLDER, FOLDER+FOLDER, or NAME= one of them")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--output", type=local_path, required=True, help="folder for the report")
     return parser.parse_args(argv)
 
 

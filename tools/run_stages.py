@@ -21,23 +21,26 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from megatron_tokenformer import run_tool
 
 import yaml
 
-from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
 from megatron.config.effective_config import changed_values
+from megatron.config.local_path import local_path
 from megatron.config.merge_files import split_words
 from megatron.config.model_size import count_parameters, training_flops
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST, CheckpointError
-from megatron.growth.staged_plan import SET_BY_PLAN, Stage, load_plan
 from megatron.io.durable import replace_durably
 from megatron.launch.local import FORWARDED_SIGNALS, visible_devices
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import positive, stay_on_cpu, tool_parser
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.store.checkpoint import Checkpoint
+    from megatron.growth.staged_plan import Stage
 
 TRAINING_SCRIPT = "train.py"
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """Shows the plan, then trains what is left of it; returns the exit code."""
     args = parse_args(argv)
     stay_on_cpu()
+    from megatron.growth.staged_plan import load_plan
+
     ranks = None if args.check else visible_devices()
     plan = load_plan(args.plan, args.overrides, folder=args.folder, ranks=args.world_size or ranks)
     places = [StagePlace.of(stage) for stage in plan.stages]
@@ -63,7 +68,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = tool_parser(__doc__)
     parser.add_argument("words", nargs="+", metavar="plan.yml key=value", help="a plan, and keys for every stage")
-    parser.add_argument("--folder", type=Path, help="folder of the stages' runs, in place of the plan's")
+    parser.add_argument("--folder", type=local_path, help="folder of the stages' runs, in place of the plan's")
     parser.add_argument("--check", "--dry_run", "--dry-run", action="store_true", help="show the plan and stop")
     parser.add_argument("--world-size", type=positive, metavar="N", help="ranks to validate the batch for")
     args = parser.parse_intermixed_args(argv)
@@ -85,6 +90,8 @@ class StagePlace:
     @classmethod
     def of(cls, stage: Stage) -> StagePlace:
         """Looks at a stage's folders. Raises CheckpointError for one that has gone beyond its budget."""
+        from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
+
         newest = next(iter(readable_checkpoints(stage.folder)), None)
         if newest is not None and newest.state.iteration > stage.last_step:
             raise CheckpointError(
@@ -108,6 +115,8 @@ class StagePlace:
 
     def changes(self) -> list[str]:
         """Lists keys that a finished stage was trained with otherwise than the plan says now, one sentence each."""
+        from megatron.growth.staged_plan import SET_BY_PLAN
+
         if self.newest is None or not self.is_done:
             return []  # A run that goes on compares its configuration with the checkpoint's itself.
         return [

@@ -9,12 +9,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.config.effective_config import effective_text, summary
 from megatron.config.load_config import LoadedConfig, load_config, print_warnings
+from megatron.config.local_path import local_path, url_remedy
 from megatron.config.merge_files import split_words
 
 SUFFIXES = (".yml", ".yaml", ".json")
+
+SCRIPTS = {
+    "train.py": "Trains a model as its configuration says, or goes on with a run.",
+    "generate.py": "Samples text from a trained model.",
+    "eval.py": "Scores checkpoints on tasks of lm-eval.",
+}
+"""Scripts that deepy.py starts on ranks, and what each does."""
 
 EVALUATION_FLAGS = {
     "--eval_results_prefix": "eval_results_prefix",
@@ -49,22 +58,52 @@ class CommandLine:
         return self.check or self.print_effective_config
 
 
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
+def command_parser(script: str | None = None) -> argparse.ArgumentParser:
+    """Builds the parser of a script of SCRIPTS, whose help lists the flags that the script reads; None lists all.
+
+    Every script takes every flag: each sets a key, and a YAML of all three may hold it too.
+    """
+    prog = f"python deepy.py {script or 'SCRIPT.py'}"
+    parser = argparse.ArgumentParser(
+        prog,
+        usage=f"{prog} [-d DIR] a.yml b.yml key=value ... [flags]",
+        description=SCRIPTS.get(script or ""),
+        allow_abbrev=False,
+        epilog="configs/README.md explains every key. Paths are as seen from the current folder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "-d",
+        "--conf_dir",
+        "--conf-dir",
+        metavar="DIR",
+        type=local_path,
+        default=Path(),
+        help="folder of the YAML files",
+    )
+    parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
+    parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
+    parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
+    parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
+    several = "; several, or all, for eval.py" if script in {None, "eval.py"} else ""
+    parser.add_argument("--iteration", nargs="+", metavar="N", help=f"step of the checkpoint to load{several}")
+    _add_evaluation_flags(parser, shown=script in {None, "eval.py"})
+    return parser
+
+
+def parse_command_line(argv: Sequence[str], script: str | None = None) -> CommandLine:
     """Parses `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]` and the
     flags of evaluation, each of which is an override by another name.
 
     As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. Exits with code 2 and a usage
     line when the arguments make no sense.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("-d", "--conf_dir", "--conf-dir", type=Path, default=Path(), help="folder of the YAML files")
-    parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
-    parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
-    parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
-    parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
-    _add_evaluation_flags(parser)
+    parser = command_parser(script)
     options = parser.parse_intermixed_args(argv)
     names, overrides = split_words(options.words)
+    for name in names:
+        if url_remedy(name):
+            parser.error(f"{name}: expected a YAML file on this machine{url_remedy(name)}")
     files = [options.conf_dir / _with_suffix(name) for name in names]
     if not files:
         parser.error("at least one YAML file is needed; it stands before --eval_tasks")
@@ -74,15 +113,17 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     )
 
 
-def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_tasks", "--eval-tasks", nargs="*", metavar="TASK", help="tasks of lm-eval")
-    group.add_argument(
-        "--log_samples", "--log-samples", action="store_true", help="eval_log_samples=true: lm-eval's log of samples"
-    )
-    group.add_argument("--iteration", nargs="+", metavar="N", help="checkpoints to load; several, or all, for eval.py")
+def _add_evaluation_flags(parser: argparse.ArgumentParser, *, shown: bool) -> None:
+    group = parser.add_argument_group("evaluation (eval.py)") if shown else parser
+
+    def add(flag: str, meaning: str, **kind: Any) -> None:
+        names = dict.fromkeys([flag, flag.replace("_", "-")])
+        group.add_argument(*names, help=meaning if shown else argparse.SUPPRESS, **kind)
+
+    add("--eval_tasks", "tasks of lm-eval", nargs="*", metavar="TASK")
+    add("--log_samples", "eval_log_samples=true: lm-eval's log of samples", action="store_true")
     for flag, key in EVALUATION_FLAGS.items():
-        group.add_argument(flag, flag.replace("_", "-"), dest=key, metavar="VALUE", help=f"{key}=VALUE")
+        add(flag, f"{key}=VALUE", dest=key, metavar="VALUE")
 
 
 def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
@@ -109,14 +150,15 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def load_command_line(
-    argv: Sequence[str], check: Callable[[LoadedConfig], list[str]] = lambda loaded: []
+    argv: Sequence[str], script: str | None = None, check: Callable[[LoadedConfig], list[str]] = lambda loaded: []
 ) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
-    `check` is of what this package cannot know; it returns lines for `--check` to print. Raises ConfigError for what is
-    wrong with the configuration, also with its batch on `--world-size` ranks.
+    `script` is the one of SCRIPTS that it is for. `check` is of what this package cannot know; it returns lines for
+    `--check` to print. Raises ConfigError for what is wrong with the configuration, also with its batch on
+    `--world-size` ranks.
     """
-    command = parse_command_line(argv)
+    command = parse_command_line(argv, script)
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron.config.batch_triangle import data_parallel_size, resolve_batch
 from megatron.config.build_config import build, origins
 from megatron.config.grow_checks import growth_comes_too_late
+from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
 from megatron.config.sections.run_config import RunConfig
@@ -35,9 +36,14 @@ class LoadedConfig:
     """All keys without effect, and why."""
 
     @property
+    def name(self) -> str:
+        """Returns the name of the first YAML, which says what is trained; those after it say where, and on what."""
+        return self.sources[0].stem
+
+    @property
     def run_folder(self) -> Path:
         """Returns the folder of the run's metrics: `log_dir`, else `save`, else runs/<name of the first YAML>."""
-        return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.sources[0].stem}")
+        return Path(self.run.monitor.log_dir or self.run.checkpoint.save or f"runs/{self.name}")
 
     def batch(self, world_size: int) -> BatchConfig:
         """Resolves the batch on `world_size` ranks.
@@ -61,6 +67,9 @@ class LoadedConfig:
 def load_words(words: Sequence[str]) -> LoadedConfig:
     """Loads the configuration of `a.yml b.yml key=value`, given as one list, and prints its warnings."""
     files, overrides = split_words(words)
+    for file in files:
+        if remedy := url_remedy(file):
+            raise ConfigError(f"{file}: expected a YAML file on this machine{remedy}.")
     loaded = load_config([Path(file) for file in files], overrides)
     print_warnings(loaded)
     return loaded

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from megatron.config.local_path import PATH_NAMES, holds_paths, url_remedy
 from megatron.config.yaml.problems import YamlValue, show
 
 Schema: TypeAlias = Mapping[str, Any]
@@ -55,7 +56,8 @@ def conforms(value: object, adapter: TypeAdapter[Any]) -> bool:
 
 def expected(value: YamlValue, schema: Schema) -> str:
     """Says what was expected in the place of `value`, and what was probably meant by it."""
-    return f"expected {describe(schema, value=value)}{likely_meant(value, schema)}"
+    remedy = url_remedy(value) if holds_paths(schema) else ""
+    return f"expected {describe(schema, value=value)}{remedy or likely_meant(value, schema)}"
 
 
 def describe(schema: Schema, plural: bool = False, value: YamlValue = None) -> str:
@@ -70,6 +72,8 @@ def describe(schema: Schema, plural: bool = False, value: YamlValue = None) -> s
         return f"one of {', '.join(show(choice) for choice in schema['enum'])}"
     if "const" in schema:
         return show(schema["const"])
+    if schema.get("format") in PATH_NAMES:
+        return PATH_NAMES[schema["format"]][plural]
     if "type" not in schema:
         return "anything"
     return _NAMES[schema["type"]][plural] + _narrowing(schema, value)

@@ -12,6 +12,7 @@ from typing import Protocol
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError, DataError
+from megatron.io.checkout import hint_at_checkout
 from megatron.registry import Registry
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -76,7 +77,7 @@ def configured_file(name: str | None, key: str, config: TokenizerConfig, content
         raise ConfigError(f"{key}: {config.type} needs {content}; give its path as {key}.")
     path = Path(name)
     if not path.is_file():
-        raise DataError(f"{path}: no such file ({key}). {config.type} needs {content}.")
+        raise DataError(f"{path}: no such file ({key}). {config.type} needs {content}.{hint_at_checkout(path)}")
     return path
 
 

@@ -11,11 +11,14 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from megatron.errors import INTERRUPTED, STOPPED_ON_REQUEST
+from megatron.errors import INTERRUPTED, STOPPED_ON_REQUEST, ConfigError
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
+LOOPBACK = "127.0.0.1"
+LISTENER_VARIABLE = "MASTER_LISTEN_FD"
+"""Tells rank 0 the file descriptor of the socket on which the ranks meet; megatron/mpu/process_group.py takes it."""
 
 
 def visible_devices() -> int:
@@ -28,25 +31,39 @@ def visible_devices() -> int:
 def run_ranks(command: list[str], ranks: int, port: int | None) -> int:
     """Runs `command` on `ranks` ranks of this machine, which meet on `port`, or on a free one; returns the exit code.
 
-    One rank replaces this process and does not return; several are supervised.
+    One rank meets nobody: it replaces this process, which does not return. Several are supervised. Raises ConfigError
+    when the port is taken.
     """
-    port = port or free_port()
-    environments = [rank_environment(os.environ, rank, ranks, port) for rank in range(ranks)]
     if ranks == 1:
         sys.stdout.flush()
-        os.execve(command[0], command, environments[0])  # noqa: S606 - an argv list, no shell
+        os.execve(command[0], command, rank_environment(os.environ, 0, 1, 0))  # noqa: S606 - an argv list, no shell
     workers: list[subprocess.Popen[bytes]] = []
-    # Before the first rank starts, so that no signal is lost between two of them.
-    forward_signals(workers)
-    workers.extend(subprocess.Popen(command, env=environment) for environment in environments)
+    with hold_port(port) as listener:
+        held, environments = (
+            listener.fileno(),
+            [rank_environment(os.environ, rank, ranks, listener.getsockname()[1]) for rank in range(ranks)],
+        )
+        environments[0][LISTENER_VARIABLE] = str(held)
+        # Before the first rank starts, so that no signal is lost between two of them.
+        forward_signals(workers)
+        for rank, environment in enumerate(environments):
+            workers.append(subprocess.Popen(command, env=environment, pass_fds=[held] if rank == 0 else []))
     return supervise(workers)
 
 
-def free_port() -> int:
-    """Returns a TCP port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def hold_port(port: int | None) -> socket.socket:
+    """Returns a socket that listens on `port`, or on a free one, for ranks of this machine alone.
+
+    Rank 0 inherits it: a port that were only chosen here could be anybody's by the time that the ranks meet. Raises
+    ConfigError when the port cannot be had.
+    """
+    try:
+        return socket.create_server((LOOPBACK, port or 0))
+    except OSError as error:
+        raise ConfigError(
+            f"master_port: the ranks cannot meet on port {port} of this machine: {error.strerror}. Name another port, "
+            "or leave the key out, and a free one is taken."
+        ) from error
 
 
 def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -62,7 +79,7 @@ def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) 
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
     }
 

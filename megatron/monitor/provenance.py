@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import torch
-
 
 def device_name() -> str:
     """Returns the accelerator's name as torch reports it, or "cpu"."""
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 

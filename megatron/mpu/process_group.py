@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
+from megatron.errors import EnvironmentSetupError
 from megatron.mpu.context import ParallelContext
 
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
 """DeepSpeed's variable for the time that a collective may take [min]; 10 without it."""
+
+LISTENER_VARIABLE = "MASTER_LISTEN_FD"
+"""Variable with the file descriptor of a socket that listens on MASTER_PORT, which rank 0 may have inherited."""
+THIS_MACHINE = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
+"""Values of MASTER_ADDR that mean this machine on each machine -> loopback address. Host names do not, even where they
+are looked up as a loopback address: on many machines, their own name is."""
+LOOPBACK_INTERFACES = ("lo", "lo0")
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def local_device() -> torch.device:
@@ -25,21 +37,71 @@ def local_device() -> torch.device:
 def process_group() -> Iterator[None]:
     """Makes the default process group of the ranks that the environment announces: NCCL on GPUs, gloo without.
 
-    Leaves with a barrier, and in any case with a clean shutdown, without which ranks may abort.
+    Leaves with a barrier, and in any case with a clean shutdown, without which ranks may abort. Raises
+    EnvironmentSetupError when the ranks cannot meet.
     """
     device = local_device()
+    timeout = timedelta(minutes=int(os.environ.get(TIMEOUT_VARIABLE, "10")))
     # As DeepSpeed does: NCCL is bound to its device at once. A single rank has no peer to reach.
     bound = device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1
-    distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=int(os.environ.get(TIMEOUT_VARIABLE, "10"))),
-        device_id=device if bound else None,
-    )
+    with ranks_can_meet():
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timeout,
+            device_id=device if bound else None,
+            **meeting_point(timeout),
+        )
     try:
         yield
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def meeting_point(timeout: timedelta) -> dict[str, Any]:
+    """Returns the store in which the ranks meet, with rank and size, as arguments of `init_process_group`.
+
+    One rank needs no port. Ranks of one machine meet on its loopback interface, where no other machine can listen to
+    them or speak. Otherwise there is nothing to return: torch reads the environment, as under torchrun.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size > 1 and os.environ["MASTER_ADDR"] not in THIS_MACHINE:
+        return {}
+    interface = next((name for _, name in socket.if_nameindex() if name in LOOPBACK_INTERFACES), None)
+    for variable in INTERFACE_VARIABLES:
+        if interface is not None:
+            os.environ.setdefault(variable, interface)
+    if size == 1:
+        return {"store": HashStore(), "rank": rank, "world_size": size}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return {}
+    address, port = THIS_MACHINE[os.environ["MASTER_ADDR"]], int(os.environ["MASTER_PORT"])
+    listener = None if rank > 0 else _listener(address, port)
+    store = TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listener)
+    return {"store": store, "rank": rank, "world_size": size}
+
+
+def _listener(address: str, port: int) -> int:
+    """Returns the file descriptor of a socket that listens on loopback: the launcher's, or else a new one."""
+    inherited = os.environ.pop(LISTENER_VARIABLE, None)
+    if inherited is None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family).detach()
+    os.set_inheritable(int(inherited), False)
+    return int(inherited)
+
+
+@contextmanager
+def ranks_can_meet() -> Iterator[None]:
+    """Raises EnvironmentSetupError for what keeps the ranks from meeting, such as a port that is taken."""
+    try:
+        yield
+    except (OSError, distributed.DistNetworkError, distributed.DistStoreError) as error:
+        raise EnvironmentSetupError(
+            f"rank {os.environ['RANK']} cannot meet the others at MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}. Name the machine of rank 0, which "
+            "the others must reach, and a port on which nothing listens there."
+        ) from error
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
+from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
 from megatron.training.build_engine import build_engine, release_engine, require_hardware
@@ -30,6 +32,7 @@ from megatron.training.run_description import describe_run
 from megatron.training.run_lease import RunLease, run_lease
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, newest_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
+from megatron.training.stability.deepspeed_version import compare_unknown, refuse_known_faults
 from megatron.training.stop_request import StopRequest, signals_request
 from megatron.training.training_context import TrainingContext, TrainingRun, open_training_context
 from megatron.training.training_data import build_training_data
@@ -37,23 +40,26 @@ from megatron.training.training_data import build_training_data
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
+def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configuration: str = "") -> int:
     """Trains as configured on the ranks that the environment announces; returns the exit code.
 
-    That is 0 after the last step, STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1
-    when the run was stopped and has nowhere to save.
+    `configuration` is the name by which figures are to call the run. The code is 0 after the last step,
+    STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1 when the run was stopped and
+    has nowhere to save.
     Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
-    CheckpointError and DataError for what the user can repair, before the first step
-    wherever that is possible, and NonFiniteError for NaN and infinity.
+    CheckpointError and DataError for what the user can repair, before the first step wherever that is possible, and
+    NonFiniteError for NaN and infinity.
     """
     stop = StopRequest(config.training.exit_duration_in_mins)
     with signals_request(stop):
         require_hardware(config)
+        refuse_known_faults(config.parallel.pipe_parallel_size)
         with process_group():
             join_process_group()
             stop.early.connect()
+            on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             with run_lease(config.checkpoint, run_folder, stop) as lease:
-                ending = pretrain_in_group(config, batch, run_folder, stop, lease)
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease, configuration)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -69,6 +75,7 @@ def pretrain_in_group(
     run_folder: Path,
     stop: StopRequest | None = None,
     lease: RunLease | None = None,
+    configuration: str = "",
 ) -> Ending:
     """Trains on the ranks of the process group that exists already.
 
@@ -79,11 +86,15 @@ def pretrain_in_group(
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
     stop = stop or StopRequest()
     start = find_start(config)
+    if start.continues and start.due is None and start.progress.iteration >= config.training.train_iters:
+        done, asked = start.progress.iteration, config.training.train_iters
+        logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
+        return Ending.FINISHED
     while True:
         if start.due is not None and start.continues:
             start = grow_start(config, start, parallel)
         logger.info("%s", start)
-        ending = _train_one_size(config, batch, parallel, run_folder, start, stop, lease or RunLease())
+        ending = _train_one_size(config, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration)
         if ending is not Ending.GROW:
             return ending
         # What is left of the smaller model's engine goes in circles, and its memory is needed.
@@ -101,12 +112,13 @@ def _train_one_size(
     start: RunStart,
     stop: StopRequest,
     lease: RunLease,
+    configuration: str,
 ) -> Ending:
     """Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says.
 
     They end with the run, or when the model is to grow: then it is saved, and nothing holds its engine any longer.
     """
-    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, lease)
+    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, lease, configuration)
     while True:
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
@@ -127,6 +139,7 @@ def assemble(
     start: RunStart,
     stop: StopRequest,
     lease: RunLease | None = None,
+    configuration: str = "",
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end, or to its growth. Collective."""
     next_growth = config.grow if config.grow is not None and config.grow.happens_in_training else None
@@ -152,7 +165,7 @@ def assemble(
         start.growth,
         next_growth,
         start.run_id,
-        describe_run(config, batch, vocab, run_folder.name),
+        describe_run(config, batch, vocab, run_folder.name, configuration),
         folder=run_folder,
         lease=lease or RunLease(),
     )

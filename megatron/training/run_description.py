@@ -23,10 +23,13 @@ RUN_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers")
 
 
-def describe_run(config: RunConfig, batch: BatchConfig, vocab: VocabSize, name: str) -> dict[str, Any]:
-    """Returns the content of run.json for a run called `name`."""
+def describe_run(
+    config: RunConfig, batch: BatchConfig, vocab: VocabSize, name: str, configuration: str
+) -> dict[str, Any]:
+    """Returns the content of run.json for a run called `name`, of the configuration that goes by `configuration`."""
     return {
         "name": name,
+        "configuration": configuration,
         "parameters": count_parameters(config.model, vocab.padded),
         "flops_per_token": training_flops(config.model, vocab.padded, config.model.seq_length),
         "tokens_per_step": batch.global_batch_size * config.model.seq_length,

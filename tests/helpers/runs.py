@@ -101,7 +101,9 @@ def start_ranks(
     with mock.patch.dict(os.environ, ENVIRONMENT):
         processes: list[ForkServerProcess] = []
         outputs = []
-        port, number = _free_port(), len(list(folder.glob("output*.rank0")))
+        # Held from here on, as under deepy.py: by the time that a rank listens, a free port may be another test's.
+        listener = socket.create_server(("127.0.0.1", 0)) if ranks > 1 else None
+        port, number = listener.getsockname()[1] if listener else 0, len(list(folder.glob("output*.rank0")))
         for rank in range(ranks):
             environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -110,10 +112,13 @@ def start_ranks(
             argv = [str(config), *overrides]
             process = CONTEXT.Process(
                 target=_rank,
-                args=(environment, outputs[-1], leader, script, argv, before, arguments),
+                args=(environment, listener, outputs[-1], leader, script, argv, before, arguments),
             )
             process.start()
             processes.append(process)
+            if listener is not None:
+                listener.close()
+                listener = None
     running = RunningRanks(processes, outputs)
     _started.append(running)
     return running
@@ -144,6 +149,7 @@ def _output_to(path: Path) -> Iterator[None]:
 
 def _rank(
     environment: dict[str, str],
+    listener: socket.socket | None,
     output: Path,
     leader: int,
     script: str,
@@ -159,6 +165,8 @@ def _rank(
     # Loader workers start as they do in any other process.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
+    if listener is not None:
+        os.environ["MASTER_LISTEN_FD"] = str(listener.detach())
     os.chdir(ROOT)
     with _output_to(output):
         from megatron.errors import exit_on_user_error
@@ -171,12 +179,6 @@ def _rank(
         finally:
             # multiprocessing ends its processes without what other Python processes do at their end.
             atexit._run_exitfuncs()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 _started: list[RunningRanks] = []

@@ -21,6 +21,7 @@ from megatron_tokenformer import run_tool
 
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
+from megatron.config.local_path import local_path
 from megatron.monitor.format_quantities import format_count
 from tools.benchmarks.benchmark_command import benchmark_parser, write_report
 from tools.benchmarks.benchmark_training import Settings, require_one_rank
@@ -43,7 +44,9 @@ MEANINGS = {
 def main(argv: Sequence[str]) -> int:
     """Measures, prints the table, and writes the JSON file."""
     parser = benchmark_parser(__doc__, rounds=3)
-    parser.add_argument("--folder", type=Path, default=Path(), help="where to write (default: the current folder)")
+    parser.add_argument(
+        "--folder", type=local_path, default=Path(), help="where to write (default: the current folder)"
+    )
     args, words = parser.parse_known_args(argv)
     settings = Settings(parse_command_line(words), steps=1, rounds=args.rounds, vocab_size=args.vocab_size)
     require_one_rank(load_config(settings.command.files, settings.command.overrides))

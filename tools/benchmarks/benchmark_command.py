@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.config.local_path import local_path
 from tools.command_line import positive
 
 
@@ -24,7 +25,7 @@ def benchmark_parser(description: str | None, *, rounds: int) -> argparse.Argume
     )
     parser.add_argument("--rounds", type=positive, default=rounds, help=f"timed rounds of each (default: {rounds})")
     parser.add_argument("--vocab-size", type=positive, help="ids of the vocabulary, in place of the tokenizer's")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=local_path, help="JSON file to write")
     return parser
 
 

@@ -18,34 +18,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokenformer import run_tool
 
-import torch
-from lm_eval.models.huggingface import HFLM
-
-import megatron.hf  # noqa: F401 - registers what transformers is to know
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
-from megatron.hf.tokenizer_files import write_tokenizer
-from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches
-from megatron.inference.evaluation.harness.continuation_scores import score_batch
-from megatron.inference.evaluation.harness.harness_model import HarnessModel
-from megatron.inference.evaluation.harness.response_cache import ResponseCache
-from megatron.loaded_model.loaded_model import LoadedModel
+from megatron.registry import install_extra, require
 from tools.benchmarks.benchmark_command import benchmark_parser, write_report
-from tools.benchmarks.transformers_model import transformers_model
-from tools.benchmarks.turns import (
-    machine_line,
-    machine_report,
-    take_turns,
-    untrained_model,
-)
 from tools.command_line import positive
+
+if TYPE_CHECKING:
+    from megatron.loaded_model.loaded_model import LoadedModel
 
 Request = tuple[None, list[int], list[int]]
 """Text that no adapter looks at, context, continuation."""
@@ -79,6 +66,10 @@ def make_requests(questions: int, vocab_size: int, context_length: int, seed: in
 
 def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Measures both adapters by kind and round. Returns what the JSON file holds."""
+    require("lm_eval", "benchmark_evaluation.py", install_extra("eval"))
+    from tools.benchmarks.transformers_model import transformers_model
+    from tools.benchmarks.turns import machine_report, take_turns, untrained_model
+
     model = untrained_model(config, args.vocab_size)
     adapters = {
         "ours": our_adapter(model, args.batch_size),
@@ -101,6 +92,11 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_adapter(model: LoadedModel, batch_size: int) -> Callable[..., Any]:
+    from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches
+    from megatron.inference.evaluation.harness.continuation_scores import score_batch
+    from megatron.inference.evaluation.harness.harness_model import HarnessModel
+    from megatron.inference.evaluation.harness.response_cache import ResponseCache
+
     limit = BatchLimit(batch_size)
 
     def score(method: str, rows: Sequence[Any], longest: int | None) -> list[Any]:
@@ -112,6 +108,11 @@ def our_adapter(model: LoadedModel, batch_size: int) -> Callable[..., Any]:
 
 
 def their_adapter(model: Any, config: RunConfig, batch_size: int) -> Callable[..., Any]:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron.hf.tokenizer_files import write_tokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), BYTES, config.model.max_position_embeddings)
         adapter = HFLM(pretrained=model, tokenizer=folder, batch_size=batch_size, max_length=config.model.seq_length)
@@ -121,6 +122,8 @@ def their_adapter(model: Any, config: RunConfig, batch_size: int) -> Callable[..
 
 def table(report: dict[str, Any]) -> str:
     """Formats the report as a table."""
+    from tools.benchmarks.turns import machine_line
+
     lines = [
         machine_line(report),
         f"batches of {report['batch_size']}, median of {report['rounds']} rounds",

@@ -13,31 +13,22 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tokenformer import run_tool
 
-import torch
-import transformers
-from torch import Tensor
-
-import megatron.hf  # noqa: F401 - registers what transformers is to know
 from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError
-from megatron.loaded_model.generate_tokens import generate_tokens
-from megatron.loaded_model.loaded_model import LoadedModel
-from megatron.loaded_model.sampling import SamplingSettings
+from megatron.registry import install_extra, require
 from tools.benchmarks.benchmark_command import benchmark_parser, write_report
-from tools.benchmarks.transformers_model import transformers_model
-from tools.benchmarks.turns import (
-    machine_line,
-    machine_report,
-    take_turns,
-    untrained_model,
-)
 from tools.command_line import positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron.loaded_model.loaded_model import LoadedModel
 
 NewTokens = list[list[int]]
 
@@ -56,6 +47,12 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
     Raises ConfigError for lengths beyond the context.
     """
+    require("transformers", "benchmark_generation.py", install_extra("hf"))
+    import torch
+    import transformers
+
+    from tools.benchmarks.turns import machine_report, take_turns, untrained_model
+
     if args.prompt_tokens + args.new_tokens > config.model.seq_length:
         raise ConfigError(
             f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more than seq_length "
@@ -78,6 +75,9 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def our_generate(model: LoadedModel, prompts: Tensor, new_tokens: int) -> Callable[[], NewTokens]:
+    from megatron.loaded_model.generate_tokens import generate_tokens
+    from megatron.loaded_model.sampling import SamplingSettings
+
     sampling = SamplingSettings(maximum_tokens=new_tokens)
 
     def generate() -> NewTokens:
@@ -88,6 +88,11 @@ def our_generate(model: LoadedModel, prompts: Tensor, new_tokens: int) -> Callab
 
 
 def their_generate(ours: LoadedModel, config: RunConfig, prompts: Tensor, new_tokens: int) -> Callable[[], NewTokens]:
+    import torch
+    import transformers
+
+    from tools.benchmarks.transformers_model import transformers_model
+
     model = transformers_model(ours.module, config, ours.vocab)
     greedy = transformers.GenerationConfig(
         do_sample=False,
@@ -108,6 +113,8 @@ def their_generate(ours: LoadedModel, config: RunConfig, prompts: Tensor, new_to
 
 def table(report: dict[str, Any]) -> str:
     """Formats the report as a table."""
+    from tools.benchmarks.turns import machine_line
+
     ratios = report["ratios"]
     same = "the same tokens" if report["same_tokens"] else "tokens that differ"
     return "\n".join(

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
+from megatron.config.local_path import local_path
 from megatron.errors import EnvironmentSetupError
 from megatron.io.durable import new_folder
 from megatron.registry import install_extra, require
@@ -44,7 +45,9 @@ OUTCOMES = ("passed", "failed", "skipped")
 def main(argv: Sequence[str]) -> int:
     """Runs the tests, prints the counts, and returns 1 when one of TokenFormer's has failed."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="where the mixins are kept (%(default)s)")
+    parser.add_argument(
+        "--cache", type=local_path, default=default_cache(), help="where the mixins are kept (%(default)s)"
+    )
     args, pytest_words = parser.parse_known_args(argv)
     require("transformers", "make test-transformers", install_extra("dev"))
     mixins = fetched_mixins(args.cache, version("transformers"))

@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
+from megatron.config.local_path import local_path
 from megatron.registry import install_extra, require
 from tools.command_line import add_config_source, read_config_source, stay_on_cpu, tool_parser
 
@@ -41,9 +41,11 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, with NeoX's names of the flags."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--input_dir", type=Path, required=True, help="the Hugging Face folder")
+    parser.add_argument("--input_dir", type=local_path, required=True, help="the Hugging Face folder")
     add_config_source(parser, "folder")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument(
+        "--output_dir", type=local_path, required=True, help="folder to make; it must not hold anything"
+    )
     return parser.parse_args(argv)
 
 

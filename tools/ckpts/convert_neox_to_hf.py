@@ -12,31 +12,31 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
 
 from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.registry import install_extra, require
-from tools.command_line import add_config_file, stay_on_cpu, tool_parser
+from tools.ckpts.export_flags import add_export_flags
+from tools.command_line import add_config_file, positive, stay_on_cpu, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Exports the checkpoint, then prints what was written and how well transformers agrees with it."""
+    args = parse_args(argv)
     stay_on_cpu()
     require("transformers", "convert_neox_to_hf.py", install_extra("hf"))
-    from megatron.hf.export_checkpoint import ExportOptions, export_checkpoint
+    from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
+    from megatron.hf.export_checkpoint import DEFAULT_SHARD_BYTES, ExportOptions, export_checkpoint
 
-    args = parse_args(argv)
     run = load_words(args.config_file).run
     checkpoint = newest_checkpoint(args.input_dir, run.checkpoint.verify_checkpoint)
     options = ExportOptions(
         precision=args.precision,
         trim_vocab=args.trim_vocab,
         tokenizer=not args.no_save_tokenizer,
-        max_shard_bytes=args.max_shard_size,
+        max_shard_bytes=args.max_shard_size or DEFAULT_SHARD_BYTES,
     )
     difference = export_checkpoint(checkpoint, run, args.output_dir, options)
     print(f"{args.output_dir}: {checkpoint.path}, logits within {difference:.1e} of ours")
@@ -45,22 +45,16 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses NeoX's flags, with its defaults."""
-    from megatron.hf.export_checkpoint import DEFAULT_SHARD_BYTES, Precision
-
     parser = tool_parser(__doc__)
-    parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
+    parser.add_argument("--input_dir", type=local_path, required=True, help="a global_stepN folder, or a run's folder")
     add_config_file(parser, "the run's YAML files", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
-    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="auto keeps the checkpoint's")
+    parser.add_argument(
+        "--output_dir", type=local_path, required=True, help="folder to make; it must not hold anything"
+    )
+    add_export_flags(parser)
     parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")
     parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")
-    parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows of the vocabulary out")
-    parser.add_argument(
-        "--max-shard-size",
-        type=int,
-        default=DEFAULT_SHARD_BYTES,
-        help="bytes of a weights file (1 GB), at least a layer",
-    )
+    parser.add_argument("--max-shard-size", type=positive, help="bytes of a weights file (1 GB), at least a layer")
     return parser.parse_args(argv)
 
 

@@ -22,11 +22,11 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tokenformer import run_tool
 
+from megatron.config.local_path import local_path
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
@@ -83,8 +83,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--factor", type=float, help="in place of sizes: factor on all that the operator adds, rounded to whole counts"
     )
     tokens = parser.add_argument_group("tokens to measure on").add_mutually_exclusive_group()
-    tokens.add_argument("--data_path", type=Path, help="prefix of a tokenized dataset (that of the configuration)")
-    tokens.add_argument("--text", type=Path, help="text file, for the configured tokenizer")
+    tokens.add_argument(
+        "--data_path", type=local_path, help="prefix of a tokenized dataset (that of the configuration)"
+    )
+    tokens.add_argument("--text", type=local_path, help="text file, for the configured tokenizer")
     add_growth_flags(parser)
     args = parser.parse_args(argv)
     if args.config_file is None and all(getattr(args, name) is None for name in SIZES):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.convert.neox.neox_config import write_config
+from megatron.config.local_path import local_path
 from megatron.io.progress import PeriodicReport
 from tools.command_line import add_config_source, read_config_source, stay_on_cpu, tool_parser
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     stay_on_cpu()
     from megatron.checkpointing.convert.neox.import_neox import import_neox
+    from megatron.checkpointing.convert.neox.neox_config import write_config
 
     run = read_config_source(args, "checkpoint", lambda path, words: write_config(args.input, path))
     imported = import_neox(args.input, run, args.output_dir, progress_lines(), args.row_parallel_biases)
@@ -49,9 +50,13 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="file of weights, global_stepN folder, or run folder")
+    parser.add_argument(
+        "--input", type=local_path, required=True, help="file of weights, global_stepN folder, or run folder"
+    )
     add_config_source(parser, "checkpoint")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument(
+        "--output_dir", type=local_path, required=True, help="folder to make; it must not hold anything"
+    )
     parser.add_argument(
         "--row-parallel-biases",
         choices=("sum", "replicas"),

@@ -18,21 +18,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.convert.tensor_summary import TensorSummary, summarize_tensors
-from megatron.checkpointing.states.parameter_layout import layer_layouts
-from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, Checkpoint, checkpoint_name, read_checkpoint
-from megatron.checkpointing.store.find_checkpoint import require_still_there, survey
 from megatron.checkpointing.store.manifest import damage, unlisted
 from megatron.config.effective_config import changed_values
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import Verification
 from megatron.config.yaml.problems import show
 from megatron.errors import CheckpointError
 from tools.command_line import add_config_file, progress_bar, stay_on_cpu, tool_parser
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.convert.tensor_summary import TensorSummary
+    from megatron.checkpointing.store.checkpoint import Checkpoint
 
 Advance = Callable[[int], None]
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses which checkpoint to inspect, and how much of it."""
     parser = tool_parser(__doc__)
-    parser.add_argument("path", type=Path, help="a run's folder, or a global_stepN folder")
+    parser.add_argument("path", type=local_path, help="a run's folder, or a global_stepN folder")
     parser.add_argument("--iteration", type=int, help="step of the checkpoint in a run's folder (the newest)")
     add_config_file(parser, "configuration to compare with")
     parser.add_argument("--verify", choices=get_args(Verification), default="full", help="hashes too, or sizes (full)")
@@ -71,6 +72,9 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
 
     Raises CheckpointError when there is none, or it cannot be read.
     """
+    from megatron.checkpointing.store.checkpoint import CHECKPOINT_NAME, checkpoint_name
+    from megatron.checkpointing.store.find_checkpoint import survey
+
     if CHECKPOINT_NAME.fullmatch(path.resolve().name):
         return readable(path), []
     if iteration is not None:
@@ -86,6 +90,8 @@ def locate(path: Path, iteration: int | None) -> tuple[Checkpoint, list[dict[str
 
 def readable(path: Path) -> Checkpoint:
     """Reads the checkpoint in a folder. Raises CheckpointError, with the path, when it cannot be read."""
+    from megatron.checkpointing.store.checkpoint import read_checkpoint
+
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
@@ -104,6 +110,8 @@ def verify(checkpoint: Checkpoint, level: Verification) -> list[str]:
             problems += damage(checkpoint.path, {name: entry}, level)
             advance(entry.size)
     if problems:
+        from megatron.checkpointing.store.find_checkpoint import require_still_there
+
         require_still_there(checkpoint.path)
     return problems
 
@@ -138,6 +146,9 @@ def summarize(checkpoint: Checkpoint, optimizer: bool) -> Iterator[TensorSummary
 
     Raises CheckpointError for an optimizer's state that a checkpoint of weights alone does not have.
     """
+    from megatron.checkpointing.convert.tensor_summary import summarize_tensors
+    from megatron.checkpointing.states.parameter_layout import layer_layouts
+
     if optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(f"{checkpoint.path} holds weights alone. Leave --optimizer out.")
     layouts = layer_layouts(checkpoint.config.model, checkpoint.vocab)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron.checkpointing.states.parameter_layout import ParallelSizes
-from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 from megatron.config.batch_triangle import data_parallel_size
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from tools.command_line import add_config_file, positive
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.states.parameter_layout import ParallelSizes
+    from megatron.checkpointing.store.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Rewriting:
 
 def add_rewriting(parser: argparse.ArgumentParser, config: str, *, config_required: bool = True) -> None:
     """Adds --input_dir, --config_file with the meaning `config`, --output_dir and --ranks."""
-    parser.add_argument("--input_dir", type=Path, required=True, help="a global_stepN folder, or a run's folder")
+    parser.add_argument("--input_dir", type=local_path, required=True, help="a global_stepN folder, or a run's folder")
     add_config_file(parser, config, required=config_required)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder that the global_stepN folder goes to")
+    parser.add_argument(
+        "--output_dir", type=local_path, required=True, help="folder that the global_stepN folder goes to"
+    )
     parser.add_argument(
         "--ranks", type=positive, help="ranks of the run to come; num_gpus, or one model's worth, when not given"
     )
@@ -46,6 +50,9 @@ def read_rewriting(args: argparse.Namespace) -> Rewriting:
     Without a configuration, that of the checkpoint holds, and its ranks unless --ranks says others. Raises ConfigError
     when the ranks do not divide, and CheckpointError without a whole checkpoint, or when the output would replace it.
     """
+    from megatron.checkpointing.states.parameter_layout import ParallelSizes
+    from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
+
     configured = None if args.config_file is None else load_words(args.config_file).run
     verification = CheckpointConfig() if configured is None else configured.checkpoint
     source = newest_checkpoint(args.input_dir, verification.verify_checkpoint)

@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
 
 from megatron_tokenformer import run_tool
 
-from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
 from megatron.config.load_config import load_words
+from megatron.config.local_path import local_path
 from megatron.errors import CheckpointError
 from megatron.registry import install_extra, require
+from tools.ckpts.export_flags import add_export_flags
 from tools.command_line import add_config_file, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Uploads what the command line names, or prints what would be uploaded."""
+    args = parse_args(argv)
     for package in ("transformers", "huggingface_hub"):
         require(package, "upload.py", install_extra("hf"))
-    args = parse_args(argv)
     if args.config_file is None:
         upload_export(args)
     else:
@@ -53,6 +52,7 @@ def upload_export(args: argparse.Namespace) -> None:
 
 def upload_checkpoints(args: argparse.Namespace) -> None:
     """Exports and uploads every checkpoint of a run."""
+    from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
     from megatron.hf.export_checkpoint import ExportOptions
     from megatron.hf.upload import planned_branches, repository, upload_run
 
@@ -71,16 +71,13 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses folder, repository and branch as in NeoX, and the options of an export."""
-    from megatron.hf.export_checkpoint import Precision
-
     parser = tool_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="an exported folder, or with --config_file a run's folder")
+    parser.add_argument("folder", type=local_path, help="an exported folder, or with --config_file a run's folder")
     parser.add_argument("repo", help="repository, as in my-org/my-model; made if it is not there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("branch", nargs="?", help="branch for an exported folder (main)")
     add_config_file(which, "the run's YAML files")
-    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="of a run's exports (auto)")
-    parser.add_argument("--trim-vocab", action="store_true", help="leave the padding rows out of a run's exports")
+    add_export_flags(parser)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and reach for no network")
     return parser.parse_args(argv)

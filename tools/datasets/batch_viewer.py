@@ -23,13 +23,12 @@ from megatron_tokenformer import run_tool
 import numpy as np
 import numpy.typing as npt
 
-from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config, print_warnings
+from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import CheckpointConfig
-from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.io.durable import atomic_write
@@ -75,7 +74,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
     )
     parser.add_argument("--start", type=int, required=True, help="first step, counted from 1")
     parser.add_argument("--end", type=int, required=True, help="last step")
-    parser.add_argument("--output", type=Path, help="array to write (.npy)")
+    parser.add_argument("--output", type=local_path, help="array to write (.npy)")
     parser.add_argument("--text", action="store_true", help="print the samples as text")
     args, rest = parser.parse_known_args(argv)
     if not 1 <= args.start <= args.end:
@@ -102,6 +101,8 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
     Raises ConfigError for steps that were trained with another global batch than the configuration's.
     """
+    from megatron.data.datasets import SampleCounts, build_datasets, sample_counts
+
     run = loaded.run
     state = resumed_state(run.checkpoint)
     num_samples = sample_counts(run.training, size).train if state is None else state.train_index_samples
@@ -125,6 +126,8 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
 def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
     """Returns the state of this run's newest checkpoint, or of the one that it continues; None without any."""
+    from megatron.checkpointing.store.find_checkpoint import find_checkpoint
+
     found = None
     if checkpoint.save is not None:
         found = find_checkpoint(Path(checkpoint.save), None, "sizes")

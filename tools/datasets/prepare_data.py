@@ -35,6 +35,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from megatron.config.local_path import local_path
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
@@ -60,8 +61,8 @@ Group = list[str]
 def main(argv: Sequence[str]) -> int:
     """Prepares the data in the given folder."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for all files")
-    parser.add_argument("--text", type=Path, help="your own text, .txt or .jsonl, instead of Python's")
+    parser.add_argument("--output-dir", type=local_path, required=True, help="folder for all files")
+    parser.add_argument("--text", type=local_path, help="your own text, .txt or .jsonl, instead of Python's")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (2048)")
     args = parser.parse_args(argv)
     if args.vocab_size < SMALLEST_VOCABULARY:

@@ -17,17 +17,20 @@ from typing import get_args
 
 from megatron_tokenformer import run_tool
 
+from megatron.config.local_path import local_path, url_remedy
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
 from megatron.data.prepare.tokenize_files import Tally, TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.errors import ConfigError
 from tools.command_line import positive, progress_bar, tool_parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Tokenizes the input files, then prints what was written."""
     args = parse_args(argv)
+    vocab, merges = (None if path is None else str(path) for path in (args.vocab_file, args.merge_file))
     options = TokenizeOptions(
-        tokenizer=TokenizerConfig(type=args.tokenizer_type, vocab_file=args.vocab_file, merge_file=args.merge_file),
+        tokenizer=TokenizerConfig(type=args.tokenizer_type, vocab_file=vocab, merge_file=merges),
         keys=tuple(args.jsonl_keys),
         format=args.dataset_impl,
         append_eod=args.append_eod,
@@ -59,13 +62,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     text.add_argument("--num-docs", type=int, help="documents in the input, if known, for the progress bar")
     text.add_argument("--max-bad-lines", type=int, default=0, help="malformed lines to leave out before failing (0)")
     tokenizer = parser.add_argument_group("tokenizer")
-    tokenizer.add_argument("--tokenizer-type", required=True, choices=get_args(TokenizerType))
-    tokenizer.add_argument("--vocab-file", help="tokenizer.json, vocab.json or .model, as the type needs")
-    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    tokenizer.add_argument("--tokenizer-type", required=True, choices=get_args(TokenizerType), help="kind of tokenizer")
+    tokenizer.add_argument(
+        "--vocab-file", type=local_path, help="tokenizer.json, vocab.json or .model, as the type needs"
+    )
+    tokenizer.add_argument("--merge-file", type=local_path, help="merges.txt of GPT2BPETokenizer")
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's <eod>")
     tokenizer.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the ftfy library")
     output = parser.add_argument_group("output")
-    output.add_argument("--output-prefix", type=Path, required=True, help="path of the dataset, without _text_document")
+    output.add_argument(
+        "--output-prefix", type=local_path, required=True, help="path of the dataset, without _text_document"
+    )
     output.add_argument(
         "--dataset-impl", choices=list(DATASET_FORMATS), default=DEFAULT_FORMAT, help=f"format ({DEFAULT_FORMAT})"
     )
@@ -77,6 +84,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def split_paths(given: str) -> list[Path]:
     """Splits a comma-separated list of files; a file whose own name has a comma is taken whole."""
+    if remedy := url_remedy(given):
+        raise ConfigError(f"--input {given}: expected files on this machine{remedy}.")
     return [Path(given)] if Path(given).exists() else [Path(part.strip()) for part in given.split(",")]
 
 

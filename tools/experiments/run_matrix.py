@@ -34,6 +34,7 @@ from megatron_tokenformer import run_tool
 
 import yaml
 
+from megatron.config.local_path import local_path
 from megatron.errors import STOPPED_ON_REQUEST, DataError
 from megatron.io.durable import atomic_write
 from megatron.io.json_files import read_json_object
@@ -67,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("matrix", type=Path, help="YAML file of the matrix")
-    parser.add_argument("--folder", type=Path, help="folder for data, runs and logs, in place of the matrix's")
+    parser.add_argument("matrix", type=local_path, help="YAML file of the matrix")
+    parser.add_argument("--folder", type=local_path, help="folder for data, runs and logs, in place of the matrix's")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="cells at a time (default: cores)")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cells whose name or group matches")
     parser.add_argument("--list", action="store_true", help="list the cells and stop")

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from megatron.config.local_path import local_path
 from tools.command_line import tool_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ ONE_BATCH = (
 def main(argv: Sequence[str]) -> int:
     """Draws the picture."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write (docs/architecture.svg)")
+    parser.add_argument("--output", type=local_path, default=OUTPUT, help="file to write (docs/architecture.svg)")
     options = parser.parse_args(argv)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     # Text stays text, and equal pictures are equal files.

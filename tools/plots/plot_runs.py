@@ -2,7 +2,8 @@
 
     python tools/plots/plot_runs.py runs/demo --x tokens --output curves.png
 
-RUN is a run's folder or its metrics.jsonl. Several runs share the axes, a colour each.
+RUN is a run's folder or its metrics.jsonl. Several runs share the axes, a colour each, and are called by their
+configurations. Where one is more than ten times as long as another, the horizontal axis is logarithmic (--no-log-x).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from megatron.config.local_path import local_path
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
@@ -31,6 +33,8 @@ from tools.plots.run_records import RunRecord, load_runs, positions, series
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
 # Okabe and Ito's palette, told apart by colour-blind readers; without its yellow, too pale for lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LONGEST_ON_A_LINEAR_AXIS = 10.0
+"""Length of the longest run, in lengths of the shortest, up to which both can be read on a linear axis."""
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 SPLIT_STYLES: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 1.2},
@@ -118,14 +122,15 @@ def draw(
     x: str = "steps",
     metrics: Sequence[str] | None = None,
     smooth: int = 1,
-    log_x: bool = False,
+    log_x: bool | None = None,
     references: Sequence[tuple[float, str]] = (),
 ) -> Figure:
     """Draws a column of panels over a shared horizontal axis, the first one taller.
 
     `metrics` are names in PANELS; None draws the usual ones that were recorded. `smooth` is the window of the moving
     average of training metrics [rows], drawn over the pale raw curve. `references` are labelled levels in the loss
-    panel [nat]. Raises DataError where a requested metric is in no run, or `x` cannot be computed.
+    panel [nat]. `log_x` None makes the horizontal axis logarithmic where a run would be too short to be seen beside
+    another. Raises DataError where a requested metric is in no run, or `x` cannot be computed.
     """
     panels = _chosen_panels(runs, metrics)
     if references and PANELS["loss"] not in panels:
@@ -133,10 +138,13 @@ def draw(
     heights = [2.2 if index == 0 and len(panels) > 1 else 1.0 for index in range(len(panels))]
     figure = Figure(figsize=(9.0, 1.2 + 1.7 * sum(heights)), layout="constrained")
     axes = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+    ends = [float(positions(run, run.records, x)[-1]) for run in runs]
+    # Short runs last, so that long ones do not cover them.
+    order = sorted(range(len(runs)), key=lambda index: -ends[index])
     for ax, panel in zip(axes, panels, strict=True):
-        for index, run in enumerate(runs):
+        for index in order:
             for metric in panel.metrics:
-                curve = series(run, metric, x)
+                curve = series(runs[index], metric, x)
                 _draw_curve(ax, curve, panel, metric, colour=_colour(runs, index, metric), window=smooth)
         _dress(ax, panel)
         if panel is PANELS["loss"]:
@@ -146,7 +154,7 @@ def draw(
         _mark_events(axes, run, x, "0.35" if len(runs) == 1 else COLOURS[index % len(COLOURS)])
     quantity, format_x = X_AXES[x]
     axes[-1].set_xlabel(quantity)
-    if log_x:
+    if log_x or (log_x is None and max(ends) > LONGEST_ON_A_LINEAR_AXIS * min(ends) > 0):
         axes[-1].set_xscale("log")
     else:
         axes[-1].set_xlim(left=0.0)
@@ -272,12 +280,16 @@ def _name_lines(axes: Sequence[Axes], runs: Sequence[RunRecord], panels: Sequenc
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the runs, panels and output of the command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="horizontal axis (default: steps)")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help=".png, .pdf or .svg to write")
+    parser.add_argument("--output", type=local_path, default=Path("curves.png"), help=".png, .pdf or .svg to write")
     parser.add_argument("--metrics", nargs="+", choices=PANELS, help=f"panels (default: {' '.join(DEFAULT_PANELS)})")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="moving average over N rows")
-    parser.add_argument("--log-x", action="store_true", help="logarithmic horizontal axis")
+    parser.add_argument(
+        "--log-x",
+        action=argparse.BooleanOptionalAction,
+        help="logarithmic horizontal axis (default: where runs differ tenfold in length)",
+    )
     parser.add_argument(
         "--reference",
         nargs=2,

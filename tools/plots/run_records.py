@@ -11,11 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from megatron.config.local_path import holds_paths
+from megatron.config.sections.section_fields import fields
+from megatron.config.yaml.problems import show
 from megatron.errors import DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
 from tools.plots.foreign_values import is_number, one_line
 
+SECTIONS_OF_NUMBERS = {"model", "training", "data", "parallel", "speedups"}
+"""Sections whose values decide losses and speed."""
+MOST_VALUES = 3
+"""Values that a name has room for."""
 AXES_IN_ROWS = ("consumed_tokens", "training_flops")
 """Places on a horizontal axis that rows hold beside their step."""
 
@@ -25,6 +32,10 @@ class RunRecord:
     """The metrics and the description that one run has written."""
 
     name: str
+    """That of its configuration; that of its folder where run.json does not tell."""
+    file: Path
+    """Its metrics.jsonl."""
+
     records: list[dict[str, Any]]
     """Rows of metrics.jsonl, by rising iteration."""
 
@@ -34,21 +45,43 @@ class RunRecord:
     flops_per_token: float | None
     """Forward and backward [FLOP], from run.json; None where there is none."""
 
-    file: Path
-    """The metrics.jsonl."""
+    settings: dict[str, str] = field(default_factory=dict)
+    """Values of its configuration as YAML would say them, by key, from run.json; none where there is none."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
     """Rows that mark what happened between two steps, such as growth."""
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Reads several runs; those that share a name get their path added to it."""
+    """Reads several runs; those that share a name get what tells them apart added to it: values, or else paths."""
     runs = [load_run(path) for path in paths]
     times = Counter(run.name for run in runs)
     return [
-        replace(run, name=f"{run.name} ({path})") if times[run.name] > 1 else run
+        run if times[run.name] == 1 else replace(run, name=f"{run.name} ({_own_values(run, runs) or path})")
         for run, path in zip(runs, paths, strict=True)
     ]
+
+
+def _own_values(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """Returns the values in which a run differs from those of its name; nothing where they are none, or many."""
+    namesakes = [other.settings for other in runs if other.name == run.name]
+    keys = [key for key in run.settings if len({settings.get(key) for settings in namesakes}) > 1]
+    own = [tuple(settings.get(key) for key in keys) for settings in namesakes]
+    if len(keys) > MOST_VALUES or len(set(own)) < len(namesakes):
+        return ""
+    return ", ".join(f"{key.rpartition('.')[2]}={run.settings[key]}" for key in keys)
+
+
+def _settings(config: object) -> dict[str, str]:
+    """Returns the values of a recorded configuration by key, without those of its place and its progress."""
+    found = {}
+    for path, known in fields().items():
+        value: Any = config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if path.partition(".")[0] in SECTIONS_OF_NUMBERS and not holds_paths(known.schema):
+            found[known.key] = one_line(show(value))
+    return found
 
 
 def load_run(path: Path) -> RunRecord:
@@ -75,8 +108,16 @@ def load_run(path: Path) -> RunRecord:
         value = description.get(key)
         if value is not None and not is_number(value):
             raise DataError(f"{described}: {key} is {value!r:.50}, no number. Remove the file if it is not yours.")
-    name = one_line(str(description.get("name") or file.resolve().parent.name))
-    return RunRecord(name, records, description.get("parameters"), description.get("flops_per_token"), file, events)
+    called = description.get("configuration") or description.get("name") or file.resolve().parent.name
+    return RunRecord(
+        one_line(str(called)),
+        file,
+        records,
+        description.get("parameters"),
+        description.get("flops_per_token"),
+        _settings(description.get("config")),
+        events,
+    )
 
 
 def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -21,8 +21,8 @@ from megatron_tokenformer import run_tool
 from matplotlib.figure import Figure
 from pydantic import Field, TypeAdapter
 
+from megatron.config.local_path import local_path
 from megatron.errors import ConfigError, DataError
-from megatron.inference.evaluation.results_file import metrics_of
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import tool_parser
@@ -153,6 +153,8 @@ def _measured(text: str) -> float:
 def read_results(paths: Sequence[Path]) -> list[Row]:
     """Reads a row per model; of several measurements of one column, the newest. Raises DataError for other files."""
     rows: dict[tuple[Any, ...], Row] = {}
+    from megatron.inference.evaluation.results_file import metrics_of
+
     for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1].date):
         model = record.model
         name = one_line(model.name) + _reservations(record.config)
@@ -293,10 +295,14 @@ def draw(rows: Sequence[Row], columns: Sequence[str]) -> Figure:
 def main(argv: Sequence[str]) -> int:
     """Writes the three files. Raises DataError for files that are no results, ConfigError for a malformed column."""
     parser = tool_parser(__doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
-    parser.add_argument("--output", type=Path, default=Path("zero_shot"), help="path of the files, without suffix")
-    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC")
-    parser.add_argument("--published", type=Path, default=PUBLISHED, help="CSV of published rows")
+    parser.add_argument("results", nargs="+", type=local_path, metavar="RESULTS.json", help="files that eval.py wrote")
+    parser.add_argument(
+        "--output", type=local_path, default=Path("zero_shot"), help="path of the files, without suffix"
+    )
+    parser.add_argument(
+        "--columns", nargs="+", default=list(COLUMNS), metavar="TASK:METRIC", help="columns of the table"
+    )
+    parser.add_argument("--published", type=local_path, default=PUBLISHED, help="CSV of published rows")
     parser.add_argument("--without-published", action="store_true", help="leave the published rows out")
     options = parser.parse_args(argv)
     for column in options.columns:

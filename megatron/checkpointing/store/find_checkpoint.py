@@ -19,6 +19,7 @@ from megatron.checkpointing.store.checkpoint import (
 from megatron.checkpointing.store.manifest import FileEntry, damage, unlisted
 from megatron.config.sections.checkpoint import CheckpointConfig, Verification
 from megatron.errors import CheckpointError, ConfigError, os_errors_as
+from megatron.io.checkout import hint_at_checkout
 from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather_objects, on_first_rank, rank_and_size
 
@@ -73,7 +74,8 @@ def configured_checkpoint(config: CheckpointConfig, iteration: int | None = None
     iteration = config.iteration if iteration is None else iteration
     checkpoint = find_checkpoint(Path(folder), iteration, config.verify_checkpoint)
     if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
+        hint = hint_at_checkout(Path(folder))
+        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.{hint}")
     return checkpoint
 
 

@@ -147,5 +147,5 @@ def _load_trusted(path: Path, mmap: bool) -> Any:
 
 def unpickling_reason(error: pickle.UnpicklingError) -> str:
     """Returns the class or function that torch's restricted unpickler met, or else what it could not read."""
-    found = re.search(r"GLOBAL (\S+)|WeightsUnpickler error: (.+)", str(error))
-    return next(filter(None, found.groups())) if found else str(error).splitlines()[0]
+    found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
+    return found.group(1) if found else str(error).splitlines()[0]

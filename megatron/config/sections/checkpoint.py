@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron.config.bounds import Count, StepCount, StepNumber
+from megatron.config.local_path import PathText
 from megatron.config.section import Key, Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1e12)]
@@ -16,11 +17,12 @@ Verification = Literal["full", "sizes"]
 class CheckpointConfig(Section):
     """Checkpoints: where they are written and read, when, and how they are checked."""
 
-    save: str | None = None
+    save: PathText | None = None
     """Folder for this run's checkpoints; None saves nothing."""
 
     load: Annotated[
-        str | None, Key(difference="must hold a checkpoint unless it is save; NeoX always starts from step 0 without")
+        PathText | None,
+        Key(difference="must hold a checkpoint unless it is save; NeoX always starts from step 0 without"),
     ] = None
     """Folder to load from. It must hold a checkpoint, unless it is the folder `save`, in which a run starts fresh."""
 
@@ -66,7 +68,7 @@ class CheckpointConfig(Section):
     finetune: bool = False
     """Load weights alone and start at step 0: no optimizer state, schedule, random state or data position."""
 
-    pretrain_partial_init: Annotated[str | None, Key(difference="TokenFormer release")] = None
+    pretrain_partial_init: Annotated[PathText | None, Key(difference="TokenFormer release")] = None
     """Checkpoint folder of a TokenFormer with fewer parameter tokens, as the published growth runs start from: its
     tokens fill the first rows, the other rows keep their initial values, and everything else is copied. The run starts
     at step 0 with a fresh optimizer and schedule. The section grow has better rules."""

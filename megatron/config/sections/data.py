@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron.config.bounds import NonNegative
+from megatron.config.local_path import PathText
 from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
@@ -22,33 +23,33 @@ class TokenizerConfig(Section):
     type: Annotated[TokenizerType, Key("tokenizer_type")] = "GPT2BPETokenizer"
     """Kind of tokenizer."""
 
-    vocab_file: str | None = None
+    vocab_file: PathText | None = None
     """tokenizer.json (HFTokenizer), vocab.json (GPT2BPETokenizer) or .model (SPMTokenizer); CharLevelTokenizer
     needs none."""
 
-    merge_file: str | None = None
+    merge_file: PathText | None = None
     """merges.txt (GPT2BPETokenizer only)."""
 
 
 class DataConfig(Section):
     """Tokenized datasets: one that is split by documents, or separate ones, possibly blended."""
 
-    data_path: str | None = None
+    data_path: PathText | None = None
     """Prefix of one .bin/.idx pair, split by `split`."""
 
     split: Annotated[str, Key(difference=REFUSED_WHEN_SMALL)] = "969, 30, 1"
     """Shares of documents for training, validation and test when data_path is given."""
 
-    train_data_paths: Annotated[list[str] | None, Key(difference=REFUSED_WHEN_SMALL)] = None
+    train_data_paths: Annotated[list[PathText] | None, Key(difference=REFUSED_WHEN_SMALL)] = None
     """Prefixes of the training datasets, blended by their weights."""
 
     valid_data_paths: Annotated[
-        list[str] | None, Key(difference=f"may be left out with eval_iters: 0; {REFUSED_WHEN_SMALL}")
+        list[PathText] | None, Key(difference=f"may be left out with eval_iters: 0; {REFUSED_WHEN_SMALL}")
     ] = None
     """Prefixes of the validation datasets."""
 
     test_data_paths: Annotated[
-        list[str] | None, Key(difference=f"may be left out: no final test; {REFUSED_WHEN_SMALL}")
+        list[PathText] | None, Key(difference=f"may be left out: no final test; {REFUSED_WHEN_SMALL}")
     ] = None
     """Prefixes of the test datasets."""
 
@@ -72,7 +73,7 @@ class DataConfig(Section):
     num_workers: int = Field(default=2, ge=0, le=1024)
     """Loader processes per rank [processes]."""
 
-    index_cache_dir: Annotated[str | None, Key(difference="not a NeoX key; there, beside the dataset")] = None
+    index_cache_dir: Annotated[PathText | None, Key(difference="not a NeoX key; there, beside the dataset")] = None
     """Folder for the sample indices, shared by all ranks of a machine; None keeps them beside the dataset."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron.config.bounds import Count, SampleCount, StepNumber
+from megatron.config.local_path import NameOrPath, PathText
 from megatron.config.section import Key, Section
 
 FewShot = Annotated[int, Field(ge=0, le=10_000)]
@@ -19,7 +20,7 @@ class EvaluationConfig(Section):
 
     key_prefix = "eval_"
 
-    tasks: list[str] = Field(default=[])
+    tasks: list[NameOrPath] = Field(default=[])
     """Tasks, groups or tags of lm-eval, or paths of task YAMLs."""
 
     num_fewshot: Annotated[FewShot | None, Key(difference="a NeoX flag, not a key")] = None
@@ -34,7 +35,7 @@ class EvaluationConfig(Section):
     )
     """Most sequences of a batch [sequences]; auto fills the memory, and takes less after it ran out."""
 
-    include_path: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    include_path: Annotated[PathText | None, Key(difference="not a NeoX key")] = None
     """Folder of further task YAMLs. Those that run Python (`!function`) need eval_trust_remote_code."""
 
     iterations: Annotated[list[StepNumber] | Literal["all"], Key(difference="not a NeoX key")] = Field(default=[])
@@ -50,16 +51,16 @@ class EvaluationConfig(Section):
     """Resamples behind standard errors that have no formula [samples]; 0 gives none. Fewer are faster, and too few hide
     the tail of a metric such as perplexity."""
 
-    output: Annotated[str, Key(difference="not a NeoX key; there, the current folder")] = "eval_results"
+    output: Annotated[PathText, Key(difference="not a NeoX key; there, the current folder")] = "eval_results"
     """Folder of the results, or the .json file of a single one."""
 
     results_prefix: str = ""
     """Start of the results' file names."""
 
-    cache: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    cache: Annotated[PathText | None, Key(difference="not a NeoX key")] = None
     """Folder of answers by checkpoint, so that an evaluation that was ended goes on where it was; None keeps none."""
 
-    hf_model: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    hf_model: Annotated[NameOrPath | None, Key(difference="not a NeoX key")] = None
     """Name or folder of a Hugging Face causal model to score instead of a checkpoint."""
 
     trust_remote_code: Annotated[bool, Key(difference="not a NeoX key")] = False

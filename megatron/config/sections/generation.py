@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron.config.bounds import NonNegative, SampleCount, TokenCount
+from megatron.config.local_path import PathText
 from megatron.config.section import Key, Section
 
 
@@ -42,10 +43,10 @@ class GenerationConfig(Section):
     """Write the logits that each generated token was chosen from into the records: as many numbers as the vocabulary
     has ids, for every token."""
 
-    sample_input_file: str | None = None
+    sample_input_file: PathText | None = None
     """File of prompts (input-file)."""
 
     sample_output_file: Annotated[
-        str | None, Key(difference="records are printed when unset; NeoX's default is samples.txt")
+        PathText | None, Key(difference="records are printed when unset; NeoX's default is samples.txt")
     ] = None
     """File of records, one JSON line per sample; None prints them."""

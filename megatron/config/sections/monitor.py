@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron.config.bounds import StepCount
+from megatron.config.local_path import PathText
 from megatron.config.section import Key, Section
 
 Name = Annotated[str, Field(max_length=128)]
@@ -46,11 +47,13 @@ class MonitorConfig(Section):
     log_batch_hashes: Annotated[bool, Key(difference="not a NeoX key")] = False
     """Write the hash of each step's tokens to batch_hashes.jsonl in the run's folder."""
 
-    log_dir: Annotated[str | None, Key(difference="the folder of metrics.jsonl; NeoX copies its output there")] = None
+    log_dir: Annotated[PathText | None, Key(difference="the folder of metrics.jsonl; NeoX copies its output there")] = (
+        None
+    )
     """The run's folder, where metrics.jsonl is written; None means the checkpoint folder `save`, or runs/<name of the
     first YAML>."""
 
-    tensorboard_dir: str | None = None
+    tensorboard_dir: PathText | None = None
     """Folder for TensorBoard event files; None writes none."""
 
     wandb: WandbConfig = WandbConfig()

@@ -23,6 +23,7 @@ from yaml.scanner import Scanner
 
 from megatron.config.yaml.problems import Origin, Problem, YamlValue, show, show_key
 from megatron.errors import ConfigError
+from megatron.io.checkout import hint_at_checkout
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -107,7 +108,7 @@ def read_yaml(file: Path) -> tuple[dict[str, LocatedValue], list[Problem]]:
             content = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        return {}, [Problem(str(file), f"cannot be read: {reason}", Origin("file", file=file))]
+        return {}, [Problem(str(file), f"cannot be read: {reason}.{hint_at_checkout(file)}", Origin("file", file=file))]
     if len(content) > MAX_BYTES:
         message = f"is larger than {MAX_BYTES // 2**20} MiB, and so no configuration; is it the right file?"
         return {}, [Problem(str(file), message, Origin("file", file=file))]

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, dataset_file
 from megatron.errors import DataError
+from megatron.io.checkout import hint_at_checkout
 from megatron.io.durable import atomic_write
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -81,6 +82,7 @@ class IndexedDataset:
                 raise DataError(
                     f"{path}: no such file. A dataset is the pair {data_path.name} and {index_path.name}; "
                     "give their common path without the ending, or make them with tools/datasets/preprocess_data.py."
+                    f"{hint_at_checkout(path)}"
                 )
         self.dtype, num_sequences, num_boundaries = _read_header(index_path)
         buffer = _mapped(index_path, np.dtype(np.uint8))

@@ -1,14 +1,15 @@
 """Everything that this project changes in DeepSpeed 0.19.8, in one place and in order.
 
-1. `join_process_group`, before the engine is made: quiet logs, and no shared-memory collective, which needs a compiler.
+1. `join_process_group`, before the engine is made: quiet logs, no shared-memory collective, which needs a compiler, and
+   torch's own names of collectives.
 2. `model/pipeline.py` subclasses PipelineModule, of which the engine is made: partition, recomputation, tied weights.
 3. `install` changes the engine that `deepspeed.initialize` has made. Nothing else sets an attribute of it afterwards,
    except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the loader of the universal form,
    which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters back.
 
 Tested in tests/ranks/training: test_agreement.py (norms, tied gradients; each case fails or waits for ever without its
-patch), test_deepspeed_patches.py (no compiler, no scripts); in tests/faults/training/test_non_finite.py (guard) and
-tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
+patch), test_deepspeed_patches.py (no compiler, no scripts, no warnings); in tests/faults/training/test_non_finite.py
+(guard) and tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, distributed, nn
 
 from megatron.checkpointing.engine.engine_files import build_engine_files
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.mpu.collectives import ALL_GATHER, REDUCE_SCATTER
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import parameter_spec
 from megatron.training.after_growth import AfterGrowth
@@ -47,6 +49,10 @@ def join_process_group() -> None:
     # a compiler, and a user's first run should not need one.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=distributed.get_backend(), verbose=False)
+    # DeepSpeed calls two collectives by names that torch has given up, and warns about on every rank.
+    backend = sys.modules["deepspeed.comm.comm"].cdb
+    backend.all_gather_function = getattr(distributed, ALL_GATHER)
+    backend.reduce_scatter_function = getattr(distributed, REDUCE_SCATTER)
 
 
 def install(

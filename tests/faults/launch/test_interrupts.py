@@ -68,7 +68,8 @@ def test_during_imports(command: list[str], library: str) -> None:
     assert_one_line(interrupt(command, loads(library)))
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [1, 2])
 def test_while_text_is_tokenized(workers: int, tmp_path: Path) -> None:
     """Its worker processes are told as well, and say nothing; no file is left."""
     text = tmp_path / "text.jsonl"
@@ -94,14 +95,8 @@ def test_while_text_is_generated(tokenformer: Checkpoint, tmp_path: Path) -> Non
 
 
 def test_while_the_demo_runs_a_command(tmp_path: Path) -> None:
-    """The command has been told as well: it says so, and the demo waits for it."""
-    command = tmp_path / "command.py"
-    command.write_text(
-        "import time\nfrom pathlib import Path\nfrom megatron.errors import exit_on_user_error\n"
-        f"Path({str(tmp_path / 'ready')!r}).touch()\n"
-        "exit_on_user_error(lambda: time.sleep(60))\n"
-    )
-    demo = "from megatron.errors import exit_on_user_error; from tools import demo; "
-    demo += f"exit_on_user_error(lambda: demo.run([{str(command)!r}]))"
-    code, said = interrupt(["-c", demo], lambda pid: (tmp_path / "ready").exists())
+    """The command has been told as well: it says so, and the demo waits for it; nothing of it is left."""
+    words = ["tools/demo.py", "--output-dir", str(tmp_path / "demo")]
+    code, said = interrupt(words, lambda pid: any(tmp_path.glob("demo.part-*/demo/data/train.jsonl")))
     assert (code, said) == (130, "interrupted\n")
+    assert not list(tmp_path.iterdir())

@@ -45,6 +45,8 @@ elif "CANNOT_REQUEUE" in os.environ:
     sys.exit("slurm_requeue error: Requested operation is presently disabled")
 """
 RANK = "import os, sys; sys.exit(int(os.environ['CODES'].split()[int(os.environ['SLURM_PROCID'])]))\n"
+JOB_ID = 100_000 + os.getpid()
+"""Another one in each process that tests: the port on which the ranks meet follows from it."""
 
 
 class Job:
@@ -60,7 +62,7 @@ class Job:
 
     def start(self, *arguments: str, python: str | None = None, **environment: str) -> subprocess.Popen[str]:
         job = {
-            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_ID": str(JOB_ID),
             "SLURM_JOB_NODELIST": "node[1-2]",
             "PYTHON": python or str(self.folder / "bin/rank"),
         }
@@ -80,7 +82,7 @@ class Job:
     @property
     def requeued(self) -> int:
         """How often the job was queued again."""
-        return (self.folder / "scontrol.log").read_text().splitlines().count("requeue 4711")
+        return (self.folder / "scontrol.log").read_text().splitlines().count(f"requeue {JOB_ID}")
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_what_the_ranks_are_given(job: Job) -> None:
     srun = json.loads((job.folder / "srun.json").read_text())
     assert srun["command"][1:] == ["train.py", "-d", "configs", "clusters/slurm", "tokenformer/150M", "save=a b"]
     environment = srun["environment"]
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("localhost", "24711")
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("localhost", str(20000 + JOB_ID % 12000))
     assert environment["SRUN_CPUS_PER_TASK"] == "6"
     assert (job.folder / "scontrol.log").read_text() == "show hostnames node[1-2]\n"
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.runs import train
+
+
+def refuse_old_names() -> None:
+    warnings.simplefilter("error", FutureWarning)
 
 
 def without_a_compiler(extensions: Path) -> None:
@@ -22,3 +29,8 @@ def test_a_run_compiles_nothing_and_leaves_no_scripts(write_config: Callable[...
     run = config.with_suffix("")
     assert (run / "global_step1").is_dir()
     assert not list(run.rglob("*.py"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bfloat16", marks=pytest.mark.full)])
+def test_data_parallel_ranks_call_nothing_by_an_old_name(precision: str, write_config: Callable[..., Path]) -> None:
+    train(write_config(TOKENFORMER, train_iters=1, precision=precision), ranks=2, before=refuse_old_names)

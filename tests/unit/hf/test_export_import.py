@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError, DataError, UserError, exit_on_user_error
+from megatron.hf.export_checkpoint import Precision
 from megatron.hf.import_folder import import_folder
 from tests.helpers.bombs import Bomb
 from tests.helpers.tiny_checkpoints import (
@@ -38,6 +39,11 @@ from tests.helpers.tiny_checkpoints import (
     write_yaml,
 )
 from tools.ckpts import convert_hf_to_neox, convert_neox_to_hf
+from tools.ckpts.export_flags import PRECISIONS
+
+
+def test_precisions_of_exports_are_those_of_the_flag() -> None:
+    assert get_args(Precision) == PRECISIONS
 
 
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
@@ -520,7 +526,7 @@ def test_folders_that_cannot_be_described_leave_nothing(exported: Path, tmp_path
         convert(folder)
     (folder / "config.json").write_text('{"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}')
     (folder / "code.py").write_text("open('ran', 'w')")
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match="model_type 'unheard_of' cannot be imported"):
         convert(folder)
     (folder / "config.json").write_text((exported / "config.json").read_text())
     with pytest.raises(DataError, match=r"no tokenizer\.json.*name one after the YAML"):

@@ -25,7 +25,7 @@ def test_an_atomic_write_appears_at_its_end(tmp_path: Path) -> None:
 
 
 @given(writers=st.integers(2, 40), pid=st.integers(1, 2**22))
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 def test_writers_with_one_process_id_have_temporary_files_of_their_own(writers: int, pid: int) -> None:
     """As on two machines, or in two containers."""
     with tempfile.TemporaryDirectory() as folder, mock.patch("os.getpid", lambda: pid):

@@ -40,7 +40,8 @@ def test_lines_are_prompts(tmp_path: Path) -> None:
     assert prompts_of("one\ntwo", tmp_path) == ["one", "two"]
     assert prompts_of("\ufeffone\r\ntwo\u2028three\r\n", tmp_path) == ["one", "two\u2028three"]
     assert prompts_of("\n", tmp_path) == [""]
-    assert prompts_of("", tmp_path) == []
+    with pytest.raises(DataError, match=r"sample_input_file: .*prompts\.txt is empty"):
+        prompts_of("", tmp_path)
 
 
 def test_prompts_with_another_end(tmp_path: Path) -> None:

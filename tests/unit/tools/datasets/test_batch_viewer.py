@@ -113,7 +113,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     def find(folder: Path, *_: object) -> SimpleNamespace | None:
         return SimpleNamespace(state=states[str(folder)]) if str(folder) in states else None
 
-    monkeypatch.setattr("tools.datasets.batch_viewer.find_checkpoint", find)
+    monkeypatch.setattr("megatron.checkpointing.store.find_checkpoint.find_checkpoint", find)
     return states
 
 

@@ -274,3 +274,37 @@ def test_bad_arguments_are_refused(capsys: pytest.CaptureFixture[str], arguments
         main(["run", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def _make_described(folder: Path, configuration: str, steps: int = 100, **values: object) -> Path:
+    optimizer = {"lr": values.pop("lr", 6e-4)}
+    config = {"training": {"optimizer": optimizer, **values}, "checkpoint": {"save": str(folder)}}
+    rows = [_record(step) for step in range(10, steps + 1, 10)]
+    return _make_run(folder, rows, name=folder.name, configuration=configuration, config=config)
+
+
+def test_runs_are_called_by_their_configurations(tmp_path: Path) -> None:
+    folders = [
+        _make_described(tmp_path / "a" / "run", "150M"),
+        _make_described(tmp_path / "b" / "run", "150M", lr=1.2e-3),
+        _make_described(tmp_path / "c" / "run", "demo"),
+    ]
+    assert [run.name for run in load_runs(folders)] == ["150M (lr=0.0006)", "150M (lr=0.0012)", "demo"]
+    assert load_run(folders[0]).name == "150M"
+    same = _make_described(tmp_path / "d" / "run", "demo")
+    assert [run.name for run in load_runs([folders[2], same])] == [f"demo ({folders[2]})", f"demo ({same})"]
+
+
+@pytest.mark.parametrize(("steps", "log_x", "scale"), [
+    (1000, None, "linear"), (1010, None, "log"), (1010, False, "linear"), (100, True, "log"),
+])  # fmt: skip
+def test_a_short_run_can_be_seen_beside_a_long_one(steps: int, log_x: bool | None, scale: str, tmp_path: Path) -> None:
+    runs = [_make_described(tmp_path / "short", "short"), _make_described(tmp_path / "long", "long", steps)]
+    figure = draw(load_runs(runs), log_x=log_x)
+    loss = _panels(figure)["loss [nat/token]"]
+    assert loss.get_xscale() == scale
+    low, high = loss.transData.inverted().transform(loss.transAxes.transform([(0, 0), (1, 0)]))[:, 0]
+    if scale == "log":
+        assert (math.log(100) - math.log(10)) / (math.log(high) - math.log(low)) > 0.3
+    # The short one is drawn over the long one.
+    assert len(loss.lines[-1].get_xdata()) <= len(loss.lines[0].get_xdata())
