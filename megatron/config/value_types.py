@@ -155,8 +155,8 @@ def _likely_meant_by_number(value: float, kinds: Set[str | None]) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `; did you mean X?` for the known word that `word` is a slip of, or nothing when it is none.
 
-    A slip changes parts of a word, which stand between underscores and dots: `num_gpu` is one of `num_gpus`, and
-    `attention_type` none of `attention_dropout`.
+    A slip changes or leaves out parts of a word, which stand between underscores and dots: `num_gpu` is one of
+    `num_gpus`, `ffn_slots` of `ffn_slot_num`, and `attention_type` none of `attention_dropout`.
     """
     if len(word) > _LONGEST_SLIP:
         return ""
@@ -181,9 +181,16 @@ _LONGEST_SLIP = 64
 
 def _is_slip(word: str, known: str) -> bool:
     ours, theirs = re.split(r"[._]", word.lower()), re.split(r"[._]", known.lower())
-    if len(ours) != len(theirs):
-        return difflib.SequenceMatcher(None, "".join(ours), "".join(theirs)).ratio() >= 0.9
-    return all(difflib.SequenceMatcher(None, *pair).ratio() >= 0.6 for pair in zip(ours, theirs, strict=True))
+    if len(ours) == len(theirs):
+        return all(_likeness(*pair) >= 0.6 for pair in zip(ours, theirs, strict=True))
+    fewer, more = sorted((ours, theirs), key=len)
+    rest = iter(more)
+    left_out = all(any(_likeness(part, other) >= 0.8 for other in rest) for part in fewer)
+    return left_out or _likeness("".join(ours), "".join(theirs)) >= 0.9
+
+
+def _likeness(word: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, word, other).ratio()
 
 
 def _is_number(text: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
+from megatron.config.bounds import LayerCount, StepCount, TokenCount
 from megatron.config.section import Key, OneOf
 from megatron.config.sections.growth import GrowthRules
 from megatron.registry import variant_names
@@ -26,25 +27,25 @@ class GrowConfig(GrowthRules):
     ]
     """Values of what is new; megatron/growth/operators has one module for each."""
 
-    at_step: PositiveInt | None = None
+    at_step: StepCount | None = None
     """Optimizer steps after which the model grows [steps]."""
 
-    at_tokens: PositiveInt | None = None
+    at_tokens: int | None = Field(default=None, gt=0, le=10**18)
     """Training tokens after which the model grows, at the end of the step that reads the last of them [tokens]."""
 
-    qkv_slot_num: PositiveInt | None = None
+    qkv_slot_num: TokenCount | None = None
     """Parameter tokens in each of the query, key and value Pattentions after growth [tokens]; None leaves them."""
 
-    proj_slot_num: PositiveInt | None = None
+    proj_slot_num: TokenCount | None = None
     """Parameter tokens in the output projection's Pattention after growth [tokens]; None leaves them."""
 
-    ffn_slot_num: PositiveInt | None = None
+    ffn_slot_num: TokenCount | None = None
     """Parameter tokens in the feed-forward Pattention after growth [tokens]; None leaves them."""
 
-    num_layers: PositiveInt | None = None
+    num_layers: LayerCount | None = None
     """Transformer layers after growth [layers]; None leaves them."""
 
-    factor: PositiveFloat | None = Field(default=None, gt=1.0)
+    factor: float | None = Field(default=None, gt=1.0, le=1e6)
     """Factor on all that the operator adds, parameter tokens or layers, in place of the sizes."""
 
     @property

@@ -68,9 +68,7 @@ FILES = [
     path
     for path, field in fields().items()
     if field.type_schema.get("type", "string") == "string"
-    and not path.startswith(
-        ("model.", "grow.", "monitor.wandb", "training.", "speedups.", "parallel.", "generation.prompt_end")
-    )
+    and path.startswith(("data.", "checkpoint.", "monitor.log", "monitor.tensor", "generation.sample", "evaluation."))
 ]
 """Texts that may become names of files."""
 
@@ -148,7 +146,7 @@ def names_its_key(message: str, key: str) -> bool:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("examples", covered([200, len(CASES)], [200]))
+@pytest.mark.parametrize("examples", covered([120, len(CASES)], [120]))
 def test_every_key_with_hostile_values(examples: int) -> None:
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None)
     @given(st.sampled_from(CASES))
