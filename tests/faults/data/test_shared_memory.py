@@ -43,7 +43,9 @@ def small_shared_memory(kibibytes: int, workers: int) -> subprocess.CompletedPro
     """Reads nine batches of 625 KiB where /dev/shm has so much room."""
     mount = f"mount -t tmpfs -o size={kibibytes}k tmpfs /dev/shm"
     program = textwrap.dedent(PROGRAM).format(workers=workers)
-    words = ["unshare", "-rm", "sh", "-c", f'{mount} || exit 77; exec "$@"', "sh", sys.executable, "-c", program]
+    # torch advises against more workers than cores, of which these tests may have one.
+    python = [sys.executable, "-W", "ignore:This DataLoader will create", "-c", program]
+    words = ["unshare", "-rm", "sh", "-c", f'{mount} || exit 77; exec "$@"', "sh", *python]
     try:
         done = subprocess.run(words, cwd=ROOT, timeout=120, check=False, capture_output=True, text=True)
     except FileNotFoundError:
