@@ -5,7 +5,8 @@ python tools/compare_commits.py BEFORE [AFTER]     AFTER is the working tree unl
 Trains a fixed set of tiny runs with each: TokenFormer and GPT-NeoX, one rank, two tensor-parallel ranks, two pipeline
 stages, bf16, and a resume. Compares losses, gradient norms, every tensor, name and counter of the checkpoints, and the
 saved configurations. Then AFTER goes on from BEFORE's checkpoints, which must end where BEFORE's own runs ended.
-Ends with 1 when anything differs. It takes a few minutes on two cores, and no GPU.
+Ends with 1 when anything differs; entries that AFTER alone writes are named, and are no difference. It takes a few
+minutes on two cores, and no GPU.
 """
 
 from __future__ import annotations
@@ -93,6 +94,15 @@ UNLIKE = frozenset(
 
 
 @dataclass(frozen=True)
+class Difference:
+    """One place where two runs are not the same."""
+
+    place: str
+    values: str = ""
+    """Both sides, in short; nothing for an entry that AFTER alone has."""
+
+
+@dataclass(frozen=True)
 class Code:
     """A checkout."""
 
@@ -127,7 +137,9 @@ def main(argv: Sequence[str]) -> int:
         after = Code("the working tree", ROOT)
         if arguments.after is not None:
             after = stack.enter_context(checkout(arguments.after, folder / "after_code"))
-        found = compare(before, after, folder)
+        found, added = compare(before, after, folder)
+    if added:
+        print(f"{after.name} also writes {', '.join(sorted(added))}")
     print("\n".join(found) if found else f"{before.name} and {after.name} compute the same, bit for bit")
     return int(bool(found))
 
@@ -143,8 +155,8 @@ def checkout(commit: str, folder: Path) -> Iterator[Code]:
         subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
-def compare(before: Code, after: Code, folder: Path) -> list[str]:
-    """Trains every run with both, and lists what differs; prints a line for each run."""
+def compare(before: Code, after: Code, folder: Path) -> tuple[list[str], set[str]]:
+    """Trains every run with both; returns what differs, and what AFTER alone writes. Prints a line for each run."""
     dataset = folder / "data" / "text"
     text = folder / "text.jsonl"
     lines = (ROOT / "LICENSE").read_text("utf-8").split("\n\n")
@@ -154,7 +166,8 @@ def compare(before: Code, after: Code, folder: Path) -> list[str]:
         "--tokenizer-type", "CharLevelTokenizer", "--append-eod",
     )  # fmt: skip
     data = {"data_path": f"{dataset}_text_document", "index_cache_dir": str(folder / "index")}
-    found = []
+    found: list[str] = []
+    added: set[str] = set()
     cases = [(architecture, setting) for architecture in ARCHITECTURES for setting in SETTINGS]
     for number, (architecture, setting) in enumerate(track(cases, description="training")):
         keys = BASE | ARCHITECTURES[architecture] | SETTINGS[setting] | data
@@ -162,12 +175,14 @@ def compare(before: Code, after: Code, folder: Path) -> list[str]:
         for code, run in zip((before, after), runs, strict=False):
             train(code, keys, run)
         resume(after, keys, source=runs[0], run=runs[2])
-        differing = [*differences(runs[0], runs[1]), *differences(runs[0], runs[2], since=SAVED_AT)]
+        everything = [*differences(runs[0], runs[1]), *differences(runs[0], runs[2], since=SAVED_AT)]
+        differing = [one for one in everything if one.values]
+        added |= {one.place.partition("/")[2] for one in everything if not one.values}
         print(f"{architecture}, {setting}: {last_record(runs[1])}: {'DIFFERS' if differing else 'identical'}")
-        found += [f"{architecture}, {setting}: {line}" for line in differing]
+        found += [f"{architecture}, {setting}: {one.place}: {one.values}" for one in differing]
         for run in runs:
             shutil.rmtree(run)
-    return found
+    return found, added
 
 
 def train(code: Code, keys: dict[str, Any], run: Path) -> None:
@@ -197,46 +212,46 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key.rpartition("/")[2] in measured} for row in rows]
 
 
-def differences(first: Path, second: Path, *, since: int = -1) -> Iterator[str]:
+def differences(before: Path, after: Path, *, since: int = -1) -> Iterator[Difference]:
     """Yields what differs between two runs, in records and checkpoints of steps after `since`."""
-    ours, theirs = ([row for row in records(run) if row["iteration"] > since] for run in (first, second))
+    ours, theirs = ([row for row in records(run) if row["iteration"] > since] for run in (before, after))
     for mine, other in zip_longest(ours, theirs):
         if mine != other:
-            yield f"metrics: {mine} and {other}"
+            yield Difference("metrics", f"{mine} and {other}")
     import torch
 
-    steps = {path.name for run in (first, second) for path in run.glob("global_step*")}
+    steps = {path.name for run in (before, after) for path in run.glob("global_step*")}
     for step in sorted(step for step in steps if int(step.removeprefix("global_step")) > since):
-        names = {path.name for run in (first, second) for path in (run / step).glob("*")}
+        names = {path.name for run in (before, after) for path in (run / step).glob("*")}
         for name in sorted(names):
-            files = [run / step / name for run in (first, second)]
+            place, files = f"{step}/{name}", [run / step / name for run in (before, after)]
             if not all(file.is_file() for file in files):
-                yield f"{step}/{name}: only one of them has it"
+                yield Difference(place, "only one of them has it")
             elif name.endswith(".pt"):
-                contents = [torch.load(file, weights_only=False) for file in files]
-                yield from (f"{step}/{name}: {line}" for line in unequal("", *contents))
+                yield from unequal(place, *(torch.load(file, weights_only=False) for file in files))
             elif name.endswith(".json"):
-                contents = [json.loads(file.read_text("utf-8")) for file in files]
-                yield from (f"{step}/{name}: {line}" for line in unequal("", *contents))
+                yield from unequal(place, *(json.loads(file.read_text("utf-8")) for file in files))
 
 
-def unequal(where: str, first: Any, second: Any) -> Iterator[str]:
+def unequal(place: str, before: Any, after: Any) -> Iterator[Difference]:
     """Yields the places where two nested values differ; numbers and tensors are compared bit by bit."""
-    if type(first) is not type(second):
-        yield f"{where}: {type(first).__name__} and {type(second).__name__}"
+    if type(before) is not type(after):
+        yield Difference(place, f"{type(before).__name__} and {type(after).__name__}")
         return
-    inner = [parts(value) for value in (first, second)]
+    inner = [parts(value) for value in (before, after)]
     if inner[0] is None or inner[1] is None:
-        if not same(first, second):
-            yield f"{where}: {first!r:.60} and {second!r:.60}"
+        if not same(before, after):
+            yield Difference(place, f"{before!r:.60} and {after!r:.60}")
         return
     for key in dict.fromkeys([*inner[0], *inner[1]]):
         if key in UNLIKE:
             continue
-        if key not in inner[0] or key not in inner[1]:
-            yield f"{where}.{key}: only one of them has it"
+        if key not in inner[0]:
+            yield Difference(f"{place}.{key}")
+        elif key not in inner[1]:
+            yield Difference(f"{place}.{key}", "only the first has it")
         else:
-            yield from unequal(f"{where}.{key}", inner[0][key], inner[1][key])
+            yield from unequal(f"{place}.{key}", inner[0][key], inner[1][key])
 
 
 def parts(value: Any) -> dict[Any, Any] | None:
