@@ -79,8 +79,9 @@ def pretrain_in_group(
 ) -> Ending:
     """Trains on the ranks of the process group that exists already.
 
-    Without `stop`, no signal ends the run; without `lease`, the caller sees to it that nobody else writes its folders.
-    A run whose model grows is assembled once for each size.
+    Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says so.
+    A run whose model grows is saved then, and assembled once more. Without `stop`, no signal ends the run; without
+    `lease`, the caller sees to it that nobody else writes its folders.
     """
     sizes = config.parallel
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
@@ -90,45 +91,31 @@ def pretrain_in_group(
         done, asked = start.progress.iteration, config.training.train_iters
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
         return Ending.FINISHED
+    run: TrainingRun | None = None
     while True:
-        if start.due is not None and start.continues:
-            start = grow_start(config, start, parallel)
-        logger.info("%s", start)
-        ending = _train_one_size(config, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration)
-        if ending is not Ending.GROW:
-            return ending
-        # What is left of the smaller model's engine goes in circles, and its memory is needed.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        start = newest_start(config, start.run_id)
-
-
-def _train_one_size(
-    config: RunConfig,
-    batch: BatchConfig,
-    parallel: ParallelContext,
-    run_folder: Path,
-    start: RunStart,
-    stop: StopRequest,
-    lease: RunLease,
-    configuration: str,
-) -> Ending:
-    """Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says.
-
-    They end with the run, or when the model is to grow: then it is saved, and nothing holds its engine any longer.
-    """
-    run = assemble(adopt_schedule(config, start), batch, parallel, run_folder, start, stop, lease, configuration)
-    while True:
+        if run is None:
+            if start.due is not None and start.continues:
+                start = grow_start(config, start, parallel)
+            logger.info("%s", start)
+            adopted = adopt_schedule(config, start)
+            run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration)
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
         with open_training_context(run, progress) as context:
             ending = train_steps(context, build_callbacks(context))
-        if ending is Ending.GROW:
+        if ending is Ending.ROLL_BACK:
+            start = roll_back(run.config.checkpoint, start, progress)
+        elif ending is Ending.GROW:
             release_engine(run.engine)
-        if ending is not Ending.ROLL_BACK:
+            # What is left of the smaller model's engine goes in circles, and its memory is needed.
+            run = None
+            del context
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            start = newest_start(config, start.run_id)
+        else:
             return ending
-        start = roll_back(run.config.checkpoint, start, progress)
 
 
 def assemble(
