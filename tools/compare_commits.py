@@ -88,9 +88,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "two data-parallel ranks, saved in the background": {"num_gpus": 2, "async_save": True},
 }
 UNLIKE = frozenset(
-    {"run_id", "versions", "sha256", "save", "log_dir", "auto_resume", "config", "config.json", "state.json"}
+    {"run_id", "versions", "sha256", "size", "save", "log_dir", "auto_resume", "config", "config.json", "state.json"}
 )
-"""Entries that two runs of the same code do not share: who wrote what where, and the hashes of files that say it."""
+"""Entries that two runs of the same code do not share: who wrote what where, and hashes and sizes of files that say
+it."""
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,12 @@ def folder_settings(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
 
     Raises CheckpointError as `read_config` does, ConfigError for a model that we cannot express.
     """
-    config = read_config(folder)
-    with _library_errors(folder / "config.json"):
-        return config, HF_ARCHITECTURES[config.model_type].to_settings(config)
+    config, path = read_config(folder), folder / "config.json"
+    try:
+        with _library_errors(path):
+            return config, HF_ARCHITECTURES[config.model_type].to_settings(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 @contextmanager
