@@ -48,7 +48,12 @@ def read_config(folder: Path) -> PretrainedConfig:
         known = ", ".join(HF_ARCHITECTURES)
         raise CheckpointError(f"{folder}: model_type {model_type!r} cannot be imported; known: {known}.")
     with _library_errors(path):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # Not one of the fields that become ours, whose types the model's section checks.
+    rows = config.vocab_size
+    if not isinstance(rows, int) or rows < 1:
+        raise CheckpointError(f"{path}: vocab_size: {rows!r}; expected a whole number above 0. Copy it again.")
+    return config
 
 
 def folder_settings(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
