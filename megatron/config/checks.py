@@ -121,7 +121,8 @@ def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "parallel.model_parallel_size",
             f"does not divide the multiple to which the vocabulary is padded, make_vocab_size_divisible_by {multiple}; "
-            f"nearest valid value: {_nearest(divisors(multiple), ranks)}, or give padded_vocab_size",
+            f"nearest valid value: {_nearest(divisors(multiple), ranks)}, or give padded_vocab_size, or pad as NeoX "
+            f"does on so many ranks, with make_vocab_size_divisible_by: {multiple * ranks}",
         )
     if padded is not None and padded % ranks:
         nearest = nearest_multiple(padded, math.lcm(ranks, multiple))

@@ -117,7 +117,8 @@ def only(*values: YamlValue, because: str) -> Callable[[YamlValue, Flat], str | 
     def check(value: YamlValue, flat: Flat) -> str | None:
         if _is_among(value, values):
             return None
-        return f"known to NeoX, not supported here with this value: {because}; use {' or '.join(map(show, values))}"
+        accepted = " or ".join(map(show, values))
+        return f"known to NeoX, not supported here with this value: {because}; only {accepted} is accepted"
 
     return check
 

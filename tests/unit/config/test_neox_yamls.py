@@ -8,7 +8,7 @@ import pytest
 
 from megatron.config.command_line import load_command_line
 from megatron.errors import ConfigError
-from tests.helpers.neox_yamls import LOADABLE, NOT_HERE, write_neox_yamls
+from tests.helpers.neox_yamls import ALONE, LOADABLE, NOT_HERE, write_neox_yamls
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,37 @@ def test_what_exists_here_loads(name: str, setup: str, configs: str) -> None:
     assert ("comms_logger" in named) == ("deepspeed_extra_args" in LOADABLE[name])
 
 
+@pytest.mark.parametrize("name", ALONE)
+def test_what_names_its_own_data_loads_alone(name: str, configs: str) -> None:
+    _, loaded = load_command_line(["-d", configs, name, "save=checkpoints", "--check"])
+    assert loaded.run.data.data_path or loaded.run.data.train_data_paths
+    assert loaded.run.training.precision.dtype == ("bf16" if "bf16" in ALONE[name] else "fp16")
+
+
+def test_keys_of_a_loss_scaler_have_no_effect_in_bf16(configs: str) -> None:
+    _, loaded = load_command_line(["-d", configs, "bf16_with_its_fp16_keys.yml", "--check"])
+    named = next(warning for warning in loaded.warnings if warning.startswith("keys without effect here: "))
+    scaler = ("loss_scale", "loss_scale_window", "hysteresis", "min_loss_scale", "initial_scale_power")
+    assert {f"bf16.{key}" for key in ("auto_cast", *scaler)} <= set(named.replace(",", "").split())
+
+
+def test_fp16_of_type_bfloat16_is_bf16(configs: str) -> None:
+    _, loaded = load_command_line(["-d", configs, "pythia/1B.yml", "local_setup.yml", "--check"])
+    assert loaded.run.training.precision.dtype == "bf16"
+
+
 @pytest.mark.parametrize("name", NOT_HERE)
 def test_what_is_missing_is_named(name: str, configs: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_command_line(["-d", configs, name, "local_setup.yml", "--check"])
     assert NOT_HERE[name][1] in str(caught.value)
+    assert "unknown key" not in str(caught.value)
+
+
+def test_data_of_its_own_contradicts_the_setup(configs: str) -> None:
+    """NeoX compares `vocab-file` with `vocab_file` and lets the later one win: another tokenizer than the data's."""
+    with pytest.raises(ConfigError, match=r"vocab_file: duplicate key; also in .*14M\.yml"):
+        load_command_line(["-d", configs, "pythia/14M.yml", "local_setup.yml", "--check"])
 
 
 def test_two_setups_contradict_as_in_neox(configs: str) -> None:

@@ -165,7 +165,12 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
             "command line intermediate_size: 11008: known to NeoX, not supported here: an MLP of another width is not "
             "implemented: it is 4 x hidden_size (3072)",
         ),
-        ("attention_type=groupedquery", "command line attention_type: groupedquery: unknown key"),
+        (
+            "attention_type=groupedquery",
+            "command line attention_type: groupedquery: known to NeoX, not supported here: grouped-query attention is "
+            "not implemented",
+        ),
+        ("mlp_type=llama", "gated MLPs such as llama's are not implemented; only regular is accepted"),
         ("launcher=bogus", "expected one of pdsh, openmpi, mvapich, mpich, impi, slurm, jsrun"),
         ("launcher=slrum", "did you mean slurm?"),
         ("batch_size=0", "command line batch_size: 0: expected a whole number above 0"),

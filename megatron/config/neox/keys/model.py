@@ -22,6 +22,7 @@ from megatron.config.neox_entries import (
 )
 from megatron.config.yaml.problems import YamlValue
 
+_ONE_EXPERT = "only read with more than one expert, which is refused"
 _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 
 
@@ -181,6 +182,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
         str, "the head is always split by vocabulary", only("column", because="the head is split by vocabulary")
     ),
     "num_kv_heads": _same_as("num_attention_heads", "grouped-query attention is not implemented"),
+    "attention_type": Rejected("grouped-query attention is not implemented", harmless=("multihead",), accepts=str),
     "num_unique_layers": _same_as("num_layers", "layers do not share parameters"),
     "param_sharing_style": Inert(str, "only read with num_unique_layers below num_layers, which is refused"),
     "intermediate_size": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
@@ -230,7 +232,11 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "te_fp8_margin": Inert(int, "only read by Transformer Engine layers, which are refused"),
     "moe_num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=int),
     "num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=int),
-    "mlp_type": Inert(str, "regular is the only value accepted", only("regular", because="one MLP is implemented")),
+    "mlp_type": Inert(
+        str,
+        "regular is the only value accepted",
+        only("regular", because="gated MLPs such as llama's are not implemented"),
+    ),
     "tokenformer_use": absent_flag(
         "the TokenFormer release itself selects its layers by attention_config",
         'use attention_config: [[["tokenformer"], N]]',
@@ -240,13 +246,14 @@ MODEL_KEYS: dict[str, TableEntry] = {
 }
 
 MODEL_KEYS |= {
-    f"moe_{name}": Inert(kind, "only read with more than one expert, which is refused")
+    f"moe_{name}": Inert(kind, _ONE_EXPERT)
     for name, kind in {
         "expert_interval": int,
         "jitter_eps": float,
         "lbl_in_fp32": bool,
         "router_type": Literal["sinkhorn", "topk"],
         "top_k": int,
+        "type": Literal["deepspeed", "megablocks"],
         "eval_capacity_factor": float,
         "expert_parallel_size": int,
         "loss_coeff": float,
@@ -256,7 +263,8 @@ MODEL_KEYS |= {
         "use_residual": bool,
     }.items()
 } | {
-    "create_moe_param_group": Inert(bool, "only read with more than one expert, which is refused"),
-    "expert_interval": Inert(int, "only read with more than one expert, which is refused"),
-    "use_tutel": Inert(bool, "only read with more than one expert, which is refused"),
+    "create_moe_param_group": Inert(bool, _ONE_EXPERT),
+    "enable_expert_tensor_parallelism": Inert(bool, _ONE_EXPERT),
+    "expert_interval": Inert(int, _ONE_EXPERT),
+    "use_tutel": Inert(bool, _ONE_EXPERT),
 }

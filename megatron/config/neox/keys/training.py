@@ -70,6 +70,8 @@ def _decay_share(value: YamlValue, flat: Flat) -> Converted:
 
 _PREFERENCES = "only read with a train_impl other than normal, which is refused"
 _MUP = "only read with use_mup: true, which is refused"
+_NO_INPUT_TO_CAST = "only casts inputs that are no whole numbers, and token ids are"
+_NO_LOSS_SCALE = "only fp16 scales the loss; YAMLs that turn to bf16 often keep the keys of their fp16 dictionary"
 _FIXED_LOSS_SCALE = "DeepSpeed's fp16 dictionary decides, as in NeoX"
 
 TRAINING_KEYS: dict[str, TableEntry] = {
@@ -97,11 +99,25 @@ TRAINING_KEYS: dict[str, TableEntry] = {
         meaning="Which 16-bit format `fp16.enabled` selects.",
         default="fp16",
     ),
-    "fp16.auto_cast": Inert(bool, "only casts inputs that are no whole numbers, and token ids are"),
+    "fp16.auto_cast": Inert(bool, _NO_INPUT_TO_CAST),
     "fp16.consecutive_hysteresis": absent_flag("the loss scaler keeps DeepSpeed's default"),
     "fp16.fp16_master_weights_and_grads": absent_flag("master weights are fp32"),
     "bf16.enabled": MapsTo("training.precision.dtype", _bf16_switch, bool, meaning="Compute in bf16.", default=False),
     "bf16.immediate_grad_update": absent_flag("gradients are accumulated in fp32 before the update"),
+    "bf16.bf16": MapsTo(
+        "training.precision.dtype",
+        _bf16_switch,
+        bool,
+        "DeepSpeed reads bf16.enabled alone",
+        meaning="Another name of `bf16.enabled`.",
+        default=False,
+    ),
+    "bf16.auto_cast": Inert(bool, _NO_INPUT_TO_CAST),
+    "bf16.loss_scale": Inert(float, _NO_LOSS_SCALE),
+    "bf16.loss_scale_window": Inert(float, _NO_LOSS_SCALE),
+    "bf16.initial_scale_power": Inert(int, _NO_LOSS_SCALE),
+    "bf16.hysteresis": Inert(int, _NO_LOSS_SCALE),
+    "bf16.min_loss_scale": Inert(float, _NO_LOSS_SCALE),
     "bf16.bf16_master_weights_and_grads": absent_flag("master weights are fp32"),
     "loss_scale": Rejected(_FIXED_LOSS_SCALE, "use fp16.loss_scale", (0,), float),
     "dynamic_loss_scale": Rejected(_FIXED_LOSS_SCALE, "use fp16.loss_scale: 0", (True,), bool),
@@ -119,6 +135,8 @@ TRAINING_KEYS: dict[str, TableEntry] = {
         float,
         meaning="Share of train_iters after which min_lr is reached; instead of lr_decay_iters.",
     ),
+    "decay_lr_to": Rejected("the last learning rate is not given as a share of lr", "use min_lr"),
+    "warmup_iters": Rejected("the warmup is not given in steps", "use warmup, its share of lr_decay_iters"),
     "scheduler": Rejected("DeepSpeed's schedulers are not used", "use lr_decay_style, warmup and min_lr"),
     "deepspeed_activation_checkpointing": Inert(bool, "chooses between two implementations of the same recomputation"),
     "partition_activations": Inert(
