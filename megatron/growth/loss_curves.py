@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config.model_size import count_parameters
+from megatron.config.sections.growth import ModelSizes
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import DataError
 from megatron.io.json_files import read_json_object
@@ -200,8 +201,9 @@ class _Run:
         found = []
         for event in self.events:
             row = self._row(event, before)
-            sizes = [count_parameters(_resized(self.model, event[side]), 0) for side in ("before", "after")]
-            found.append(GrowthEvent(row.step, row.tokens, row.flops, sizes[1] / sizes[0]))
+            models = [ModelSizes.model_validate(event[side]).in_model(self.model) for side in ("before", "after")]
+            small, large = (count_parameters(model, 0) for model in models)
+            found.append(GrowthEvent(row.step, row.tokens, row.flops, large / small))
         return found
 
     def _row(self, record: Mapping[str, Any], before: _Row | None) -> _Row:
@@ -216,13 +218,6 @@ class _Run:
         if counted is not None and (not self.restarts or before is None or self.events):
             flops = float(counted)
         return _Row(step, offset + step, tokens + read, flops, record)
-
-
-def _resized(model: ModelConfig, sizes: Mapping[str, Any]) -> ModelConfig:
-    tokens = model.param_tokens
-    if tokens is not None:
-        tokens = tokens.model_copy(update={name: sizes[name] for name in ("qkv", "proj", "ffn")})
-    return model.model_copy(update={"num_layers": sizes["num_layers"], "param_tokens": tokens})
 
 
 def _read_run(folder: Path) -> _Run:

@@ -13,8 +13,8 @@ def growth_event(record: GrowthRecord, larger: ModelConfig, padded_vocab_size: i
 
     `training_flops` are those of all training before it [FLOP].
     """
-    parameters = [count_parameters(_with_sizes(larger, sizes.model_dump()), padded_vocab_size)
-                  for sizes in (record.before, record.after)]  # fmt: skip
+    models = [sizes.in_model(larger) for sizes in (record.before, record.after)]
+    parameters = [count_parameters(model, padded_vocab_size) for model in models]
     return RunEvent(
         iteration=record.iteration,
         kind="growth",
@@ -30,10 +30,3 @@ def growth_event(record: GrowthRecord, larger: ModelConfig, padded_vocab_size: i
             "parameters_after": parameters[1],
         },
     )
-
-
-def _with_sizes(model: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
-    tokens = model.param_tokens
-    if tokens is not None:
-        tokens = tokens.model_copy(update={name: sizes[name] for name in ("qkv", "proj", "ffn")})
-    return model.model_copy(update={"num_layers": sizes["num_layers"], "param_tokens": tokens})

@@ -37,6 +37,13 @@ class ModelSizes(Section):
             return ModelSizes(num_layers=model.num_layers)
         return ModelSizes(qkv=tokens.qkv, proj=tokens.proj, ffn=tokens.ffn, num_layers=model.num_layers)
 
+    def in_model(self, model: ModelConfig) -> ModelConfig:
+        """Returns the model with these sizes; everything else stays, the scale of the scores too."""
+        tokens = model.param_tokens
+        if tokens is not None:
+            tokens = tokens.model_copy(update={"qkv": self.qkv, "proj": self.proj, "ffn": self.ffn})
+        return model.model_copy(update={"num_layers": self.num_layers, "param_tokens": tokens})
+
     def change_to(self, larger: ModelSizes) -> str:
         """Names the sizes that change, such as `ffn 48 to 96`."""
         before, after = self.model_dump(), larger.model_dump()
