@@ -23,6 +23,23 @@ class FixedValue:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """A dimension of a parameter: how a narrower model is cut out of it."""
+
+    what: str
+    """Name of what it counts, for tables and errors."""
+
+    groups: Callable[[ModelConfig], int] | None = None
+    """Returns how many equal groups of neighbors stay whole, such as a head's features; None where each is alone."""
+
+
+FEATURES = Axis("features")
+HEADS = Axis("heads", lambda model: model.num_attention_heads)
+UNITS = Axis("units")
+TOKENS = Axis("tokens")
+
+
+@dataclass(frozen=True)
 class ArchitectureFacts:
     """Facts of one architecture. Fields of the model are named by their path in `ModelConfig`.
 
@@ -40,6 +57,9 @@ class ArchitectureFacts:
 
     output_weights: tuple[str, ...] = ()
     """Parameters of a layer, by name within it, that are zero where the layer adds nothing to the residual stream."""
+
+    axes: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
+    """Dimensions of each parameter of a layer, by name within it; without them no narrower model is cut out of one."""
 
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""

@@ -13,14 +13,16 @@ from pydantic import ValidationError
 from megatron.config.architecture import architecture_facts, optional_sections
 from megatron.config.checks import CHECKS, Finding
 from megatron.config.grow_checks import GROW_CHECKS
+from megatron.config.inherit_checks import INHERIT_CHECKS
 from megatron.config.neox.translate import Setting
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_facts
-from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.run_config import OPTIONAL_SECTIONS, RunConfig
 from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import describe, expected
 from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, report, show
 from megatron.errors import ConfigError
 
+ALL_CHECKS = (*CHECKS, *GROW_CHECKS, *INHERIT_CHECKS)
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
 
@@ -37,7 +39,7 @@ def build(settings: Mapping[str, Setting], refused: Set[str]) -> tuple[RunConfig
         return None, problems + _checked_in_part(settings, refused | found.keys())
     if refused:
         return None, _checked_in_part(settings, refused)
-    findings = [finding for check in (*CHECKS, *GROW_CHECKS) for finding in check(run)]
+    findings = [finding for check in ALL_CHECKS for finding in check(run)]
     return (None if findings else run), [_located(finding, settings) for finding in findings]
 
 
@@ -69,8 +71,9 @@ def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin
 
 def _is_absent(path: str, run: RunConfig) -> bool:
     """Tells whether a value lies in an optional section that the run or its architecture does not have."""
-    if path.startswith("grow."):
-        return run.grow is None
+    section, _, _ = path.partition(".")
+    if section in OPTIONAL_SECTIONS:
+        return getattr(run, section) is None
     section, _, name = path.removeprefix("model.").partition(".")
     return bool(name) and section in optional_sections() and getattr(run.model, section) is None
 
@@ -132,7 +135,7 @@ def _checked_in_part(settings: Mapping[str, Setting], wrong: Set[str]) -> list[P
     """Runs the checks on the values that are right; a check that needs a wrong one is left out."""
     known = cast(RunConfig, _partial(settings, wrong))
     findings: list[Finding] = []
-    for check in (*CHECKS, *GROW_CHECKS):
+    for check in ALL_CHECKS:
         try:
             findings += check(known)
         except AttributeError:
@@ -154,8 +157,9 @@ def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespac
         setattr(section, name, settings[path].value if path in settings else field.default)
     for absent in optional_sections().keys() - _own_sections(settings):
         setattr(root.model, absent, None)
-    if not any(path.startswith("grow.") for path in settings):
-        root.grow = None
+    for optional in OPTIONAL_SECTIONS:
+        if not any(path.startswith(f"{optional}.") for path in settings):
+            setattr(root, optional, None)
     return root
 
 

@@ -8,21 +8,18 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.checkpointing.states.fold_ramp import fold_ramp
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import ParallelSizes
-from megatron.checkpointing.states.read_states import StateReader
-from megatron.checkpointing.states.read_zero_files import EngineState
 from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.run_state import RunState
 from megatron.config.build_config import require_consistent
-from megatron.config.learning_rate import lr_at
 from megatron.config.optimizer import facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.run_config import RunConfig
-from megatron.config.sections.training import TrainingConfig
+from megatron.growth.engine_restart import restarted_engine
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
+from megatron.growth.layer_reader import LayerReader
 from megatron.growth.require_growth import require_growth
 from megatron.io.lease import leased
 
@@ -80,25 +77,6 @@ def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Gr
     return Growth(before, after, source.vocab, record, config.training.seed, squared_moments)
 
 
-class LayerReader:
-    """Reads a checkpoint's layers by name, each as a model without an unfinished ramp has it."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self._reader = StateReader(source)
-        self._layouts = {layout.name: layout for layout in self._reader.layouts}
-        self._squared_moments = facts_of(source.config.training.optimizer).squared_moments
-        self.header = RunHeader.of(self._reader)
-
-    @property
-    def names(self) -> list[str]:
-        """Returns the names of all layers in the order of the pipeline."""
-        return list(self._layouts)
-
-    def read(self, name: str) -> LayerState:
-        """Returns the layer of a name, such as `layers.3`. Raises CheckpointError as `read_states` does."""
-        return fold_ramp(self._reader.read(self._layouts[name]), self.header.state, self._squared_moments)
-
-
 def tokens_read(state: RunState, seq_length: int) -> int:
     """Counts the training tokens that a run has read, also before a growth that restarted the data [tokens]."""
     restarts = [record.tokens for record in state.growth if record.rules.data == "restart"]
@@ -120,21 +98,8 @@ def _header(source: Checkpoint, reader: LayerReader, record: GrowthRecord) -> Ru
         state = replace(state, consumed_train_samples=0)
     if rules.schedule == "restart":
         state = replace(state, schedule_steps=0)
-    engine = None if header.engine is None else _engine_state(header.engine, rules, source.config.training)
+    engine = header.engine
+    if engine is not None:
+        schedule, moments = rules.schedule == "restart", rules.moments == "reset_all"
+        engine = restarted_engine(engine, source.config.training, schedule=schedule, moments=moments)
     return replace(header, state=state, engine=engine)
-
-
-def _engine_state(engine: EngineState, rules: GrowthRules, training: TrainingConfig) -> EngineState:
-    """Returns what the engine goes on with. The optimizer's groups have the next learning rate, and may count steps."""
-    counters, again = dict(engine.counters), dict[str, float]()
-    if rules.schedule == "restart":
-        counters["lr_scheduler"] = {**counters["lr_scheduler"], "num_steps": 0}
-        schedule, train_iters = training.lr_schedule, training.train_iters
-        again["lr"] = lr_at(0, peak=training.optimizer.lr, schedule=schedule, train_iters=train_iters)
-    if rules.moments == "reset_all":
-        again["step"] = 0
-    groups = {
-        name: {key: again.get(key, value) for key, value in group.items()}
-        for name, group in engine.hyperparameters.items()
-    }
-    return replace(engine, counters=counters, hyperparameters=groups)

@@ -14,8 +14,8 @@ from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import CheckpointError
-from megatron.growth.grow_checkpoint import LayerReader
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
+from megatron.growth.layer_reader import LayerReader
 from megatron.model.causal_lm import VocabSize, layer_entries
 from megatron.model.embedding import TokenEmbedding, tied_logits
 from megatron.mpu.context import ParallelContext
@@ -42,13 +42,13 @@ def measure_change(source: Checkpoint, growth: Growth, tokens_BS: Tensor) -> Fun
     at a time. A multiplier that opens is the number that it is at first.
     """
     reader = LayerReader(source)
-    layers = (_wide(reader.read(name)) for name in reader.names)
-    before_BSV = _logits(growth.before, growth.vocab, layers, tokens_BS)
-    grown = grown_layers(lambda name: _wide(reader.read(name)), growth)
+    layers = (in_float32(reader.read(name)) for name in reader.names)
+    before_BSV = logits_of_layers(growth.before, growth.vocab, layers, tokens_BS)
+    grown = grown_layers(lambda name: in_float32(reader.read(name)), growth)
     state = replace(source.state, growth=(growth.record,))
-    after_BSV = _logits(growth.after, growth.vocab, (fold_ramp(layer, state) for layer in grown), tokens_BS)
+    after_BSV = logits_of_layers(growth.after, growth.vocab, (fold_ramp(layer, state) for layer in grown), tokens_BS)
     rows = growth.vocab.actual if growth.before.mask_padded_vocab else growth.vocab.padded
-    loss_before, loss_after = (_loss(logits[..., :rows], tokens_BS) for logits in (before_BSV, after_BSV))
+    loss_before, loss_after = (next_token_loss(logits[..., :rows], tokens_BS) for logits in (before_BSV, after_BSV))
     largest = before_BSV.abs().max()
     return FunctionChange(float((after_BSV - before_BSV).abs().max() / largest), loss_before, loss_after)
 
@@ -65,7 +65,9 @@ def require_promised(change: FunctionChange, growth: Growth) -> None:
         )
 
 
-def _wide(layer: LayerState) -> LayerState:
+def in_float32(layer: LayerState) -> LayerState:
+    """Returns a layer's weights alone, the optimizer's where it has them, in float32 at least."""
+
     def weight(state: ParameterState) -> Tensor:
         exact = state.weight if state.master is None else state.master
         return exact.to(torch.promote_types(exact.dtype, torch.float32))
@@ -74,7 +76,7 @@ def _wide(layer: LayerState) -> LayerState:
 
 
 @torch.no_grad()
-def _logits(model: ModelConfig, vocab: VocabSize, layers: Iterable[LayerState], tokens_BS: Tensor) -> Tensor:
+def logits_of_layers(model: ModelConfig, vocab: VocabSize, layers: Iterable[LayerState], tokens_BS: Tensor) -> Tensor:
     """Computes logits [B, S, V] from layers in the order of the pipeline."""
     entries = {entry.name: entry for entry in reversed(layer_entries(model, vocab, ParallelContext.single()))}
     x = tokens_BS
@@ -90,5 +92,6 @@ def _logits(model: ModelConfig, vocab: VocabSize, layers: Iterable[LayerState], 
     return tied_logits(embedding, x) if embedding is not None and model.tie_embeddings else x
 
 
-def _loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
+def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> float:
+    """Returns the mean cross entropy of the next token [nat]."""
     return float(F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten()))

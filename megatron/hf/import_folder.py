@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
@@ -113,42 +114,87 @@ def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:
     return imported_vocabulary(config.vocab_size, run, str(folder))
 
 
-def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
-    """Yields the layers of a Hugging Face folder, weights alone, a layer in memory at a time.
+class FolderReader:
+    """Reads the layers of a Hugging Face folder by name, as weights alone of the configured model.
 
     The numbers keep their format. With `mask_padded_vocab`, padding rows of the vocabulary are cut off, or added as
     zeros, as the configuration asks. Each tensor of the folder is one parameter of the configured model, or it is an
     error. Raises ConfigError when the configuration describes another model, CheckpointError for damaged, unsafe or
     unknown tensors, DataError without the configured tokenizer.
     """
-    vocab = hf_vocabulary(folder, run)
-    names = HF_ARCHITECTURES[read_config(folder).model_type].names
-    tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
-    if run.model.num_layers > len(tensors.files):
-        raise CheckpointError(
-            f"{folder}: {len(tensors.files)} tensors cannot be the {run.model.num_layers:,} layers of its config.json."
-        )
-    layouts = layer_layouts(run.model, vocab)
-    expected = [layout.global_name(local) for layout in layouts for local in layout.parameters]
-    theirs = our_names(names, tensors.files, expected, str(folder))
-    for layout in layouts:
-        wanted = {local: theirs[layout.global_name(local)] for local in layout.parameters}
-        found = tensors.read(wanted.values())
-        for name, tensor in found.items():
-            require_finite(tensor, f"{folder}: {name}")
+
+    def __init__(self, folder: Path, run: RunConfig) -> None:
+        self.folder = folder
+        self.vocab = hf_vocabulary(folder, run)
+        names = HF_ARCHITECTURES[read_config(folder).model_type].names
+        self._tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
+        if run.model.num_layers > len(self._tensors.files):
+            raise CheckpointError(
+                f"{folder}: {len(self._tensors.files)} tensors cannot be the {run.model.num_layers:,} layers of its "
+                "config.json."
+            )
+        self._layouts = {layout.name: layout for layout in layer_layouts(run.model, self.vocab)}
+        expected = [layout.global_name(local) for layout in self._layouts.values() for local in layout.parameters]
+        self._theirs = our_names(names, self._tensors.files, expected, str(folder))
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the names of all layers in the order of the pipeline."""
+        return list(self._layouts)
+
+    def read(self, name: str) -> LayerState:
+        """Returns the layer of a name, such as `layers.3`."""
+        layout = self._layouts[name]
+        wanted = {local: self._theirs[layout.global_name(local)] for local in layout.parameters}
+        found = self._tensors.read(wanted.values())
+        for theirs, tensor in found.items():
+            require_finite(tensor, f"{self.folder}: {theirs}")
         weights = {}
-        for local, name in wanted.items():
+        for local, theirs in wanted.items():
             spec = layout.parameters[local]
             try:
-                weights[local] = with_configured_rows(layout.global_name(local), found[name], spec, vocab)
+                weights[local] = with_configured_rows(layout.global_name(local), found[theirs], spec, self.vocab)
             except CheckpointError as error:
-                raise CheckpointError(f"{folder}: {error}") from error
+                raise CheckpointError(f"{self.folder}: {error}") from error
             if tuple(weights[local].shape) != spec.full_shape:
-                shape = tuple(found[name].shape)
+                shape = tuple(found[theirs].shape)
                 raise CheckpointError(
-                    f"{folder}: {name} has shape {shape}; the configuration describes {spec.full_shape}."
+                    f"{self.folder}: {theirs} has shape {shape}; the configuration describes {spec.full_shape}."
                 )
-        yield LayerState(layout.name, {local: ParameterState(weight) for local, weight in weights.items()})
+        return LayerState(name, {local: ParameterState(weight) for local, weight in weights.items()})
+
+
+def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
+    """Yields the layers of a Hugging Face folder in the order of the pipeline, a layer in memory at a time.
+
+    Raises what FolderReader does.
+    """
+    reader = FolderReader(folder, run)
+    yield from map(reader.read, reader.names)
+
+
+def model_of_folder(folder: Path, model: ModelConfig) -> ModelConfig:
+    """Returns a folder's own model, with the values of `model` that a folder does not decide.
+
+    Raises what `folder_settings` does, and ConfigError for a value that our configuration does not allow.
+    """
+    _, settings = folder_settings(folder)
+    values = model.model_dump()
+    for path, value in settings.items():
+        *sections, name = path.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+        place[name] = value
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()[0]
+        raise ConfigError(
+            f"{folder / 'config.json'}: {'.'.join(map(str, details['loc']))}: {details['msg']}. Copy it again."
+        ) from error
 
 
 def _require_same_model(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:

@@ -21,8 +21,8 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.data.data_fingerprint import fingerprint_differences
 from megatron.errors import CheckpointError, NonFiniteError, os_errors_as
-from megatron.growth.grow_checkpoint import LayerReader
 from megatron.growth.growth_operator import Growth, grown_layers
+from megatron.growth.layer_reader import LayerReader
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext

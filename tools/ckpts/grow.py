@@ -32,7 +32,7 @@ from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
 from tools.ckpts.rewriting import Rewriting, add_rewriting, read_rewriting
 from tools.command_line import positive, stay_on_cpu, tool_parser
-from tools.growth_flags import add_growth_flags, read_growth_flags
+from tools.section_flags import add_section_flags, read_section_flags
 
 if TYPE_CHECKING:
     from megatron.growth.growth_operator import Growth
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     stay_on_cpu()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megatron").setLevel(logging.INFO)
-    rules = read_growth_flags(args)
+    rules = read_section_flags(args, GrowthRules)
     job = with_sizes(read_rewriting(args), args, rules)
     from megatron.growth.grow_checkpoint import grow_checkpoint, plan_growth
     from megatron.growth.growth_table import growth_table
@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--data_path", type=local_path, help="prefix of a tokenized dataset (that of the configuration)"
     )
     tokens.add_argument("--text", type=local_path, help="text file, for the configured tokenizer")
-    add_growth_flags(parser)
+    add_section_flags(parser, GrowthRules, "rules of growth")
     args = parser.parse_args(argv)
     if args.config_file is None and all(getattr(args, name) is None for name in SIZES):
         parser.error("what to grow to is missing: give --factor, sizes such as --ffn, or --config_file")

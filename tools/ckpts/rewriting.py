@@ -50,7 +50,6 @@ def read_rewriting(args: argparse.Namespace) -> Rewriting:
     Without a configuration, that of the checkpoint holds, and its ranks unless --ranks says others. Raises ConfigError
     when the ranks do not divide, and CheckpointError without a whole checkpoint, or when the output would replace it.
     """
-    from megatron.checkpointing.states.parameter_layout import ParallelSizes
     from megatron.checkpointing.store.find_checkpoint import newest_checkpoint
 
     configured = None if args.config_file is None else load_words(args.config_file).run
@@ -61,8 +60,19 @@ def read_rewriting(args: argparse.Namespace) -> Rewriting:
     model_size = parallel.model_parallel_size * parallel.pipe_parallel_size
     same_ranks = model_size * source.state.data_parallel_size if configured is None else None
     ranks = args.ranks or same_ranks or config.launch.num_gpus or model_size
-    data_size = data_parallel_size(parallel, ranks)
     if args.output_dir.resolve() in (source.path.resolve().parent, source.path.resolve()):
         raise CheckpointError(f"{args.output_dir} is where the checkpoint lies. Name another folder.")
-    sizes = ParallelSizes(parallel.model_parallel_size, parallel.pipe_parallel_size, data_size)
-    return Rewriting(source, config, ranks, sizes)
+    return Rewriting(source, config, ranks, parallel_sizes(config, ranks))
+
+
+def parallel_sizes(config: RunConfig, ranks: int | None) -> ParallelSizes:
+    """Returns the ranks of a run by parallel dimension; num_gpus, or one model's worth, when `ranks` is None.
+
+    Raises ConfigError when they do not divide.
+    """
+    from megatron.checkpointing.states.parameter_layout import ParallelSizes
+
+    parallel = config.parallel
+    ranks = ranks or config.launch.num_gpus or parallel.model_parallel_size * parallel.pipe_parallel_size
+    data_size = data_parallel_size(parallel, ranks)
+    return ParallelSizes(parallel.model_parallel_size, parallel.pipe_parallel_size, data_size)

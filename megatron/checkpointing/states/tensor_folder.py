@@ -15,13 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron.checkpointing.store.manifest import describe_problem, is_file_name
+from megatron.checkpointing.store.manifest import MANIFEST_FILE, describe_problem, is_file_name
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
 from megatron.io.json_files import read_json_object
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Tells whether a folder is of Hugging Face's form rather than a checkpoint of ours, which has a manifest."""
+    return (path / "config.json").is_file() and not (path / MANIFEST_FILE).is_file()
 
 
 def write_shards(folder: Path, layers: Iterable[Mapping[str, Tensor]], max_shard_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts
+from megatron.config.architecture import ARCHITECTURES, FEATURES, HEADS, UNITS, ArchitectureFacts
 from megatron.config.sections.model import ModelConfig
 
 
@@ -30,5 +30,19 @@ ARCHITECTURES.register("gpt_neox")(
             "mlp.dense_4h_to_h.weight",
             "mlp.dense_4h_to_h.bias",
         ),
+        axes={
+            "input_layernorm.weight": (FEATURES,),
+            "input_layernorm.bias": (FEATURES,),
+            "attention.query_key_value.weight": (HEADS, FEATURES),
+            "attention.query_key_value.bias": (HEADS,),
+            "attention.dense.weight": (FEATURES, HEADS),
+            "attention.dense.bias": (FEATURES,),
+            "post_attention_layernorm.weight": (FEATURES,),
+            "post_attention_layernorm.bias": (FEATURES,),
+            "mlp.dense_h_to_4h.weight": (UNITS, FEATURES),
+            "mlp.dense_h_to_4h.bias": (UNITS,),
+            "mlp.dense_4h_to_h.weight": (FEATURES, UNITS),
+            "mlp.dense_4h_to_h.bias": (FEATURES,),
+        },
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts, FixedValue
+from megatron.config.architecture import ARCHITECTURES, FEATURES, HEADS, TOKENS, ArchitectureFacts, FixedValue
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 
 
@@ -31,6 +31,18 @@ ARCHITECTURES.register("tokenformer")(
         layer_biases=lambda model: 0,
         attention_types=("tokenformer",),
         output_weights=("attention.proj.value_tokens", "mlp.value_tokens"),
+        axes={
+            "input_layernorm.weight": (FEATURES,),
+            "input_layernorm.bias": (FEATURES,),
+            **{f"attention.{name}.key_tokens": (TOKENS, FEATURES) for name in ("query", "key", "value")},
+            **{f"attention.{name}.value_tokens": (TOKENS, HEADS) for name in ("query", "key", "value")},
+            "attention.proj.key_tokens": (TOKENS, HEADS),
+            "attention.proj.value_tokens": (TOKENS, FEATURES),
+            "post_attention_layernorm.weight": (FEATURES,),
+            "post_attention_layernorm.bias": (FEATURES,),
+            "mlp.key_tokens": (TOKENS, FEATURES),
+            "mlp.value_tokens": (TOKENS, FEATURES),
+        },
         split_sizes=("param_tokens.qkv", "param_tokens.proj", "param_tokens.ffn"),
         defaults={"use_bias_in_attn_linear": False, "use_bias_in_mlp": False},
         fixed={

@@ -1,0 +1,1 @@
+"""Ways to make a model of the layers of a larger one, one module each."""
