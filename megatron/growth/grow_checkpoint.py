@@ -17,6 +17,7 @@ from megatron.config.build_config import require_consistent
 from megatron.config.optimizer import facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules, ModelSizes
 from megatron.config.sections.run_config import RunConfig
+from megatron.errors import ConfigError
 from megatron.growth.engine_restart import restarted_engine
 from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, grown_layers
 from megatron.growth.layer_reader import LayerReader
@@ -74,7 +75,11 @@ def plan_growth(source: Checkpoint, config: RunConfig, rules: GrowthRules) -> Gr
         rules=rules,
     )
     squared_moments = facts_of(source.config.training.optimizer).squared_moments
-    return Growth(before, after, source.vocab, record, config.training.seed, squared_moments)
+    growth = Growth(before, after, source.vocab, record, config.training.seed, squared_moments)
+    refusal = operator.reference_refusal(growth)
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return growth
 
 
 def tokens_read(state: RunState, seq_length: int) -> int:

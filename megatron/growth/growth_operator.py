@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import layer_layouts
+from megatron.checkpointing.store.find_checkpoint import whole_checkpoint
 from megatron.config.sections.growth import GrowthRecord, GrowthRules
 from megatron.config.sections.model import ModelConfig
+from megatron.growth.layer_reader import LayerReader
 from megatron.model.causal_lm import VocabSize
 from megatron.model.new_rows import first_new_row
 from megatron.mpu.parameters import ParameterSpec, initial_values, named_generator
@@ -22,7 +25,7 @@ from megatron.registry import Registry
 
 TOKEN_COUNTS = {"qkv": "qkv_slot_num", "proj": "proj_slot_num", "ffn": "ffn_slot_num"}
 """Counts of parameter tokens, and their YAML keys; each has a scale of its own, such as `qkv_scale_base`."""
-RULES_OF_ONE_OPERATOR = ("ramp_iters", "perturb", "shrink", "insert_at")
+RULES_OF_ONE_OPERATOR = ("ramp_iters", "perturb", "shrink", "insert_at", "reference")
 """Rules that have no effect but with the operators that declare them."""
 
 
@@ -65,6 +68,11 @@ class Growth:
         """
         return initial_values(self.specs[name], self.seed, f"{name} {self._sizes}")
 
+    @cached_property
+    def reference(self) -> LayerReader:
+        """Opens the model that `rules.reference` names. Raises CheckpointError when it is not whole."""
+        return LayerReader(whole_checkpoint(Path(str(self.rules.reference))), optimizer=False)
+
     @property
     def _sizes(self) -> str:
         """Names the larger model by its sizes, which no earlier growth has led to."""
@@ -88,6 +96,13 @@ class GrowthOperator(ABC):
 
         `theta` normalizes its scores; None for a model without parameter tokens.
         """
+
+    def reference_refusal(self, growth: Growth) -> str | None:
+        """Returns why the model that `rules.reference` names does not fit, beginning with the key; None when it does.
+
+        Raises CheckpointError when it is not whole.
+        """
+        return None
 
     @abstractmethod
     def grow(self, layer: LayerState, growth: Growth) -> LayerState:

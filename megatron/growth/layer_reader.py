@@ -14,6 +14,7 @@ class LayerReader:
     """Reads a checkpoint's layers by name, each as a model without an unfinished ramp has it."""
 
     def __init__(self, source: Checkpoint, *, optimizer: bool = True) -> None:
+        self.checkpoint = source
         self._reader = StateReader(source, optimizer=optimizer)
         self._layouts = {layout.name: layout for layout in self._reader.layouts}
         self._squared_moments = facts_of(source.config.training.optimizer).squared_moments

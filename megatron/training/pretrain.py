@@ -26,7 +26,7 @@ from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
 from megatron.training.callbacks.run_folder import RunFolder
-from megatron.training.grow_run import grow_start
+from megatron.training.grow_run import grow_start, inherit_start
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
 from megatron.training.run_lease import RunLease, run_lease
@@ -87,7 +87,7 @@ def pretrain_in_group(
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
     stop = stop or StopRequest()
     start = find_start(config)
-    if start.continues and start.due is None and start.progress.iteration >= config.training.train_iters:
+    if start.goes_on and start.progress.iteration >= config.training.train_iters:
         done, asked = start.progress.iteration, config.training.train_iters
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
         return Ending.FINISHED
@@ -96,6 +96,8 @@ def pretrain_in_group(
         if run is None:
             if start.due is not None and start.continues:
                 start = grow_start(config, start, parallel)
+            elif start.inherits is not None and start.continues:
+                start = inherit_start(config, start, parallel)
             logger.info("%s", start)
             adopted = adopt_schedule(config, start)
             run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration)

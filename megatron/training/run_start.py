@@ -22,6 +22,8 @@ from megatron.config.sections.training import TrainingConfig
 from megatron.data.data_fingerprint import fingerprint_differences
 from megatron.errors import CheckpointError, NonFiniteError, os_errors_as
 from megatron.growth.growth_operator import Growth, grown_layers
+from megatron.growth.inheriting.inherit_checkpoint import Reference, plan_inheritance
+from megatron.growth.inheriting.inherit_operator import Inheritance, inherited_layers
 from megatron.growth.layer_reader import LayerReader
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.agreement import on_first_rank
@@ -61,10 +63,20 @@ class RunStart:
     """The growth that comes before the next step: of the checkpoint, for a run that continues, else of its weights
     while they are loaded."""
 
+    inherits: Inheritance | None = None
+    """How the model is made of the checkpoint's, which is then a reference; at once or while it is loaded, as above."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Tells whether the run goes on with the checkpoint's model as it is."""
+        return self.continues and self.due is None and self.inherits is None
+
     def __str__(self) -> str:
         """Names the start in a sentence for the run's log."""
         if self.checkpoint is None:
             return "starting from initial weights"
+        if self.inherits is not None:
+            return f"{self.checkpoint.path}: inheriting by {self.inherits.rules.operator}: {self.inherits}"
         if not self.continues:
             grown = "" if self.due is None else f", grown by {self.due.rules.operator}"
             return f"starting from the weights of {self.checkpoint.path}{grown}"
@@ -79,7 +91,7 @@ def find_start(config: RunConfig) -> RunStart:
     nothing does not write into a folder that already holds another run's checkpoints. Raises CheckpointError for each
     of these, and for a checkpoint that does not fit; ConfigError for one that cannot grow as configured.
     """
-    return _with_due_growth(config, _locate(config.checkpoint))
+    return _with_due_change(config, _locate(config.checkpoint))
 
 
 def newest_start(config: RunConfig, run_id: str) -> RunStart:
@@ -92,18 +104,26 @@ def newest_start(config: RunConfig, run_id: str) -> RunStart:
     own = find_checkpoint(Path(config.checkpoint.save), None, config.checkpoint.verify_checkpoint)
     if own is None:
         raise CheckpointError(f"save: {config.checkpoint.save}: the checkpoint that this run has saved is gone.")
-    return _with_due_growth(config, go_on_from(own, config.checkpoint, run_id))
+    return _with_due_change(config, go_on_from(own, config.checkpoint, run_id))
 
 
-def _with_due_growth(config: RunConfig, start: RunStart) -> RunStart:
+def _with_due_change(config: RunConfig, start: RunStart) -> RunStart:
     if start.checkpoint is None:
         return start
+    if config.inherit is not None and not _is_own(start.checkpoint, config.checkpoint):
+        _require_optimizer_state(start, start.checkpoint)
+        reference = Reference.of(start.checkpoint, optimizer=False)
+        return replace(start, inherits=plan_inheritance(reference, config, config.inherit))
     due = due_growth(config, start.checkpoint, continues=start.continues)
     _require_optimizer_state(start, start.checkpoint)
     if due is None or start.continues:
         return replace(start, due=due)
     flops = start.checkpoint.state.training_flops
     return replace(start, due=due, growth=(due.record,), progress=replace(start.progress, training_flops=flops))
+
+
+def _is_own(checkpoint: Checkpoint, config: CheckpointConfig) -> bool:
+    return config.save is not None and checkpoint.path.resolve().parent == Path(config.save).resolve()
 
 
 def load_start(
@@ -121,6 +141,8 @@ def load_start(
     changed: Iterable[LayerState] | None = None
     if start.due is not None:
         changed = grown_layers(LayerReader(start.checkpoint).read, start.due)
+    elif start.inherits is not None:
+        changed = inherited_layers(LayerReader(start.checkpoint, optimizer=False).read, start.inherits)
     load_weights(engine, start.checkpoint, context, changed, keep_ramp=start.continues)
     if start.continues:
         engine.lr_scheduler.load_state_dict({"num_steps": start.checkpoint.state.schedule_steps})
@@ -230,6 +252,8 @@ def require_same_data(start: RunStart, fingerprint: dict[str, str], config: Chec
     """Raises CheckpointError when a run that continues would read other tokens than the one that it continues."""
     if start.checkpoint is None or not start.continues or config.allow_changed_data:
         return
+    if not start.checkpoint.state.data_fingerprint:
+        return  # It has inherited, and reads its data from their start.
     changed = list(fingerprint_differences(fingerprint, start.checkpoint.state.data_fingerprint, "checkpoint"))
     if changed:
         raise CheckpointError(

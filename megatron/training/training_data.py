@@ -99,6 +99,8 @@ def _index_counts(config: RunConfig, batch: BatchConfig, start: RunStart) -> Sam
     if start.checkpoint is None or not start.continues:
         return counts
     saved = start.checkpoint.state
+    if not saved.train_index_samples:
+        return counts  # It has inherited, and no sample has been read.
     if counts.train > saved.train_index_samples:
         logger.warning(
             "train_iters asks for %d samples, and the data order of this run was made for %d: after those it starts "

@@ -87,6 +87,26 @@ def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:
     return found
 
 
+def whole_checkpoint(folder: Path) -> Checkpoint:
+    """Finds the newest checkpoint of a run's folder, or the one that the folder is, on this rank alone.
+
+    Files are compared by their sizes. Raises CheckpointError when there is none, or it is not whole.
+    """
+    named = _named(folder, None)
+    if named is not None:
+        checkpoint = _read_named(named)
+    else:
+        candidates, rejected = survey(folder)
+        if not candidates:
+            reasons = "".join(f"\n  {reason}" for _, reason in rejected)
+            raise CheckpointError(f"{folder} holds no whole checkpoint. Name a run's folder.{reasons}")
+        checkpoint = candidates[0]
+    problems = damage(checkpoint.path, checkpoint.manifest.files, "sizes")
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} is not whole: {'; '.join(problems)}. Restore it.")
+    return checkpoint
+
+
 def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
     """Lists what keeps a checkpoint from being whole, one sentence each; the same on every rank.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
 
 from megatron.config.bounds import LayerCount, NonNegative, StepCount, StepNumber, TokenCount
+from megatron.config.local_path import PathText
 from megatron.config.section import OneOf, Section
 from megatron.config.sections.model import ModelConfig
 from megatron.registry import variant_names
@@ -87,6 +88,9 @@ class GrowthRules(Section):
     shrink: PositiveFloat = Field(default=1.0, le=1.0)
     """Factor of shrink_perturb on the values that were there before."""
 
+    reference: PathText | None = None
+    """Checkpoint folder of a deeper model, whose layers append adds above those that there are."""
+
     insert_at: Literal["spread", "bottom", "top"] = "spread"
     """Place of the layers that insert adds: among the old ones at equal distances, below all, or above all."""
 
@@ -98,6 +102,12 @@ class GrowthRules(Section):
 
     data: Literal["continue", "restart"] = "continue"
     """Training data after growth: from where the run was, or from its start."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused_reference(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Growths by other operators are saved as they were before append, so that older versions read them.
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "reference" or value is not None}
 
 
 def rule_contradictions(rules: GrowthRules) -> Iterator[tuple[str, str]]:

@@ -41,11 +41,14 @@ class Reference:
     """Type of the optimizer that the header's state is of; None for weights alone."""
 
     @staticmethod
-    def of(source: Checkpoint) -> Reference:
-        """Returns the model of a checkpoint. Raises CheckpointError as `read_states` does."""
-        reader, config = LayerReader(source), source.config
-        optimizer = None if source.holds_weights_alone else config.training.optimizer.type
-        return Reference(str(source.path), config.model, source.vocab, reader.read, reader.header, optimizer)
+    def of(source: Checkpoint, *, optimizer: bool = True) -> Reference:
+        """Returns the model of a checkpoint, with the optimizer's state unless `optimizer` is false.
+
+        Raises CheckpointError as `read_states` does.
+        """
+        reader, config = LayerReader(source, optimizer=optimizer), source.config
+        kind = None if reader.header.engine is None else config.training.optimizer.type
+        return Reference(str(source.path), config.model, source.vocab, reader.read, reader.header, kind)
 
 
 def plan_inheritance(reference: Reference, config: RunConfig, rules: InheritConfig) -> Inheritance:
@@ -58,12 +61,6 @@ def plan_inheritance(reference: Reference, config: RunConfig, rules: InheritConf
         )
     after = config.model.model_copy(update={"padded_vocab_size": reference.vocab.padded})
     require_inheritance(reference.model, after, rules)
-    ours = config.training.optimizer.type
-    if rules.moments != "reset_all" and reference.optimizer not in (None, ours):
-        raise ConfigError(
-            f"inherit.moments: {rules.moments}: {reference.name} has moments of {reference.optimizer}, and the run "
-            f"trains by {ours}. Use reset_all, or the reference's optimizer."
-        )
     return Inheritance(reference.model, after, reference.vocab, rules, config.training.seed)
 
 
@@ -86,6 +83,12 @@ def inherit_checkpoint(
     damaged files, and when a run is writing `output`.
     """
     inheritance = plan_inheritance(reference, config, rules)
+    ours = config.training.optimizer.type
+    if reference.optimizer not in (None, ours):
+        raise ConfigError(
+            f"optimizer.type: {ours}: {reference.name} has the state of {reference.optimizer}. Use that, or start with "
+            "the weights alone: `load` and `finetune: true`."
+        )
     checkpoint = config.checkpoint.model_copy(update={"load": reference.name})
     inheriting = config.model_copy(update={"model": inheritance.after, "inherit": rules, "checkpoint": checkpoint})
     require_consistent(inheriting, config)

@@ -89,6 +89,10 @@ class Inheritance:
         """Returns the reference's layers by name."""
         return {layout.name: layout for layout in layer_layouts(self.before, self.vocab)}
 
+    def __str__(self) -> str:
+        """Names the layers in a few words."""
+        return f"layers {', '.join(map(str, self.source_layers))} of {self.before.num_layers}"
+
     def source(self, layer: str) -> str:
         """Returns the name of the reference's layer that a layer is made of."""
         stack, _, number = layer.partition(".")

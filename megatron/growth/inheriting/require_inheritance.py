@@ -11,13 +11,13 @@ from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
 from megatron.growth.growth_operator import TOKEN_COUNTS
-from megatron.growth.inheriting.inherit_operator import INHERIT_OPERATORS, RULES_OF_ONE_OPERATOR, InheritOperator
+from megatron.growth.inheriting.inherit_operator import INHERIT_OPERATORS, RULES_OF_ONE_OPERATOR
 
 
 def require_inheritance(before: ModelConfig, after: ModelConfig, rules: InheritConfig) -> None:
     """Raises ConfigError, naming the YAML key, when `rules.operator` cannot make a model `after` of one `before`."""
     operator = INHERIT_OPERATORS[rules.operator]
-    _require_rules_with_effect(operator, rules)
+    require_rules_with_effect(rules)
     differences = dict(_differences(_values(before), _values(after)))
     if operator.halves_width:
         _require_half(before, after, differences)
@@ -30,7 +30,9 @@ def require_inheritance(before: ModelConfig, after: ModelConfig, rules: InheritC
     operator.source_layers(before.num_layers, after.num_layers, rules)
 
 
-def _require_rules_with_effect(operator: InheritOperator, rules: InheritConfig) -> None:
+def require_rules_with_effect(rules: InheritConfig) -> None:
+    """Raises ConfigError, naming the rule, when the operator does not follow one that is set."""
+    operator = INHERIT_OPERATORS[rules.operator]
     for field in RULES_OF_ONE_OPERATOR:
         value = getattr(rules, field)
         if field not in operator.uses and value != InheritConfig.model_fields[field].default:

@@ -20,6 +20,7 @@ from megatron.growth.grow_checkpoint import plan_growth
 from megatron.growth.growth_operator import GROWTH_OPERATORS, grown_layers
 from tests.helpers.configs import TOKENFORMER, layout_keys, write_dataset
 from tests.helpers.runs import run_ranks
+from tests.helpers.tiny_checkpoints import make_checkpoint, write_yaml
 from tools.ckpts import grow
 
 STEPS = 4
@@ -84,6 +85,10 @@ def test_every_operator_reads_and_writes_moments_of_any_layout(operator: str, fo
     """From two tensor-parallel ranks, for two by two of them and for one rank: what comes back is the same, and is what
     the operator makes of the whole layers."""
     words = ["--factor", "2", "--operator", operator, *RULES.get(operator, [])]
+    if operator == "append":
+        keys = SMALL | folder.data | {"num_layers": 4, "make_vocab_size_divisible_by": 128}
+        (folder.path / "deep").mkdir()
+        words += ["--reference", str(make_checkpoint(write_yaml(folder.path / "deep", keys)).path)]
     layouts = {"one": layout_keys(), "four": layout_keys(2, 2)}
     grown = []
     for name, keys in layouts.items():

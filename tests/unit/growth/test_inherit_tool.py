@@ -278,7 +278,12 @@ REFUSED: list[tuple[list[str], dict[str, Any] | None, type[UserError], str]] = [
         "inherit.layers: last: has no effect with random",
     ),
     (["--rows", "even", "--num_layers", "2"], None, ConfigError, "It is a rule of half_width"),
-    (["--operator", "half_width"], {"hidden_size": 16}, ConfigError, "num_attention_heads: reference 4, configuration"),
+    (
+        ["--operator", "half_width"],
+        {"hidden_size": 16, "num_attention_heads": 2, "ffn_slot_num": 47},
+        ConfigError,
+        r"param_tokens\.ffn: reference 48, configuration 47\. half_width halves .*; half of it is 24",
+    ),
 ]
 
 
