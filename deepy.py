@@ -62,7 +62,7 @@ def find_script(word: str) -> Path:
     own = Path(__file__).resolve().with_name(Path(word).name)
     script = own if Path(word) == Path(own.name) and own.is_file() else Path(word)
     if not script.is_file():
-        raise ConfigError(f"{script}: no such script. deepy.py runs train.py, generate.py or eval.py.")
+        raise ConfigError(f"{script}: no such script. deepy.py runs train.py, validate.py, generate.py or eval.py.")
     return script
 
 

@@ -1,4 +1,4 @@
-"""The command line that deepy.py, train.py, generate.py and eval.py share."""
+"""The command line that deepy.py, train.py, validate.py, generate.py and eval.py share."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SUFFIXES = (".yml", ".yaml", ".json")
 
 SCRIPTS = {
     "train.py": "Trains a model as its configuration says, or goes on with a run.",
+    "validate.py": "Measures a checkpoint's loss on a fixed part of the validation data.",
     "generate.py": "Samples text from a trained model.",
     "eval.py": "Scores checkpoints on tasks of lm-eval.",
 }

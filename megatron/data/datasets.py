@@ -19,6 +19,7 @@ from megatron.errors import ConfigError, DataError
 
 # NeoX asks more of each part of a blend than its share, against uneven interleaving.
 _BLEND_RESERVE = 1.005
+_LARGER_SHARE = "Give it a larger share in `split`, more documents, or a smaller seq_length"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,28 @@ def build_datasets(data: DataConfig, counts: SampleCounts, *, seq_length: int, s
     )
 
 
+def validation_dataset(
+    data: DataConfig, samples: int, *, seq_length: int, seed: int, vocab_size: int
+) -> GPTDataset | BlendableDataset:
+    """Builds the validation data alone, for `samples` samples of `seq_length` + 1 tokens.
+
+    Raises ConfigError when none is configured, DataError as `build_datasets` does.
+    """
+    reader = _SampleReader(data.impl, data.index_cache_dir, seq_length, seed, vocab_size)
+    if data.data_path is None and data.valid_data_paths is not None:
+        return _blend("valid", data.valid_data_paths, data.valid_data_weights, samples, reader)
+    shares = split_shares(data.split)
+    if data.data_path is None or not shares[1]:
+        key = "valid_data_paths" if data.data_path is None else f"split: {data.split!r}"
+        raise ConfigError(
+            f"{key}: no validation data is configured, and a loss is measured on it. Give `valid_data_paths`, or with "
+            "`data_path` a second share in `split`, as in '969, 30, 1'."
+        )
+    tokens = reader.open(data.data_path)
+    key = f"split: {data.split!r}, validation"
+    return reader.dataset(tokens, split_documents(shares, len(tokens))[1], samples, key, f"{_LARGER_SHARE}.")
+
+
 @dataclass(frozen=True)
 class _SampleReader:
     """Makes GPTDatasets that differ in their documents and number of samples only."""
@@ -116,11 +139,10 @@ def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _S
     tokens = reader.open(data_path)
     shares = split_shares(split)
     ranges = split_documents(shares, len(tokens))
-    remedy = "Give it a larger share in `split`, more documents, or a smaller seq_length"
 
     def part(position: int, name: str, num_samples: int, way_out: str) -> GPTDataset:
         key = f"split: {split!r}, {name}"
-        return reader.dataset(tokens, ranges[position], num_samples, key, remedy + way_out)
+        return reader.dataset(tokens, ranges[position], num_samples, key, _LARGER_SHARE + way_out)
 
     unused = "; or do without it: give it a share of 0."
     return Datasets(

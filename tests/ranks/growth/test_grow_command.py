@@ -86,7 +86,7 @@ def test_every_operator_reads_and_writes_moments_of_any_layout(operator: str, fo
     the operator makes of the whole layers."""
     words = ["--factor", "2", "--operator", operator, *RULES.get(operator, [])]
     if operator == "append":
-        keys = SMALL | folder.data | {"num_layers": 4, "make_vocab_size_divisible_by": 128}
+        keys = SMALL | folder.data | {"num_layers": 4}
         (folder.path / "deep").mkdir()
         words += ["--reference", str(make_checkpoint(write_yaml(folder.path / "deep", keys)).path)]
     layouts = {"one": layout_keys(), "four": layout_keys(2, 2)}

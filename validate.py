@@ -1,0 +1,62 @@
+"""Measures a checkpoint's loss on a fixed part of the validation data: `python deepy.py validate.py a.yml load=runs/a`.
+
+It is the first eval_iters batches of the validation data, the same for every checkpoint and layout. The model is the
+checkpoint's own; the configuration says data, sequence length, precision and layout. `eval_output=FILE.json` keeps the
+result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron.errors import ConfigError, exit_on_user_error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Loads the configuration and the checkpoint that it names, measures it, and says what was found."""
+    from megatron.config.command_line import load_command_line
+    from megatron.config.load_config import print_warnings
+
+    command, loaded = load_command_line(argv, "validate.py")
+    if command.answered:
+        return 0
+    from megatron.launch.environment import prepare_environment
+    from megatron.mpu.process_group import inference_context, local_device
+
+    prepare_environment()
+    print_warnings(loaded)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    run = loaded.run
+    batch = run.training.train_batch_size or loaded.batch(int(os.environ["WORLD_SIZE"])).global_batch_size
+    samples = run.training.eval_iters * batch
+    if not samples:
+        raise ConfigError("eval_iters: 0: nothing is to be measured. Set the batches of a validation, such as to 20.")
+    from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
+    from megatron.io.durable import replace_durably
+    from megatron.loaded_model.validation_loss import validation_loss
+
+    with inference_context(run.parallel.model_parallel_size) as context:
+        checkpoint = configured_checkpoint(run.checkpoint)
+        found = validation_loss(run, checkpoint, samples, context, local_device())
+    if int(os.environ["RANK"]) == 0:
+        print(
+            f"{checkpoint.path}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over "
+            f"{samples:,} samples of {run.model.seq_length:,} tokens"
+        )
+        if run.evaluation.output.endswith(".json"):
+            run_id = checkpoint.manifest.run_id
+            record = {"checkpoint": str(checkpoint.path), "run_id": run_id, "iteration": checkpoint.state.iteration}
+            output = Path(run.evaluation.output)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            replace_durably(output, json.dumps(record | asdict(found), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(lambda: main(sys.argv[1:]))
