@@ -2,12 +2,17 @@
 
     python tools/run_stages.py configs/growth/wsd.yml --check
     python tools/run_stages.py configs/growth/wsd.yml train_data_paths=[data/owt_text_document] num_gpus=8
+    python tools/run_stages.py configs/inheritune/gpt2_medium.yml --check
 
 Every stage is a difference to the one before, with a budget (megatron/growth/staged_plan.py has the format). The plan
 is shown first, with parameters, FLOPs and tokens, and refused where a stage cannot follow the one before. Each stage is
 one `deepy.py train.py`, printed before it runs, with a YAML file beside its folder: it loads the last checkpoint of the
 stage before, and grows it as `grow` says. A stage whose newest checkpoint is of its last step is done. Signals are
 passed on; the exit code is then that of the training: 75 asks to be started again.
+
+A plan of Inheritune (megatron/growth/inheriting/rounds_plan.py) inherits the first layers of a reference, and appends
+its next ones after each round whose loss is above the reference's, both measured by validate.py on the same samples.
+What was measured and decided is in decisions.json, in the plan's folder.
 """
 
 from __future__ import annotations
@@ -36,10 +41,14 @@ from megatron.errors import STOPPED_ON_REQUEST, CheckpointError
 from megatron.io.durable import replace_durably
 from megatron.launch.local import FORWARDED_SIGNALS, visible_devices
 from megatron.monitor.format_quantities import format_count
+from megatron.registry import install_extra, require
 from tools.command_line import positive, stay_on_cpu, tool_parser
+from tools.inheriting_loop import InheritingLoop
 
 if TYPE_CHECKING:
     from megatron.checkpointing.store.checkpoint import Checkpoint
+    from megatron.config.sections.model import ModelConfig
+    from megatron.growth.inheriting.rounds_plan import RoundsPlan
     from megatron.growth.staged_plan import Stage
 
 TRAINING_SCRIPT = "train.py"
@@ -52,16 +61,67 @@ def main(argv: Sequence[str]) -> int:
     """Shows the plan, then trains what is left of it; returns the exit code."""
     args = parse_args(argv)
     stay_on_cpu()
+    from megatron.growth.plan_file import kind_of_plan
     from megatron.growth.staged_plan import load_plan
 
-    ranks = None if args.check else visible_devices()
-    plan = load_plan(args.plan, args.overrides, folder=args.folder, ranks=args.world_size or ranks)
-    places = [StagePlace.of(stage) for stage in plan.stages]
+    ranks = args.world_size or (None if args.check else visible_devices())
+    rounds = None
+    if kind_of_plan(args.plan) == "inheritune":
+        from megatron.growth.inheriting.rounds_plan import load_rounds
+
+        rounds = load_rounds(args.plan, args.overrides, hf_model, folder=args.folder, ranks=ranks)
+        stages = rounds.rounds
+    else:
+        stages = load_plan(args.plan, args.overrides, folder=args.folder, ranks=ranks).stages
+    places = [StagePlace.of(stage) for stage in stages]
     print("\n".join(table(places)), flush=True)
+    if rounds is not None:
+        print("\n".join(rules_of(rounds)), flush=True)
     for place in places:
         for line in place.changes():
             print(f"warning: {line}", file=sys.stderr)
-    return 0 if args.check else train_stages(places, ProjectCommands())
+    if args.check:
+        return 0
+    command = ProjectCommands()
+    if rounds is None:
+        return train_stages(places, command)
+    require_reference(rounds)
+    return InheritingLoop(rounds, command, lambda stage: train_stages([StagePlace.of(stage)], command)).run()
+
+
+def hf_model(folder: Path, model: ModelConfig) -> ModelConfig:
+    """Returns the model of a Hugging Face folder, with what it does not decide from `model`."""
+    require("transformers", "run_stages.py", install_extra("hf"))
+    from megatron.hf.import_folder import model_of_folder
+
+    return model_of_folder(folder, model)
+
+
+def require_reference(plan: RoundsPlan) -> None:
+    """Raises CheckpointError where a plan's reference is not there yet."""
+    if plan.reference_model is None:
+        raise CheckpointError(
+            f"reference: {plan.reference} holds no checkpoint. Train it or copy it there first, or name another one in "
+            f"{plan.file}."
+        )
+
+
+def rules_of(plan: RoundsPlan) -> list[str]:
+    """Says what ends a loop, and what is known of its reference."""
+    first = plan.rounds[0]
+    model = plan.reference_model
+    known = "which is not there yet"
+    if model is not None:
+        count = count_parameters(model, model.padded_vocab_size or vocabulary_rows(first))
+        known = f"{model.num_layers} layers, {count:,} parameters"
+    batches = first.loaded.run.training.eval_iters
+    samples = batches * first.tokens_per_step // first.loaded.run.model.seq_length
+    margin = f" + {plan.margin:g}" if plan.margin else ""
+    return [
+        f"reference: {plan.reference}, {known}",
+        f"after each round: ends when its loss is at most the reference's{margin}, both on the first {samples:,} "
+        f"validation samples, else appends the reference's next layers; decisions in {plan.decisions_file}",
+    ]
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -115,7 +175,7 @@ class StagePlace:
 
     def changes(self) -> list[str]:
         """Lists keys that a finished stage was trained with otherwise than the plan says now, one sentence each."""
-        from megatron.growth.staged_plan import SET_BY_PLAN
+        from megatron.growth.plan_file import SET_BY_PLAN
 
         if self.newest is None or not self.is_done:
             return []  # A run that goes on compares its configuration with the checkpoint's itself.
@@ -197,7 +257,7 @@ def table(places: Sequence[StagePlace]) -> list[str]:
         parameters = count_parameters(stage.loaded.run.model, rows[index])
         lines.append([
             stage.name,
-            "initial weights" if index == 0 else start_words(stages[index - 1], stage),
+            start_of_all(stage) if index == 0 else start_words(stages[index - 1], stage),
             str(sizes.num_layers),
             "-" if None in tokens else " / ".join(f"{count:,}" for count in tokens),
             f"{parameters:,}",
@@ -218,6 +278,14 @@ def table(places: Sequence[StagePlace]) -> list[str]:
         ).rstrip()
         for line in lines
     ] + ["growth: parameters beside the embedding, over those of the stage before; tokens/param: all tokens so far"]
+
+
+def start_of_all(stage: Stage) -> str:
+    """Says what the first stage begins with."""
+    run = stage.loaded.run
+    return (
+        "initial weights" if run.inherit is None else f"{run.checkpoint.load}: layers 0 to {run.model.num_layers - 1}"
+    )
 
 
 def start_words(before: Stage, stage: Stage) -> str:

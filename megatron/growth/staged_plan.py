@@ -29,22 +29,23 @@ from typing import Any
 
 from megatron.checkpointing.states.same_model import FREE_MODEL_FIELDS
 from megatron.config.load_config import LoadedConfig, load_given
-from megatron.config.merge_files import flatten, gather
 from megatron.config.sections.growth import ModelSizes
-from megatron.config.value_types import did_you_mean
 from megatron.config.yaml.problems import Given, Origin, Problem, YamlValue, problem_with, report, show
-from megatron.config.yaml.yaml_files import LocatedValue, read_yaml
+from megatron.config.yaml.yaml_files import LocatedValue
 from megatron.errors import ConfigError
+from megatron.growth.plan_file import (
+    SET_BY_PLAN,
+    StageEntry,
+    is_count,
+    origin_of,
+    problem_at,
+    read_keys,
+    read_plan,
+    unknown_keys,
+)
 from megatron.growth.require_growth import require_growth
 
-PLAN_KEYS = ("config_files", "folder", "stages")
 STAGE_KEYS = ("tokens", "steps", "restart", "keys")
-SET_BY_PLAN = frozenset(
-    {"train_iters", "exit_interval", "save", "load", "iteration", "finetune", "auto_resume", "log_dir",
-     "pretrain_partial_init", "grow.at_step", "grow.at_tokens", "grow.qkv_slot_num", "grow.proj_slot_num",
-     "grow.ffn_slot_num", "grow.num_layers", "grow.factor"}
-)  # fmt: skip
-"""Keys that follow from a stage's place, budget and sizes."""
 GROWING_FIELDS = frozenset({"param_tokens", "num_layers"})
 
 
@@ -101,17 +102,6 @@ class StagedPlan:
     stages: tuple[Stage, ...]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A stage as the plan writes it."""
-
-    name: str
-    origin: Origin
-    budget: Given
-    restarts: bool
-    given: Mapping[str, Given]
-
-
 def load_plan(
     file: Path, overrides: Sequence[str] = (), *, folder: Path | None = None, ranks: int | None = None
 ) -> StagedPlan:
@@ -120,117 +110,61 @@ def load_plan(
     `overrides` are key=value for every stage; `folder` takes the place of the plan's. The batch of every stage is
     checked for `ranks`, or for its num_gpus, unless both are None. Raises ConfigError with files and lines.
     """
-    entries, base, plan_folder = _read(file, overrides)
+    entries, base, plan_folder = _read_stages(file, overrides)
     target = folder or plan_folder
     stages: list[Stage] = []
     for group in _groups(entries):
-        stages += _resolve_group(group, [file, *base], target, stages[-1] if stages else None, ranks)
-    problems = [problem for before, after in pairwise(stages) for problem in _cannot_follow(before, after)]
+        stages += resolve_group(group, [file, *base], target, stages[-1] if stages else None, ranks)
+    problems = [problem for before, after in pairwise(stages) for problem in cannot_follow(before, after)]
     if problems:
         raise ConfigError(report(problems, [file, *base]))
     return StagedPlan(file, tuple(stages))
 
 
-def _read(file: Path, overrides: Sequence[str]) -> tuple[list[_Entry], list[Path], Path]:
-    content, problems = read_yaml(file)
-    if problems:
-        raise ConfigError(report(problems, [file]))
-    problems = list(_unknown(content, PLAN_KEYS, file, "a plan"))
-    names = content["config_files"].value if "config_files" in content else None
-    stages = content["stages"].value if "stages" in content else None
-    folder = content["folder"].value if "folder" in content else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        problems.append(_at(file, content, "config_files", "expected the YAML files of the first stage, as a list"))
-    if not isinstance(stages, dict) or not stages:
-        problems.append(_at(file, content, "stages", "expected stages by name, in the order in which they train"))
-    if not isinstance(folder, str):
-        problems.append(_at(file, content, "folder", "expected a folder for the stages' runs"))
-    if problems or not isinstance(names, list) or not isinstance(stages, dict):
-        raise ConfigError(report(problems, [file]))
-    base = [file.parent / str(name) for name in names]
-    gathered = gather(base, overrides)
-    given, problems = gathered.given, gathered.problems
-    command_line = {key: item for key, item in given.items() if item.origin.kind == "command line"}
-    problems += [_set_by_plan(item) for key, item in command_line.items() if key in SET_BY_PLAN]
-    entries: list[_Entry] = []
-    for name, stage in stages.items():
+def _read_stages(file: Path, overrides: Sequence[str]) -> tuple[list[StageEntry], list[Path], Path]:
+    head = read_plan(file, overrides, "stages", "expected stages by name, in the order in which they train")
+    problems: list[Problem] = []
+    given, entries = head.given, list[StageEntry]()
+    for name, stage in head.content.items():
         entry, wrong = _read_stage(file, name, stage, given)
         problems += wrong
         if entry is not None:
-            given = {**entry.given, **command_line}
+            given = {**entry.given, **head.command_line}
             entries.append(replace(entry, given=given, restarts=entry.restarts or not entries))
     if problems:
-        raise ConfigError(report(problems, [file, *base]))
-    return entries, base, Path(str(folder))
+        raise ConfigError(report(problems, [file, *head.files]))
+    return entries, list(head.files), head.folder
 
 
 def _read_stage(
     file: Path, name: str, stage: LocatedValue, before: Mapping[str, Given]
-) -> tuple[_Entry | None, list[Problem]]:
+) -> tuple[StageEntry | None, list[Problem]]:
     origin = Origin("file", name, file, stage.line)
     if not isinstance(stage.value, dict):
         return None, [Problem(f"{origin} {name}", f"expected some of {', '.join(STAGE_KEYS)}", origin)]
     fields = stage.value
-    problems = list(_unknown(fields, STAGE_KEYS, file, f"stage {name}"))
+    problems = list(unknown_keys(fields, STAGE_KEYS, file, f"stage {name}"))
     if Path(name).name != name:
         problems.append(Problem(f"{origin} {name}", "expected a name that a folder can have", origin))
     budgets = [
-        Given(key, fields[key].plain(), _origin(file, fields, key)) for key in ("tokens", "steps") if key in fields
+        Given(key, fields[key].plain(), origin_of(file, fields, key)) for key in ("tokens", "steps") if key in fields
     ]
     if len(budgets) != 1:
         problems.append(Problem(f"{origin} {name}", "expected either tokens or steps: the stage's budget", origin))
-    problems += [problem_with(item, "expected a whole number above 0") for item in budgets if not _is_count(item.value)]
+    problems += [problem_with(item, "expected a whole number above 0") for item in budgets if not is_count(item.value)]
     restart = fields["restart"].value if "restart" in fields else False
     if not isinstance(restart, bool):
-        problems.append(_at(file, fields, "restart", "expected true or false"))
-    given = dict(before)
-    keys = fields["keys"].value if "keys" in fields else {}
-    if not isinstance(keys, dict):
-        problems.append(_at(file, fields, "keys", "expected keys of a configuration and their values"))
-        keys = {}
-    for item in flatten(keys, file):
-        if isinstance(item, Problem):
-            problems.append(item)
-        elif item.key in SET_BY_PLAN:
-            problems.append(_set_by_plan(item))
-        else:
-            given[item.key] = item
+        problems.append(problem_at(file, fields, "restart", "expected true or false"))
+    keys, wrong = read_keys(file, fields, "keys")
+    problems += wrong
     if problems:
         return None, problems
-    return _Entry(name, origin, budgets[0], bool(restart), given), []
+    return StageEntry(name, origin, budgets[0], bool(restart), {**before, **keys}), []
 
 
-def _is_count(value: YamlValue) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and float(value).is_integer()
-
-
-def _set_by_plan(item: Given) -> Problem:
-    return problem_with(
-        item, "follows from the stage's place, sizes, budget (tokens or steps) and `restart`; remove it"
-    )
-
-
-def _unknown(content: Mapping[str, LocatedValue], known: Sequence[str], file: Path, what: str) -> Iterator[Problem]:
-    for key in content:
-        if key not in known:
-            hint = did_you_mean(key, known) or f"; {what} has {', '.join(known)}"
-            yield _at(file, content, key, f"no key of {what}{hint}")
-
-
-def _origin(file: Path, content: Mapping[str, LocatedValue], key: str) -> Origin:
-    return Origin("file", key, file, content[key].line if key in content else 0)
-
-
-def _at(file: Path, content: Mapping[str, LocatedValue], key: str, message: str) -> Problem:
-    if key not in content:
-        return Problem(f"{file}: missing key {key}", message, Origin("file", key, file))
-    origin = _origin(file, content, key)
-    return Problem(f"{origin} {key}", message, origin)
-
-
-def _groups(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
+def _groups(entries: Sequence[StageEntry]) -> Iterator[list[StageEntry]]:
     """Yields the stages whose steps are counted in one: one that restarts, and those that go on from it."""
-    group: list[_Entry] = []
+    group: list[StageEntry] = []
     for entry in entries:
         if entry.restarts and group:
             yield group
@@ -239,11 +173,11 @@ def _groups(entries: Sequence[_Entry]) -> Iterator[list[_Entry]]:
     yield group
 
 
-def _resolve_group(
-    group: Sequence[_Entry], files: Sequence[Path], folder: Path, before: Stage | None, ranks: int | None
+def resolve_group(
+    group: Sequence[StageEntry], files: Sequence[Path], folder: Path, before: Stage | None, ranks: int | None
 ) -> list[Stage]:
     """Returns the stages of one schedule; `before` is the stage that the first of them takes its weights from."""
-    budgets = [_steps(entry, before is not None or index > 0, files, ranks) for index, entry in enumerate(group)]
+    budgets = [steps_of(entry, before is not None or index > 0, files, ranks) for index, entry in enumerate(group)]
     total = sum(steps for steps, _ in budgets)
     stages: list[Stage] = []
     done = 0
@@ -256,13 +190,15 @@ def _resolve_group(
         previous = stages[-1] if stages else before
         if previous is not None:
             settings |= {"load": str(previous.folder), "finetune": entry.restarts}
+        elif entry.reference is not None:
+            settings |= {"load": entry.reference, "finetune": True}
         stages.append(_stage(entry, settings, files, tokens_per_step, done, done + steps))
         done += steps
     return stages
 
 
 def _stage(
-    entry: _Entry,
+    entry: StageEntry,
     settings: Mapping[str, YamlValue],
     files: Sequence[Path],
     tokens_per_step: int,
@@ -274,18 +210,18 @@ def _stage(
     return Stage(entry.name, loaded, given, entry.origin, tokens_per_step, first_step, last_step, entry.restarts)
 
 
-def _with_settings(entry: _Entry, settings: Mapping[str, YamlValue]) -> dict[str, Given]:
+def _with_settings(entry: StageEntry, settings: Mapping[str, YamlValue]) -> dict[str, Given]:
     given = {key: item for key, item in entry.given.items() if key not in SET_BY_PLAN}
     return given | {key: Given(key, value, Origin("derived", key)) for key, value in settings.items()}
 
 
-def _load(entry: _Entry, given: Mapping[str, Given], files: Sequence[Path]) -> LoadedConfig:
+def _load(entry: StageEntry, given: Mapping[str, Given], files: Sequence[Path]) -> LoadedConfig:
     with _of_stage(entry):
         return load_given(given, files)
 
 
 @contextmanager
-def _of_stage(entry: _Entry) -> Iterator[None]:
+def _of_stage(entry: StageEntry) -> Iterator[None]:
     """Names the stage in a ConfigError of the body."""
     try:
         yield
@@ -293,12 +229,16 @@ def _of_stage(entry: _Entry) -> Iterator[None]:
         raise ConfigError(f"stage {entry.name} ({entry.origin}): {error}") from error
 
 
-def _steps(entry: _Entry, follows: bool, files: Sequence[Path], ranks: int | None) -> tuple[int, int]:
+def steps_of(entry: StageEntry, follows: bool, files: Sequence[Path], ranks: int | None) -> tuple[int, int]:
     """Returns the optimizer steps of a stage, the last of which may go beyond its tokens, and the tokens of a step."""
     # The batch decides the steps, and is read from a configuration: of as few steps as a schedule can have.
     decay = entry.given.get("lr_wsd_decay_iters")
     settings: dict[str, YamlValue] = {"train_iters": 1 if decay is None else decay.value, "save": entry.name}
-    loaded = _load(entry, _with_settings(entry, settings | ({"load": "the stage before"} if follows else {})), files)
+    loaded = _load(
+        entry,
+        _with_settings(entry, settings | ({"load": "the stage before"} if follows or entry.reference else {})),
+        files,
+    )
     ranks = loaded.run.launch.num_gpus or ranks
     batch = loaded.run.training.train_batch_size
     if ranks is not None or batch is None:
@@ -311,7 +251,7 @@ def _steps(entry: _Entry, follows: bool, files: Sequence[Path], ranks: int | Non
     return (budget if entry.budget.key == "steps" else -(-budget // tokens_per_step)), tokens_per_step
 
 
-def _cannot_follow(before: Stage, after: Stage) -> Iterator[Problem]:
+def cannot_follow(before: Stage, after: Stage) -> Iterator[Problem]:
     """Yields what keeps a stage from going on with the weights, and unless it restarts the run, of the one before."""
     yield from _other_model(before, after)
     yield from _fewer(before, after)

@@ -1,0 +1,174 @@
+"""The loop of run_stages.py for plans of Inheritune: train a round, compare with the reference, append its next layers.
+
+What was measured and decided is printed, and kept in decisions.json beside the rounds. All of it follows from the
+rounds' checkpoints and the reference, so a loop that was killed at any moment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron.errors import CheckpointError
+from megatron.io.durable import replace_durably
+from megatron.io.json_files import read_json_object
+
+if TYPE_CHECKING:
+    from megatron.checkpointing.store.checkpoint import Checkpoint
+    from megatron.growth.inheriting.rounds_plan import RoundsPlan
+    from megatron.growth.staged_plan import Stage
+
+IMPORT_SCRIPT = "tools/ckpts/convert_hf_to_neox.py"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint's loss on the fixed validation samples, as validate.py writes it."""
+
+    checkpoint: str
+    run_id: str
+    iteration: int
+    loss: float
+    samples: int
+    data: str
+    """Fingerprint of the samples: losses with the same one can be compared."""
+
+    def is_of(self, checkpoint: Checkpoint) -> bool:
+        """Tells whether it was measured on this checkpoint."""
+        return (self.run_id, self.iteration) == (checkpoint.manifest.run_id, checkpoint.state.iteration)
+
+
+@dataclass
+class Decisions:
+    """What the loop has measured and decided so far."""
+
+    reference: Measured
+    margin: float
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    outcome: str | None = None
+    """None while the loop goes on."""
+
+    def write(self, file: Path) -> None:
+        """Replaces the file."""
+        replace_durably(file, json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n")
+
+
+class InheritingLoop:
+    """One loop. `command` runs a script of the project; `train` trains a round, or what is left of it.
+
+    Both return an exit code.
+    """
+
+    def __init__(self, plan: RoundsPlan, command: Callable[..., int], train: Callable[[Stage], int]) -> None:
+        self.plan = plan
+        self._command = command
+        self._train = train
+
+    def run(self) -> int:
+        """Trains rounds until one meets the reference, or the plan has no more; returns the exit code."""
+        plan = self.plan
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        code = self._import_reference()
+        reference = None if code else self._measure("reference", plan.reference_folder, plan.rounds[0])
+        if not isinstance(reference, Measured):
+            return code or int(reference or 0)
+        print(f"\nreference: validation loss {reference.loss:.4f} on {reference.samples:,} samples", flush=True)
+        decisions = Decisions(reference, plan.margin)
+        for number, stage in enumerate(plan.rounds):
+            code = self._train(stage)
+            found = code or self._measure(stage.name, stage.folder, stage)
+            if not isinstance(found, Measured):
+                return found
+            if found.data != reference.data:
+                # Something that decides the samples was changed since the reference was measured.
+                again = self._measure("reference", plan.reference_folder, stage, anew=True)
+                if not isinstance(again, Measured):
+                    return again
+                decisions.reference = reference = again
+            following = plan.rounds[number + 1] if number + 1 < len(plan.rounds) else None
+            is_met = found.loss <= reference.loss + plan.margin
+            decision, decisions.outcome = self._decide(stage, following, is_met=is_met)
+            decisions.rounds.append(
+                {
+                    "round": stage.name,
+                    "layers": stage.sizes.num_layers,
+                    **asdict(found),
+                    "above_reference": found.loss - reference.loss,
+                    "decision": decision,
+                }
+            )
+            decisions.write(plan.decisions_file)
+            print(
+                f"{stage.name}: validation loss {found.loss:.4f}, the reference's {reference.loss:.4f}: {decision}",
+                flush=True,
+            )
+            if decisions.outcome is not None:
+                print(f"{decisions.outcome} (see {plan.decisions_file})", flush=True)
+                return 0
+        return 0
+
+    def _decide(self, stage: Stage, following: Stage | None, *, is_met: bool) -> tuple[str, str | None]:
+        layers = stage.sizes.num_layers
+        if is_met:
+            return "met", f"The reference is met with {layers} layers."
+        if following is None:
+            return "the budget ends", f"The budget of the plan ends with {layers} layers, above the reference."
+        added = range(layers, following.sizes.num_layers)
+        return f"append the reference's layers {', '.join(map(str, added))}", None
+
+    def _import_reference(self) -> int:
+        """Makes a checkpoint of a Hugging Face folder, unless that was done; returns the exit code."""
+        plan = self.plan
+        model = plan.reference_model
+        if not plan.imports_reference or plan.reference_folder.exists() or model is None:
+            return 0
+        keys = {
+            key: value
+            for key, value in plan.rounds[0].keys.items()
+            if key not in {"load", "finetune", "auto_resume", "exit_interval"} and not key.startswith("inherit.")
+        }
+        config = plan.folder / "reference.yml"
+        settings = {"num_layers": model.num_layers, "save": str(plan.reference_folder)}
+        replace_durably(config, yaml.safe_dump(keys | settings, sort_keys=False))
+        words = ["--input_dir", str(plan.reference), "--config_file", str(config)]
+        return self._command(IMPORT_SCRIPT, *words, "--output_dir", str(plan.reference_folder))
+
+    def _measure(self, name: str, folder: Path, stage: Stage, *, anew: bool = False) -> Measured | int:
+        """Returns the loss of the newest checkpoint of a folder, or the exit code of the command that failed.
+
+        A loss that was measured before is read, unless `anew` asks for another.
+        """
+        from megatron.checkpointing.store.find_checkpoint import whole_checkpoint
+
+        checkpoint = whole_checkpoint(folder)
+        file = self.plan.folder / "validation" / f"{name}.json"
+        known = None if anew else read_measured(file)
+        if known is not None and known.is_of(checkpoint):
+            return known
+        stage.config_file.parent.mkdir(parents=True, exist_ok=True)
+        replace_durably(stage.config_file, yaml.safe_dump(stage.keys, sort_keys=False))
+        words = [f"load={checkpoint.path}", f"eval_output={file}"]
+        code = self._command("deepy.py", "validate.py", str(stage.config_file), *words)
+        if code:
+            return code
+        found = read_measured(file)
+        if found is None or not found.is_of(checkpoint):
+            raise CheckpointError(
+                f"{file} is not of {checkpoint.path}, which changed while it was measured. Start again."
+            )
+        return found
+
+
+def read_measured(file: Path) -> Measured | None:
+    """Reads what validate.py has written; None where there is no such file, or it is damaged."""
+    try:
+        content: Mapping[str, Any] = read_json_object(file)
+        found = Measured(**content)
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if isinstance(found.loss, float) and isinstance(found.samples, int) else None
