@@ -43,6 +43,7 @@ THEMES = {
     "launch": "Launching",
     "speedups": "Speed-ups",
     "grow": "Growth",
+    "inherit": "Inheriting",
 }
 """Sections of the configuration, and the headings of their keys."""
 
@@ -81,9 +82,23 @@ it is for the whole run, for evaluation and export too; the small model's last c
 Without them it is the large one, and `load` names a checkpoint of the small one. A run grows once; several growths are
 a chain of runs.
 
+A run begins with layers of a larger model with a section `inherit`: `load` names that model, the reference, and
+`num_layers` says how many of its layers are taken, from its beginning unless `layers` says otherwise. Embeddings, final
+norm and head come with them always; what is not inherited begins as in any run of the configuration:
+
+    num_layers: 12
+    load: runs/reference
+    finetune: true
+    inherit: {layers: first, sublayers: [attention, feed_forward, norms]}
+
+`finetune: true` takes weights alone. Without it the run writes the new model to `save` and goes on from there, with the
+reference's moments where `inherit.moments` keeps them. `tools/ckpts/inherit.py` does the same to a checkpoint or a
+Hugging Face folder, and shows where every tensor comes from.
+
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
 accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains,
-and the first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
+and the first stages that they begin with; `inheritune/` plans of rounds that inherit, train, and append layers until a
+reference's loss is met. `data/` and `clusters/` hold what differs between users. `make demo` trains
 `demo.yml`.
 """
 

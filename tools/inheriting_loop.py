@@ -45,7 +45,7 @@ class Measured:
 
 @dataclass
 class Decisions:
-    """What the loop has measured and decided so far."""
+    """Measurements and decisions of a loop so far."""
 
     reference: Measured
     margin: float

@@ -51,6 +51,8 @@ def _choice(run: RunConfig) -> Iterator[Finding]:
     rules = run.inherit
     if rules is None:
         return
+    if rules.layers == []:
+        yield Finding("inherit.layers", "names no layer; operator random takes none of a layer")
     if len(set(rules.sublayers)) < len(rules.sublayers):
         yield Finding("inherit.sublayers", "names a part twice")
 

@@ -38,7 +38,7 @@ class StageEntry:
 
 @dataclass(frozen=True)
 class PlanHead:
-    """What a plan says before its stages, and what it says of them, unread."""
+    """Head of a plan: what stands before its stages; and what it says of them, unread."""
 
     files: tuple[Path, ...]
     """YAML files of the first stage."""

@@ -1,8 +1,8 @@
 """Recipes of CONTRIBUTING.md, each followed by a dummy that is added through its registry alone.
 
-Optimizers, dataset formats, launchers, growth operators and experiments have such a test beside their own:
+Optimizers, dataset formats, launchers, growth and inherit operators and experiments have such a test beside their own:
 test_optimizers.py and ranks/training/test_another_optimizer.py, test_dataset_format.py, test_environment.py,
-test_growth_operators.py, tools/experiments/test_run_matrix.py.
+test_growth_operators.py, test_inherit_tool.py, tools/experiments/test_run_matrix.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class InheritConfig(Section):
     operator: Annotated[str, OneOf(partial(variant_names, "megatron.growth.inheriting.operators"))] = "inherit"
     """Layers that are made of the reference's; megatron/growth/inheriting/operators has one module for each."""
 
-    layers: Literal["first", "last"] | Annotated[list[LayerNumber], Field(min_length=1)] = "first"
+    layers: Literal["first", "last"] | list[LayerNumber] = "first"
     """Layers of the reference to take, the lowest first: as many as num_layers asks for from its beginning or its end,
     or those of a list, counted from 0."""
 

@@ -270,10 +270,6 @@ def _cannot_compare(first: Stage) -> list[Problem]:
         origin = origins["data.split"]
         message = "losses are compared on validation data; give it a second share, as in '969, 30, 1'"
         problems.append(Problem(f"{origin} split: {data.split}", message, origin))
-    if data.data_path is None and data.train_data_paths is not None and data.valid_data_paths is None:
-        origin = origins["data.train_data_paths"]
-        message = "losses are compared on validation data; give valid_data_paths as well"
-        problems.append(Problem(f"{origin} train_data_paths", message, origin))
     return problems
 
 

@@ -40,8 +40,10 @@ def kill_at(step: int) -> None:
 
 
 class ForkedCommands:
-    """Runs the commands of a loop in forks, which spend no time on imports; the `killed`-th one is killed when it begins
-    the step of that number."""
+    """Runs the commands of a loop in forks, which spend no time on imports.
+
+    The `killed`-th one is killed when it begins the step of that number.
+    """
 
     stopped = False
 

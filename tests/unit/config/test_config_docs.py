@@ -15,7 +15,11 @@ from tools.generate_config_docs import flat_schema, generated, reference
 VALIDATOR = jsonschema.Draft202012Validator(flat_schema())
 PUBLISHED = sorted(Path(__file__).parent.glob("published_[pt]*.yml"))
 # A plan of staged runs is no configuration.
-YAMLS = [file for file in sorted((ROOT / "configs").rglob("*.yml")) if "stages" not in read_yaml(file)[0]] + PUBLISHED
+YAMLS = [
+    file
+    for file in sorted((ROOT / "configs").rglob("*.yml"))
+    if not {"stages", "inheritune"} & read_yaml(file)[0].keys()
+] + PUBLISHED
 
 
 def is_valid(file: Path) -> bool:
