@@ -59,7 +59,8 @@ class ArchitectureFacts:
     """Parameters of a layer, by name within it, that are zero where the layer adds nothing to the residual stream."""
 
     axes: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
-    """Dimensions of each parameter of a layer, by name within it; without them no narrower model is cut out of one."""
+    """Dimensions of the parameters of attention and feed-forward sublayer, by name within the layer; without them no
+    narrower model is cut out of one. Norms have features."""
 
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""

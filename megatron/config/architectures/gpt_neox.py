@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron.config.architecture import ARCHITECTURES, FEATURES, HEADS, UNITS, ArchitectureFacts
+from collections.abc import Mapping
+
+from megatron.config.architecture import ARCHITECTURES, FEATURES, HEADS, UNITS, ArchitectureFacts, Axis
 from megatron.config.sections.model import ModelConfig
 
 
@@ -18,6 +20,18 @@ def layer_biases(model: ModelConfig) -> int:
     return (attention + mlp) * model.hidden_size
 
 
+LINEAR_AXES: Mapping[str, tuple[Axis, ...]] = {
+    "attention.query_key_value.weight": (HEADS, FEATURES),
+    "attention.query_key_value.bias": (HEADS,),
+    "attention.dense.weight": (FEATURES, HEADS),
+    "attention.dense.bias": (FEATURES,),
+    "mlp.dense_h_to_4h.weight": (UNITS, FEATURES),
+    "mlp.dense_h_to_4h.bias": (UNITS,),
+    "mlp.dense_4h_to_h.weight": (FEATURES, UNITS),
+    "mlp.dense_4h_to_h.bias": (FEATURES,),
+}
+"""Dimensions of the weights of linear projections and of a two-matrix MLP."""
+
 ARCHITECTURES.register("gpt_neox")(
     # Flash and global are the same function: the attention kernel is chosen elsewhere.
     ArchitectureFacts(
@@ -30,19 +44,6 @@ ARCHITECTURES.register("gpt_neox")(
             "mlp.dense_4h_to_h.weight",
             "mlp.dense_4h_to_h.bias",
         ),
-        axes={
-            "input_layernorm.weight": (FEATURES,),
-            "input_layernorm.bias": (FEATURES,),
-            "attention.query_key_value.weight": (HEADS, FEATURES),
-            "attention.query_key_value.bias": (HEADS,),
-            "attention.dense.weight": (FEATURES, HEADS),
-            "attention.dense.bias": (FEATURES,),
-            "post_attention_layernorm.weight": (FEATURES,),
-            "post_attention_layernorm.bias": (FEATURES,),
-            "mlp.dense_h_to_4h.weight": (UNITS, FEATURES),
-            "mlp.dense_h_to_4h.bias": (UNITS,),
-            "mlp.dense_4h_to_h.weight": (FEATURES, UNITS),
-            "mlp.dense_4h_to_h.bias": (FEATURES,),
-        },
+        axes=LINEAR_AXES,
     )
 )

@@ -116,10 +116,10 @@ class Inheritance:
         return bool(number) and self.source_layers.index(self.source_layers[int(number)]) < int(number)
 
     def axes(self, layer: str, local: str) -> tuple[Axis, ...]:
-        """Returns the dimensions of a parameter; outside of the layers, the last one has the features."""
-        if layer.startswith("layers."):
+        """Returns the dimensions of a parameter; in norms and outside of the layers, the last one has the features."""
+        if layer.startswith("layers.") and MODULES[local.partition(".")[0]] != "norms":
             return ARCHITECTURES[self.after.architecture].axes[local]
-        spec = self.reference_layouts[layer].parameters[local]
+        spec = self.reference_layouts[self.source(layer)].parameters[local]
         return (*[Axis("rows")] * (len(spec.full_shape) - 1), FEATURES)
 
     def cuts(self, layer: str, local: str) -> list[Cut | None]:

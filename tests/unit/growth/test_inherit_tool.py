@@ -220,7 +220,7 @@ def test_half_of_the_width_preserves_what_it_says(folder: Folder) -> None:
     axes = ARCHITECTURES[model.architecture].axes
     for name, weight in narrow.named_parameters():
         local = name.split(".", 2)[-1] if name.startswith("layers.") else ""
-        kinds = [axis.what for axis in axes[local]] if local else ["rows"] * (weight.dim() - 1) + ["features"]
+        kinds = [axis.what for axis in axes[local]] if local in axes else ["rows"] * (weight.dim() - 1) + ["features"]
         place = tuple(slice(0, size) for size in weight.shape)
         zeros[name][place] = weight
         # Features that a weight writes to, or scales, come twice; those that it reads from are read once.
