@@ -44,8 +44,17 @@ class ArchitectureFacts:
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""
 
+    activations: tuple[str, ...] = ("gelu", "gelu_tanh")
+    """Activations that its MLP can have."""
+
     defaults: Mapping[str, YamlValue] = field(default_factory=dict)
     """Defaults that differ from those of the section."""
+
+    derived: Mapping[str, Callable[[Mapping[str, YamlValue]], YamlValue]] = field(default_factory=dict)
+    """Defaults that follow from other keys: from all that were given, flat. None where those do not tell."""
+
+    neox_values: Mapping[str, tuple[YamlValue, ...]] = field(default_factory=dict)
+    """Values by which NeoX's YAMLs ask for it, by key; NeoX has no key for the architecture itself."""
 
     fixed: Mapping[str, FixedValue] = field(default_factory=dict)
     """Fields that have one value only."""
@@ -63,6 +72,24 @@ DEFAULT_ARCHITECTURE = "gpt_neox"
 def architecture_facts(name: object) -> ArchitectureFacts | None:
     """Returns the facts of an architecture; None for what names none."""
     return ARCHITECTURES[name] if isinstance(name, str) and name in ARCHITECTURES else None
+
+
+def asked_by_neox(given: Mapping[str, YamlValue]) -> tuple[str, str] | None:
+    """Returns the architecture that a key of NeoX asks for, and that key; None where none does.
+
+    `given` are all keys, flat.
+    """
+    for name in ARCHITECTURES:
+        for key, values in ARCHITECTURES[name].neox_values.items():
+            if given.get(key) in values:
+                return name, key
+    return None
+
+
+def chosen_architecture(given: Mapping[str, YamlValue]) -> YamlValue:
+    """Returns the architecture that flat keys choose: by name, by a key of NeoX, or the default one."""
+    asked = asked_by_neox(given)
+    return given.get("architecture") or (asked[0] if asked else DEFAULT_ARCHITECTURE)
 
 
 def optional_sections() -> dict[str, str]:

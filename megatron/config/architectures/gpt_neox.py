@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts
+from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts, FixedValue
 from megatron.config.sections.model import ModelConfig
 
 
@@ -30,5 +30,11 @@ ARCHITECTURES.register("gpt_neox")(
             "mlp.dense_4h_to_h.weight",
             "mlp.dense_4h_to_h.bias",
         ),
+        fixed={
+            "num_kv_heads": FixedValue(
+                None, "gpt_neox has as many heads of keys and values as of queries; only llama differs"
+            ),
+            "ffn_hidden_size": FixedValue(None, "gpt_neox has 4 x hidden_size features in its MLP; only llama differs"),
+        },
     )
 )

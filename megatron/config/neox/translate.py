@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.config.architecture import DEFAULT_ARCHITECTURE, architecture_facts, optional_sections, owners_of
+from megatron.config.architecture import (
+    ArchitectureFacts,
+    architecture_facts,
+    asked_by_neox,
+    chosen_architecture,
+    optional_sections,
+    owners_of,
+)
 from megatron.config.neox.keys.table import (
     OPTIMIZER_PARAMS,
     find_entry,
+    key_of,
     mapped_keys,
     neox_keys,
     without_extra_args,
@@ -62,7 +70,7 @@ def translate(given: Mapping[str, Given]) -> Translation:
         if item.value is not None or not item.is_known:
             _translate_key(item, flat, optimizer, translation)
     _contradicted_switches(given, translation)
-    _complete(translation)
+    _complete(translation, flat)
     return translation
 
 
@@ -197,21 +205,40 @@ def _contradicted_switches(given: Mapping[str, Given], translation: Translation)
             translation.problems.append(problem_with(switch, f"contradicts {dtype.given}"))
 
 
-def _complete(translation: Translation) -> None:
+def _complete(translation: Translation, flat: Flat) -> None:
     """Settles what follows from other settings where NeoX's default would not do."""
     settings = translation.settings
     if "generation.sample_input_file" in settings:
         settings.setdefault("generation.text_gen_type", Setting("input-file"))
     if "model.architecture" in translation.refused:
         return
-    architecture = settings.setdefault("model.architecture", Setting(DEFAULT_ARCHITECTURE)).value
+    architecture = settings.setdefault("model.architecture", Setting(chosen_architecture(flat))).value
     facts = architecture_facts(architecture)
     if facts is not None:
-        for name, value in facts.defaults.items():
-            settings.setdefault(f"model.{name}", Setting(value))
+        _warn_of_other_defaults(facts, flat, translation)
+        derived = {name: derive(flat) for name, derive in facts.derived.items()}
+        for name, value in (
+            facts.defaults | {name: value for name, value in derived.items() if value is not None}
+        ).items():
+            if f"model.{name}" not in translation.refused:
+                settings.setdefault(f"model.{name}", Setting(value))
     for section in optional_sections():
         if facts is None or section not in facts.sections:
             _refuse_section(section, translation)
+
+
+def _warn_of_other_defaults(facts: ArchitectureFacts, flat: Flat, translation: Translation) -> None:
+    """Says which defaults are not NeoX's where a key of NeoX has chosen the architecture: there it changes none."""
+    asked = asked_by_neox(flat)
+    if asked is None or "architecture" in flat:
+        return
+    missing = [name for name in facts.defaults if f"model.{name}" not in translation.settings]
+    if missing:
+        values = ", ".join(f"{key_of(f'model.{name}')}: {show(facts.defaults[name])}" for name in missing)
+        name, key = asked
+        translation.warnings.append(
+            f"{key}: {show(flat[key])} selects the architecture {name}, whose defaults are {values}, unlike NeoX's"
+        )
 
 
 def _refuse_section(section: str, translation: Translation) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron.config.command_line import load_command_line
+from megatron.config.model_size import count_parameters
 from megatron.errors import ConfigError
-from tests.helpers.neox_yamls import ALONE, LOADABLE, NOT_HERE, write_neox_yamls
+from tests.helpers.neox_yamls import ALONE, LLAMAS, LOADABLE, NOT_HERE, write_neox_yamls
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,17 @@ def test_what_exists_here_loads(name: str, setup: str, configs: str) -> None:
         "hostfile" in LOADABLE[name]
     )
     assert ("comms_logger" in named) == ("deepspeed_extra_args" in LOADABLE[name])
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_gated_models_are_llamas_of_their_published_size(name: str, configs: str) -> None:
+    _, width, kv_heads, parameters = LLAMAS[name]
+    _, loaded = load_command_line(["-d", configs, name, "local_setup.yml", "--check"])
+    model = loaded.run.model
+    assert (model.architecture, model.norm, model.activation) == ("llama", "rmsnorm", "swiglu")
+    assert (model.ffn_hidden_size, model.num_kv_heads) == (width, kv_heads)
+    assert not (model.use_bias_in_attn_linear or model.use_bias_in_mlp)
+    assert count_parameters(model, 32_000) == parameters
 
 
 @pytest.mark.parametrize("name", ALONE)
