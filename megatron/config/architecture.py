@@ -26,7 +26,8 @@ class FixedValue:
 class ArchitectureFacts:
     """Facts of one architecture. Fields of the model are named by their path in `ModelConfig`.
 
-    An architecture reads every field of the model but those in `fixed`, and no optional section but its own.
+    An architecture reads every field of the model but those in `fixed` and those that are another's own, and no
+    optional section but its own.
     """
 
     layer_matrices: Callable[[ModelConfig], int]
@@ -48,16 +49,21 @@ class ArchitectureFacts:
     """Activations that its MLP can have."""
 
     defaults: Mapping[str, YamlValue] = field(default_factory=dict)
-    """Defaults that differ from those of the section."""
+    """Defaults that differ from those of the section, where the YAML names the architecture."""
 
     derived: Mapping[str, Callable[[Mapping[str, YamlValue]], YamlValue]] = field(default_factory=dict)
-    """Defaults that follow from other keys: from all that were given, flat. None where those do not tell."""
-
-    neox_values: Mapping[str, tuple[YamlValue, ...]] = field(default_factory=dict)
-    """Values by which NeoX's YAMLs ask for it, by key; NeoX has no key for the architecture itself."""
+    """Defaults that follow from other keys, also where the YAML names no architecture: from all that were given, flat.
+    None where those do not tell."""
 
     fixed: Mapping[str, FixedValue] = field(default_factory=dict)
     """Fields that have one value only."""
+
+    own_fields: tuple[str, ...] = ()
+    """Fields that no other architecture reads; elsewhere they have their default."""
+
+    is_implied_by: Callable[[Mapping[str, YamlValue]], bool] = lambda keys: False
+    """Tells whether NeoX's keys, in a YAML that names no architecture, describe this one. All defaults are NeoX's
+    then."""
 
     sections: Mapping[str, str] = field(default_factory=dict)
     """Optional sections of the model that it requires, and what they describe; other architectures refuse them."""
@@ -74,24 +80,6 @@ def architecture_facts(name: object) -> ArchitectureFacts | None:
     return ARCHITECTURES[name] if isinstance(name, str) and name in ARCHITECTURES else None
 
 
-def asked_by_neox(given: Mapping[str, YamlValue]) -> tuple[str, str] | None:
-    """Returns the architecture that a key of NeoX asks for, and that key; None where none does.
-
-    `given` are all keys, flat.
-    """
-    for name in ARCHITECTURES:
-        for key, values in ARCHITECTURES[name].neox_values.items():
-            if given.get(key) in values:
-                return name, key
-    return None
-
-
-def chosen_architecture(given: Mapping[str, YamlValue]) -> YamlValue:
-    """Returns the architecture that flat keys choose: by name, by a key of NeoX, or the default one."""
-    asked = asked_by_neox(given)
-    return given.get("architecture") or (asked[0] if asked else DEFAULT_ARCHITECTURE)
-
-
 def optional_sections() -> dict[str, str]:
     """Returns the optional sections of the model that any architecture has, and what they describe."""
     return {section: what for name in ARCHITECTURES for section, what in ARCHITECTURES[name].sections.items()}
@@ -102,7 +90,14 @@ def owners_of(section: str) -> list[str]:
     return [name for name in ARCHITECTURES if section in ARCHITECTURES[name].sections]
 
 
-def attention_types() -> dict[str, str]:
-    """Returns the architecture that each attention type of NeoX's `attention_config` stands for, NeoX's own last."""
-    names = sorted(ARCHITECTURES, key=lambda name: name == DEFAULT_ARCHITECTURE)
-    return {kind: name for name in names for kind in ARCHITECTURES[name].attention_types}
+def attention_types() -> dict[str, list[str]]:
+    """Returns the architectures that each attention type of NeoX's `attention_config` may be of, NeoX's own first."""
+    names = sorted(ARCHITECTURES, key=lambda name: name != DEFAULT_ARCHITECTURE)
+    kinds = dict.fromkeys(kind for name in names for kind in ARCHITECTURES[name].attention_types)
+    return {kind: [name for name in names if kind in ARCHITECTURES[name].attention_types] for kind in kinds}
+
+
+def implied_architecture(keys: Mapping[str, YamlValue]) -> str:
+    """Returns the architecture of a YAML with these keys of NeoX's that names none."""
+    implied = (name for name in ARCHITECTURES if ARCHITECTURES[name].is_implied_by(keys))
+    return next(implied, DEFAULT_ARCHITECTURE)

@@ -104,7 +104,10 @@ def _rotary_dimensions(run: RunConfig) -> Iterator[Finding]:
 def _positions(run: RunConfig) -> Iterator[Finding]:
     length, longest = run.model.seq_length, run.model.max_position_embeddings
     if length > longest:
-        yield Finding("model.seq_length", f"is above max_position_embeddings {longest}; raise that, or shorten this")
+        learned = ", which are the positions that the model learns" if run.model.pos_emb == "learned" else ""
+        yield Finding(
+            "model.seq_length", f"is above max_position_embeddings {longest}{learned}; raise that, or shorten this"
+        )
 
 
 def _padded_vocabulary(run: RunConfig) -> Iterator[Finding]:
@@ -121,6 +124,10 @@ def _fixed_by_architecture(run: RunConfig) -> Iterator[Finding]:
     for path, fixed in ARCHITECTURES[run.model.architecture].fixed.items():
         if attrgetter(path)(run.model) != fixed.value:
             yield Finding(f"model.{path}", fixed.reason)
+    for name in ARCHITECTURES:
+        for path in ARCHITECTURES[name].own_fields if name != run.model.architecture else ():
+            if attrgetter(path)(run.model) != ModelConfig.model_fields[path].default:
+                yield Finding(f"model.{path}", f"belongs to architecture: {name}, and this is {run.model.architecture}")
 
 
 def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:

@@ -24,11 +24,12 @@ from megatron.mpu.random import split_activations
 class SelfAttention(nn.Module):
     """Projection to heads, rotary positions, causal attention, output projection; subclasses own the projections.
 
-    Residual stream [B, S or S/tp, D] in and out. Raises ConfigError when the features do not split over the heads, or
-    the heads over the ranks, or the query heads over those of keys and values.
+    Residual stream [B, S or S/tp, D] in and out. `layer_index` is the layer's place in the whole model, from 0, of
+    whichever pipeline stage it is. Raises ConfigError when the features do not split over the heads, or the heads over
+    the ranks, or the query heads over those of keys and values.
     """
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+    def __init__(self, model: ModelConfig, context: ParallelContext, layer_index: int) -> None:
         super().__init__()
         if model.hidden_size % model.num_attention_heads:
             raise ConfigError(
@@ -44,6 +45,7 @@ class SelfAttention(nn.Module):
         self.context = context
         self.head_size = model.hidden_size // model.num_attention_heads
         self.dropout = model.attention_dropout
+        self.scale = self.head_size**-0.5 / (layer_index + 1) if model.scale_attn_by_inverse_layer_idx else None
         self.core_attention: CausalAttention = causal_attention
         self.rotary = RotaryEmbedding(model)
 
@@ -55,15 +57,15 @@ class SelfAttention(nn.Module):
             o_BSHE = self.attend(q_BSHE, k_BSGE, v_BSGE)
         else:
             q_BSHE, k_BSGE = self.rotary(q_BSHE, k_BSGE, cache.rotary_tables(self.rotary))
-            o_BSHE = cache.attend(q_BSHE, k_BSGE, v_BSGE, self.core_attention)
+            o_BSHE = cache.attend(q_BSHE, k_BSGE, v_BSGE, self.core_attention, self.scale)
         return self.project_output(rearrange(o_BSHE, "B S H E -> B S (H E)"))
 
     def attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor) -> Tensor:
         """Computes causal attention [B, S, H, E] over this rank's heads, with dropout in training."""
         if not (self.training and self.dropout):
-            return self.core_attention(q_BSHE, k_BSGE, v_BSGE, 0.0)
+            return self.core_attention(q_BSHE, k_BSGE, v_BSGE, 0.0, self.scale)
         with split_activations(self.context):
-            return self.core_attention(q_BSHE, k_BSGE, v_BSGE, self.dropout)
+            return self.core_attention(q_BSHE, k_BSGE, v_BSGE, self.dropout, self.scale)
 
     def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projects to the queries [B, S, H, E], keys and values [B, S, G, E] of this rank's heads."""
@@ -77,8 +79,8 @@ class SelfAttention(nn.Module):
 class LinearSelfAttention(SelfAttention):
     """Self-attention with linear projections. The fused weight keeps GPT-NeoX's row order: by head, then q, k, v."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        super().__init__(model, context)
+    def __init__(self, model: ModelConfig, context: ParallelContext, layer_index: int) -> None:
+        super().__init__(model, context, layer_index)
         width, bias = model.hidden_size, model.use_bias_in_attn_linear
         self.query_key_value = ColumnParallelLinear(width, 3 * width, bias, input_initializer(model), context)
         self.dense = RowParallelLinear(width, width, bias, output_initializer(model), context)
@@ -99,8 +101,8 @@ class GroupedQueryAttention(SelfAttention):
     Ainslie et al. 2023, arXiv:2305.13245.
     """
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        super().__init__(model, context)
+    def __init__(self, model: ModelConfig, context: ParallelContext, layer_index: int) -> None:
+        super().__init__(model, context, layer_index)
         width, bias, initializer = model.hidden_size, model.use_bias_in_attn_linear, input_initializer(model)
         shared = self.head_size * (model.num_kv_heads or model.num_attention_heads)
         self.query = ColumnParallelLinear(width, width, bias, initializer, context)

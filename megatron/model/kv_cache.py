@@ -40,6 +40,7 @@ class KeyValueCache:
         self.keys_LBGCE = torch.empty(shape, dtype=dtype, device=device)
         self.values_LBGCE = torch.empty(shape, dtype=dtype, device=device)
         self.padding_B1 = None if padding_B is None or not padding_B.any() else padding_B.to(device).unsqueeze(1)
+        self.least_padding = 0 if padding_B is None else int(padding_B.min())
         self.seen = 0
         self.positions_BS = torch.empty(0, dtype=torch.long, device=device)
         self.mask_B1ST: Tensor | None = None
@@ -50,6 +51,11 @@ class KeyValueCache:
     def capacity(self) -> int:
         """Returns the columns that there is room for [tokens]."""
         return self.keys_LBGCE.shape[3]
+
+    @property
+    def longest(self) -> int:
+        """Returns the length of the longest sequence so far, without its padding [tokens]."""
+        return self.seen - self.least_padding
 
     def begin(self, num_new: int) -> None:
         """Makes room for `num_new` columns, and finds their positions [B or 1, S] and the columns that they attend to.
@@ -86,6 +92,7 @@ class KeyValueCache:
         self.keys_LBGCE, self.values_LBGCE = self.keys_LBGCE[:, : len(rows)], self.values_LBGCE[:, : len(rows)]
         if self.padding_B1 is not None:
             self.padding_B1 = self.padding_B1[list(rows)]
+            self.least_padding = int(self.padding_B1.min())
 
 
 class LayerCache:
@@ -101,10 +108,17 @@ class LayerCache:
             self.cache.rotary_tables = rotary.tables(self.cache.positions_BS)
         return self.cache.rotary_tables
 
-    def attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, causal_attention: CausalAttention) -> Tensor:
+    def attend(
+        self,
+        q_BSHE: Tensor,
+        k_BSGE: Tensor,
+        v_BSGE: Tensor,
+        causal_attention: CausalAttention,
+        scale: float | None = None,
+    ) -> Tensor:
         """Keeps the new keys and values, and attends from the new tokens to all that were seen: [B, S, H, E].
 
-        `causal_attention` is used where nothing was seen before and there is no padding.
+        `causal_attention` is used where nothing was seen before and there is no padding. `scale` as there.
         """
         cache, num_new = self.cache, k_BSGE.shape[1]
         before, seen = cache.seen - num_new, cache.seen
@@ -112,5 +126,5 @@ class LayerCache:
         keys_BGCE[:, :, before:seen] = k_BSGE.transpose(1, 2)
         values_BGCE[:, :, before:seen] = v_BSGE.transpose(1, 2)
         if before == 0 and cache.mask_B1ST is None:
-            return causal_attention(q_BSHE, k_BSGE, v_BSGE, 0.0)
-        return cached_attention(q_BSHE, keys_BGCE[:, :, :seen], values_BGCE[:, :, :seen], cache.mask_B1ST)
+            return causal_attention(q_BSHE, k_BSGE, v_BSGE, 0.0, scale)
+        return cached_attention(q_BSHE, keys_BGCE[:, :, :seen], values_BGCE[:, :, :seen], cache.mask_B1ST, scale)

@@ -30,6 +30,22 @@ def tiny_tokenformer(*, tokens: ParamTokenConfig | None = None, **changes: Any) 
     return ModelConfig(**{**published, **changes})
 
 
+def tiny_gpt2(**changes: Any) -> ModelConfig:
+    """Three layers of width 32, everything else as in GPT-2, with attention scaled by the inverse layer index."""
+    published = {
+        "architecture": "gpt2",
+        "num_layers": 3,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "seq_length": 16,
+        "max_position_embeddings": 16,
+        "pos_emb": "learned",
+        "activation": "gelu_tanh",
+        "scale_attn_by_inverse_layer_idx": True,
+    }
+    return ModelConfig(**{**published, **changes})
+
+
 def tiny_pythia(**changes: Any) -> ModelConfig:
     """Two layers of width 32, everything else as in Pythia's configurations."""
     published = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts, FixedValue
+from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts
 from megatron.config.sections.model import ModelConfig
 
 
@@ -18,23 +18,20 @@ def layer_biases(model: ModelConfig) -> int:
     return (attention + mlp) * model.hidden_size
 
 
+LINEAR_OUTPUTS = (
+    "attention.dense.weight",
+    "attention.dense.bias",
+    "mlp.dense_4h_to_h.weight",
+    "mlp.dense_4h_to_h.bias",
+)
+"""Parameters of a layer of linear projections that write to the residual stream."""
+
 ARCHITECTURES.register("gpt_neox")(
     # Flash and global are the same function: the attention kernel is chosen elsewhere.
     ArchitectureFacts(
         layer_matrices,
         layer_biases,
         attention_types=("flash", "global"),
-        output_weights=(
-            "attention.dense.weight",
-            "attention.dense.bias",
-            "mlp.dense_4h_to_h.weight",
-            "mlp.dense_4h_to_h.bias",
-        ),
-        fixed={
-            "num_kv_heads": FixedValue(
-                None, "gpt_neox has as many heads of keys and values as of queries; only llama differs"
-            ),
-            "ffn_hidden_size": FixedValue(None, "gpt_neox has 4 x hidden_size features in its MLP; only llama differs"),
-        },
+        output_weights=LINEAR_OUTPUTS,
     )
 )

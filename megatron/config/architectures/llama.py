@@ -43,6 +43,11 @@ def layer_biases(model: ModelConfig) -> int:
     return attention + mlp
 
 
+def is_llama(given: Flat) -> bool:
+    """Tells whether NeoX's keys describe a gated MLP, which this architecture alone has."""
+    return given.get("activation") == "swiglu" or given.get("mlp_type") == "llama"
+
+
 def default_width(given: Flat) -> int | None:
     """Returns the width inside the MLP that follows from flat keys; None where they are no sizes.
 
@@ -82,9 +87,14 @@ ARCHITECTURES.register("llama")(
         attention_types=("flash", "global"),
         output_weights=("attention.dense.weight", "attention.dense.bias", "mlp.down.weight", "mlp.down.bias"),
         split_sizes=("ffn_hidden_size",),
+        own_fields=("num_kv_heads", "ffn_hidden_size"),
+        is_implied_by=is_llama,
         activations=("swiglu",),
         defaults={"norm": "rmsnorm", "activation": "swiglu"} | dict.fromkeys(_BIASES, False),
-        derived={"num_kv_heads": lambda given: given.get("num_attention_heads"), "ffn_hidden_size": default_width},
-        neox_values={"activation": ("swiglu",), "mlp_type": ("llama",)},
+        derived={
+            "num_kv_heads": lambda given: given.get("num_attention_heads"),
+            "ffn_hidden_size": default_width,
+            "use_bias_in_mlp": lambda given: False if given.get("mlp_type") == "llama" else None,
+        },
     )
 )

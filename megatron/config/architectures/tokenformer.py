@@ -36,8 +36,6 @@ ARCHITECTURES.register("tokenformer")(
         fixed={
             "use_bias_in_attn_linear": _NO_BIASES,
             "use_bias_in_mlp": _NO_BIASES,
-            "num_kv_heads": FixedValue(None, "a TokenFormer has as many heads of keys and values as of queries"),
-            "ffn_hidden_size": FixedValue(None, "a TokenFormer has no MLP; ffn_slot_num is the size of its Pattention"),
             "activation": FixedValue("gelu", f"{_NOT_HERE} MLP activation; norm_activation_type normalizes its scores"),
             "parallel_residual": FixedValue(False, "the published TokenFormer layer is sequential; use false"),
         },

@@ -6,18 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.config.architecture import (
-    ArchitectureFacts,
-    architecture_facts,
-    asked_by_neox,
-    chosen_architecture,
-    optional_sections,
-    owners_of,
-)
+from megatron.config.architecture import architecture_facts, implied_architecture, optional_sections, owners_of
 from megatron.config.neox.keys.table import (
     OPTIMIZER_PARAMS,
     find_entry,
-    key_of,
     mapped_keys,
     neox_keys,
     without_extra_args,
@@ -212,33 +204,19 @@ def _complete(translation: Translation, flat: Flat) -> None:
         settings.setdefault("generation.text_gen_type", Setting("input-file"))
     if "model.architecture" in translation.refused:
         return
-    architecture = settings.setdefault("model.architecture", Setting(chosen_architecture(flat))).value
+    implied = implied_architecture(flat)
+    architecture = settings.setdefault("model.architecture", Setting(implied)).value
     facts = architecture_facts(architecture)
+    is_named = "architecture" in flat or architecture != implied
     if facts is not None:
-        _warn_of_other_defaults(facts, flat, translation)
         derived = {name: derive(flat) for name, derive in facts.derived.items()}
-        for name, value in (
-            facts.defaults | {name: value for name, value in derived.items() if value is not None}
-        ).items():
-            if f"model.{name}" not in translation.refused:
+        values = {**(facts.defaults if is_named else {}), **derived}
+        for name, value in values.items():
+            if value is not None and f"model.{name}" not in translation.refused:
                 settings.setdefault(f"model.{name}", Setting(value))
     for section in optional_sections():
         if facts is None or section not in facts.sections:
             _refuse_section(section, translation)
-
-
-def _warn_of_other_defaults(facts: ArchitectureFacts, flat: Flat, translation: Translation) -> None:
-    """Says which defaults are not NeoX's where a key of NeoX has chosen the architecture: there it changes none."""
-    asked = asked_by_neox(flat)
-    if asked is None or "architecture" in flat:
-        return
-    missing = [name for name in facts.defaults if f"model.{name}" not in translation.settings]
-    if missing:
-        values = ", ".join(f"{key_of(f'model.{name}')}: {show(facts.defaults[name])}" for name in missing)
-        name, key = asked
-        translation.warnings.append(
-            f"{key}: {show(flat[key])} selects the architecture {name}, whose defaults are {values}, unlike NeoX's"
-        )
 
 
 def _refuse_section(section: str, translation: Translation) -> None:

@@ -25,7 +25,7 @@ InitMethod = Literal[
     "orthogonal",
     "scaled_orthogonal",
 ]
-PositionEmbedding = Literal["rotary", "none"]
+PositionEmbedding = Literal["rotary", "learned", "none"]
 
 
 class ParamTokenConfig(Section):
@@ -89,12 +89,14 @@ class ModelConfig(Section):
     """Tokens in a training sample [tokens]."""
 
     max_position_embeddings: TokenCount
-    """Longest sequence that the model is meant for [tokens]; at least seq_length."""
+    """Longest sequence that the model is meant for [tokens]; at least seq_length. With learned positions, as many as
+    are learned: the model has no others."""
 
     pos_emb: Annotated[
-        PositionEmbedding, Key(difference="must be given: NeoX's default, learned positions, is not implemented")
+        PositionEmbedding,
+        Key(difference="must be given, unless architecture: gpt2 is; NeoX's default is learned"),
     ]
-    """Position encoding."""
+    """Position encoding: rotary, a learned vector for each of max_position_embeddings positions, or none."""
 
     param_tokens: ParamTokenConfig | None = None
     """Parameter tokens; required for tokenformer, absent otherwise."""
@@ -120,8 +122,8 @@ class ModelConfig(Section):
             "llama, as does its mlp_type: llama with silu; other activations are not implemented"
         ),
     ] = "gelu"
-    """MLP activation (gpt_neox): exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it; or
-    (llama) swiglu: SiLU of a gate, times the other half."""
+    """MLP activation: exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it and GPT-2 has it
+    (gpt_neox, gpt2); or swiglu, SiLU of a gate times the other half (llama)."""
 
     rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each head's dimensions that is rotated."""
@@ -133,10 +135,22 @@ class ModelConfig(Section):
     """Attention and MLP read the same residual input (gpt_neox, llama)."""
 
     use_bias_in_attn_linear: bool = True
-    """Biases in the attention projections (gpt_neox, llama)."""
+    """Biases in the attention projections (gpt_neox, gpt2, llama)."""
 
     use_bias_in_mlp: bool = True
-    """Biases in the MLP (gpt_neox, llama)."""
+    """Biases in the MLP (gpt_neox, gpt2, llama); NeoX's older mlp_type: llama has none."""
+
+    use_bias_in_norms: bool = True
+    """Biases in LayerNorm; other norms have none."""
+
+    scale_attn_by_inverse_layer_idx: Annotated[
+        bool,
+        Key(
+            difference="not a NeoX key; transformers calls it so. NeoX's apply_query_key_layer_scaling divides "
+            "likewise, but multiplies back before the softmax"
+        ),
+    ] = False
+    """Divide the attention scores of layer i, counted from 0, by i + 1 (gpt2)."""
 
     tie_embeddings: Annotated[bool, Key("no_weight_tying")] = True
     """The head shares the embedding matrix."""

@@ -49,7 +49,7 @@ def counting() -> Iterator[Sent]:
 
 def count(model: ModelConfig, sequence_parallel: bool) -> tuple[Sent, Sent]:
     context = ParallelContext.create(dist.get_world_size(), 1, sequence_parallel)
-    layer = TransformerLayer(model, context)
+    layer = TransformerLayer(model, context, 0)
     initialize_parameters(layer.named_parameters(), 1, context)
     length = LENGTH // context.tensor_size if sequence_parallel else LENGTH
     x = torch.randn(BATCH, length, WIDTH, requires_grad=True)

@@ -32,7 +32,7 @@ def test_hidden_dropout_differs_by_rank_only_under_sequence_parallelism(sequence
 
 def attention_outputs() -> tuple[Tensor, Tensor]:
     context = ParallelContext.create(2, 1)
-    layer = TransformerLayer(tiny_pythia(attention_dropout=0.5), context)
+    layer = TransformerLayer(tiny_pythia(attention_dropout=0.5), context, 0)
     seed_dropout(4, 0, context)
     q, k, v = torch.ones(3, 2, 16, 2, 8)
     return layer.attention.attend(q, k, v), torch.get_rng_state()
@@ -46,7 +46,7 @@ def test_attention_dropout_differs_between_the_heads_of_different_ranks() -> Non
 
 def gradients(model: ModelConfig, sequence_parallel: bool, recompute: bool) -> list[Tensor]:
     context = ParallelContext.create(2, 1, sequence_parallel)
-    layer = TransformerLayer(model, context)
+    layer = TransformerLayer(model, context, 0)
     initialize_parameters(layer.named_parameters(), 1, context)
     seed_dropout(5, 0, context)
     length = 8 if sequence_parallel else 16

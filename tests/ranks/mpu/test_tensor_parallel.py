@@ -51,12 +51,12 @@ def block_errors(model: ModelConfig, sequence_parallel: bool) -> dict[str, float
     generator = torch.Generator().manual_seed(8)
     x, probe = (torch.randn(2, 16, model.hidden_size, generator=generator, dtype=torch.float64) for _ in range(2))
 
-    whole = prepared(TransformerLayer(model, ParallelContext.single()), ParallelContext.single())
+    whole = prepared(TransformerLayer(model, ParallelContext.single(), 0), ParallelContext.single())
     whole_x = x.clone().requires_grad_()
     whole_y = whole(whole_x)
     whole_y.backward(probe)
 
-    split = prepared(TransformerLayer(model, context), context)
+    split = prepared(TransformerLayer(model, context, 0), context)
     split_x = residual_share(x, context).clone().requires_grad_()
     split_y = split(split_x)
     split_y.backward(residual_share(probe, context))
@@ -164,7 +164,7 @@ def test_whole_logits_lead_back_to_the_same_gradients() -> None:
 
 def bfloat16_outputs(model: ModelConfig, sequence_parallel: bool) -> list[Tensor]:
     context = ParallelContext.create(torch.distributed.get_world_size(), 1, sequence_parallel)
-    layer = prepared(TransformerLayer(model, context), context).bfloat16()
+    layer = prepared(TransformerLayer(model, context, 0), context).bfloat16()
     x = torch.randn(2, 16, model.hidden_size, generator=torch.Generator().manual_seed(8)).bfloat16()
     leaf = residual_share(x, context).clone().requires_grad_()
     y = layer(leaf)

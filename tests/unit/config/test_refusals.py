@@ -155,14 +155,10 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
         ("activation=geluu", "activation: geluu: expected one of gelu, gelu_tanh, swiglu; did you mean gelu?"),
         ("activation=swiglu architecture=gpt_neox", "swiglu: the architecture gpt_neox has gelu and gelu_tanh alone"),
         ("architecture=llama activation=gelu", "activation: gelu: the architecture llama has swiglu alone"),
-        (
-            "use_bias_in_norms=false",
-            "command line use_bias_in_norms: false: known to NeoX, not supported here: LayerNorm without a bias is not "
-            "implemented",
-        ),
+        ("use_bias_in_norms=false", None),
         ("norm=rmsnorm use_bias_in_norms=false", None),
         ("norm=layernorm_nonparam use_bias_in_norms=false", None),
-        ("norm=rmsnorm final_norm=layernorm use_bias_in_norms=false", "LayerNorm without a bias is not implemented"),
+        ("norm=rmsnorm final_norm=layernorm use_bias_in_norms=false", None),
         ("norm=te_layernorm", "Transformer Engine is not supported; use norm: layernorm, the same function"),
         (
             "intermediate_size=11008",
@@ -175,7 +171,8 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
             "alone counts the heads of keys and values",
         ),
         ("num_kv_heads=12", None),
-        ("num_kv_heads=4", "num_kv_heads: 4: gpt_neox has as many heads of keys and values as of queries; only llama"),
+        ("num_kv_heads=4", "num_kv_heads: 4: belongs to architecture: llama, and this is gpt_neox"),
+        ("ffn_hidden_size=4", "ffn_hidden_size: 4: belongs to architecture: llama, and this is gpt_neox"),
         (
             f"{LLAMA} num_kv_heads=5",
             "num_kv_heads: 5: does not divide num_attention_heads 12, which share them; nearest",

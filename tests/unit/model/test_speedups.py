@@ -53,10 +53,11 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
     """Stand-ins for flash-attn and apex that compute with torch and note their calls."""
     calls: dict[str, list[Any]] = {"flash": [], "norm": [], "adam": []}
 
-    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float, causal: bool) -> Any:
+    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float, softmax_scale: float | None, causal: bool) -> Any:
         calls["flash"].append((dropout_p, causal))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale)
+        return attended.transpose(1, 2)
 
     def fused_layer_norm(x: Any, shape: Any, eps: float) -> Any:
         calls["norm"].append("plain")

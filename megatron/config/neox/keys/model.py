@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from megatron.config.architecture import (
-    architecture_facts,
-    attention_types,
-    chosen_architecture,
-)
+from megatron.config.architecture import attention_types, implied_architecture
 from megatron.config.architectures.llama import default_width
 from megatron.config.neox_entries import (
     DELETED_EXPERIMENT,
@@ -32,22 +28,23 @@ _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 
 
 def architecture_of(value: YamlValue, flat: Flat) -> Converted:
-    """Returns the architecture that an `attention_config` such as [[["tokenformer"], 12]] describes."""
+    """Returns the architecture that an `attention_config` such as [[["tokenformer"], 12]] describes.
+
+    Where several have its attention types, the one that is named, or else implied by the other keys.
+    """
     layers = _attention_layers(value, flat.get("num_layers"))
     known = attention_types()
     for kind in layers:
         if kind not in known:
             raise RefusedError(f"attention type {kind} is not implemented; {', '.join(known)} are")
-    architectures = {known[kind] for kind in layers}
-    if len(architectures) > 1:
+    possible = [name for name in next(iter(known[kind] for kind in layers)) if all(name in known[k] for k in layers)]
+    if not possible:
         raise RefusedError("layers of several architectures in one model are not implemented")
     num_layers = flat.get("num_layers")
     if isinstance(num_layers, int) and layers.total() != num_layers:
         raise RefusedError(f"describes {layers.total()} layers, but num_layers is {num_layers}")
-    chosen = chosen_architecture(flat)
-    facts = architecture_facts(chosen)
-    # NeoX's own types say nothing of the architecture where other keys choose one.
-    return chosen if facts is not None and layers.keys() <= {*facts.attention_types} else architectures.pop()
+    chosen = next((name for name in (flat.get("architecture"), implied_architecture(flat)) if name in possible), None)
+    return chosen or possible[0]
 
 
 def _attention_layers(value: YamlValue, num_layers: YamlValue) -> Counter[str]:
@@ -107,7 +104,7 @@ def _mlp_type(value: YamlValue, flat: Flat) -> Converted:
         raise RefusedError("known to NeoX, not supported here with this value; only regular and llama are accepted")
     if flat.get("activation") not in (*_GATE, "swiglu"):
         raise RefusedError(f"a gate by {flat.get('activation', 'gelu')} is not implemented; add activation: silu")
-    return chosen_architecture(flat)
+    return flat.get("architecture", "llama")
 
 
 def _fused_gelu(value: YamlValue, flat: Flat) -> Converted:
@@ -123,8 +120,8 @@ def _refuse_absent(value: YamlValue, absent: str, present: str) -> None:
 
 
 def _position_embedding(value: YamlValue, flat: Flat) -> Converted:
-    if value in ("learned", "sinusoidal", "rpe", "alibi"):
-        raise RefusedError(f"{value} positions are not implemented; rotary and none are")
+    if value in ("sinusoidal", "rpe", "alibi"):
+        raise RefusedError(f"{value} positions are not implemented; rotary, learned and none are")
     return value
 
 
@@ -142,7 +139,7 @@ _OTHER_WIDTH = "known to NeoX, not supported here: only the MLP of llama has ano
 
 
 def _is_llama(flat: Flat) -> bool:
-    return chosen_architecture(flat) == "llama"
+    return flat.get("architecture", implied_architecture(flat)) == "llama"
 
 
 def _intermediate_size(value: YamlValue, flat: Flat) -> Converted:
@@ -207,11 +204,10 @@ def _grouped_heads_are_counted(value: YamlValue, flat: Flat) -> str | None:
     return "known to NeoX, not supported here with this value: num_kv_heads alone counts the heads of keys and values"
 
 
-def _bias_of_layernorm(value: YamlValue, flat: Flat) -> str | None:
+def _bias_of_layernorm(value: YamlValue, flat: Flat) -> Converted:
+    """Leaves a model without LayerNorm as it is: no other norm has a bias."""
     norm = flat.get("norm") or "layernorm"
-    if value is True or "layernorm" not in (norm, flat.get("final_norm") or norm):
-        return None
-    return "known to NeoX, not supported here: LayerNorm without a bias is not implemented"
+    return value if "layernorm" in (norm, flat.get("final_norm") or norm) else UNSET
 
 
 def _same_as(other: str, because: str) -> Inert:
@@ -239,7 +235,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     ),
     "final_norm": Conversion(_norm),
     "scalenorm_epsilon": Inert(float, "only read by scalenorm, which norm refuses"),
-    "use_bias_in_norms": Inert(bool, "LayerNorm has a bias, and the other norms have none", _bias_of_layernorm),
+    "use_bias_in_norms": Conversion(_bias_of_layernorm, accepts=bool),
     "activation": Conversion(_activation),
     "bias_gelu_fusion": MapsTo(
         "model.activation",
@@ -252,7 +248,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "rotary_save_freqs_buffer": Inert(bool, "rotary frequencies are recomputed, never stored in a checkpoint"),
     "rpe_num_buckets": Inert(int, "only read with pos_emb: rpe, which is refused"),
     "rpe_max_distance": Inert(int, "only read with pos_emb: rpe, which is refused"),
-    "opt_pos_emb_offset": Inert(int, "only read with pos_emb: learned, which is refused"),
+    "opt_pos_emb_offset": Rejected("OPT's offset of learned positions is not implemented", harmless=(0,), accepts=int),
     "gpt_j_tied": absent_flag("a parallel residual with one norm for both branches is not implemented"),
     "no_weight_tying": Conversion(
         _negated, accepts=bool, meaning="The head has a matrix of its own instead of the embedding's.", default=False
