@@ -89,10 +89,10 @@ def require_same_model(files: NeoxFiles, found: NeoxModel, model: ModelConfig) -
 
 
 def _architecture_of(first: LayerTensors) -> str:
-    """Returns the architecture that claims a name of the first transformer layer, or else GPT-NeoX."""
+    """Returns the architecture that claims the tensors of the first transformer layer, or else GPT-NeoX."""
     for name in NEOX_ARCHITECTURES:
-        pattern = NEOX_ARCHITECTURES[name].recognized_by
-        if pattern is not None and any(map(pattern.match, first)):
+        claims = NEOX_ARCHITECTURES[name].is_recognized
+        if claims is not None and claims(first):
             return name
     return DEFAULT_ARCHITECTURE
 
