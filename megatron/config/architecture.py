@@ -45,8 +45,15 @@ class ArchitectureFacts:
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""
 
+    activations: tuple[str, ...] = ("gelu", "gelu_tanh")
+    """Activations that its MLP can have."""
+
     defaults: Mapping[str, YamlValue] = field(default_factory=dict)
     """Defaults that differ from those of the section, where the YAML names the architecture."""
+
+    derived: Mapping[str, Callable[[Mapping[str, YamlValue]], YamlValue]] = field(default_factory=dict)
+    """Defaults that follow from other keys, also where the YAML names no architecture: from all that were given, flat.
+    None where those do not tell."""
 
     fixed: Mapping[str, FixedValue] = field(default_factory=dict)
     """Fields that have one value only."""

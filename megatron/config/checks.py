@@ -62,6 +62,32 @@ def _heads(run: RunConfig) -> Iterator[Finding]:
         )
 
 
+def _key_value_heads(run: RunConfig) -> Iterator[Finding]:
+    """Requires whole groups of query heads, and whole heads of keys and values on every tensor-parallel rank."""
+    heads, shared, ranks = run.model.num_attention_heads, run.model.num_kv_heads, run.parallel.model_parallel_size
+    if shared is None:
+        return
+    if heads % shared:
+        nearest = _nearest(divisors(heads), shared)
+        message = f"does not divide num_attention_heads {heads}, which share them; nearest valid value: {nearest}"
+        yield Finding("model.num_kv_heads", message)
+    elif shared % ranks and heads % ranks == 0:
+        wrong = f"is above num_kv_heads {shared}" if ranks > shared else f"does not divide num_kv_heads {shared}"
+        sizes = [size for size in divisors(shared) if heads % size == 0]
+        yield Finding(
+            "parallel.model_parallel_size",
+            f"{wrong}, and each rank holds whole heads of keys and values; nearest valid value: "
+            f"{_nearest(sizes, ranks)}",
+        )
+
+
+def _activation(run: RunConfig) -> Iterator[Finding]:
+    name = run.model.architecture
+    known = ARCHITECTURES[name].activations
+    if run.model.activation not in known and "activation" not in ARCHITECTURES[name].fixed:
+        yield Finding("model.activation", f"the architecture {name} has {' and '.join(known)} alone")
+
+
 def _rotary_dimensions(run: RunConfig) -> Iterator[Finding]:
     model = run.model
     if model.pos_emb != "rotary" or model.hidden_size % model.num_attention_heads:
@@ -108,7 +134,7 @@ def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
     model, ranks = run.model, run.parallel.model_parallel_size
     for path in ARCHITECTURES[model.architecture].split_sizes:
         size = attrgetter(path)(model)
-        if size % ranks:
+        if size is not None and size % ranks:
             nearest = nearest_multiple(size, ranks)
             yield Finding(f"model.{path}", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
     if run.parallel.sequence_parallel and model.seq_length % ranks:
@@ -414,6 +440,8 @@ def _prompts(run: RunConfig) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _heads,
+    _key_value_heads,
+    _activation,
     _rotary_dimensions,
     _positions,
     _padded_vocabulary,

@@ -57,7 +57,7 @@ def default_rope(config: PretrainedConfig) -> tuple[float, float]:
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
         raise ConfigError(f"rope_parameters: rope_type {rope['rope_type']!r}; only 'default' is known here.")
-    return rope["partial_rotary_factor"], rope["rope_theta"]
+    return rope.get("partial_rotary_factor", 1.0), rope["rope_theta"]
 
 
 TensorChange = Callable[[ModelConfig, Mapping[str, Tensor]], dict[str, Tensor]]

@@ -124,7 +124,7 @@ class LocalCausalLM(nn.Module):
         return KeyValueCache(
             num_layers=len(self.layers),
             batch=batch,
-            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
             capacity=capacity,
             head_size=attention.head_size,
             dtype=weight.dtype,

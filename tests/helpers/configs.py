@@ -55,6 +55,15 @@ PYTHIA: dict[str, Any] = TINY | {
     "init_method": "small_init",
 }
 
+LLAMA: dict[str, Any] = TINY | {
+    "architecture": "llama",
+    "num_kv_heads": 2,
+    "ffn_hidden_size": 88,
+    "rotary_pct": 1.0,
+    "rms_norm_epsilon": 1e-6,
+    "no_weight_tying": True,
+}
+
 
 def write_dataset(prefix: Path) -> Path:
     """300 documents whose bytes are predictable enough to learn from, end-of-document 0; returns `prefix`."""

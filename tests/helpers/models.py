@@ -64,3 +64,28 @@ def tiny_pythia(**changes: Any) -> ModelConfig:
         "output_layer_init_method": "wang_init",
     }
     return ModelConfig(**{**published, **changes})
+
+
+def tiny_llama(**changes: Any) -> ModelConfig:
+    """Two layers of width 32 with two query heads to each head of keys and values, else as in LLaMA's configurations.
+
+    Four heads of keys and values, so that four ranks can hold them.
+    """
+    published = {
+        "architecture": "llama",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 8,
+        "num_kv_heads": 4,
+        "ffn_hidden_size": 88,
+        "seq_length": 16,
+        "max_position_embeddings": 16,
+        "pos_emb": "rotary",
+        "norm": "rmsnorm",
+        "rms_norm_epsilon": 1e-6,
+        "activation": "swiglu",
+        "use_bias_in_attn_linear": False,
+        "use_bias_in_mlp": False,
+        "tie_embeddings": False,
+    }
+    return ModelConfig(**{**published, **changes})

@@ -35,7 +35,7 @@ class PlainRun:
         weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
         first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        forward = {"tokenformer": tokenformer, "gpt_neox": pythia}[self.settings["architecture"]]
+        forward = {"tokenformer": tokenformer, "gpt_neox": pythia, "llama": llama}[self.settings["architecture"]]
         limit = self.settings["gradient_clipping"]
         for step in range(self.steps):
             tokens = torch.stack([next(samples) for _ in range(self.batch)])
@@ -129,8 +129,30 @@ def pythia(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor
     return logits(weights, x)
 
 
+def llama(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
+    def rms_norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + settings["rms_norm_epsilon"]).sqrt() * weights[f"{name}.weight"]
+
+    heads = settings["num_attention_heads"]
+    sharing = heads // settings["num_kv_heads"]
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    for i in range(settings["num_layers"]):
+        h = rms_norm(x, f"layers.{i}.input_layernorm")
+        q, k, v = (h @ weights[f"layers.{i}.attention.{name}.weight"].T for name in ("query", "key", "value"))
+        q, k, v = (y.unflatten(-1, (-1, x.shape[-1] // heads)) for y in (q, k, v))
+        k, v = (torch.stack([y[:, :, head // sharing] for head in range(heads)], dim=2) for y in (k, v))
+        x = x + attend(q, k, v, settings) @ weights[f"layers.{i}.attention.dense.weight"].T
+        h = rms_norm(x, f"layers.{i}.post_attention_layernorm")
+        gate, up = (h @ weights[f"layers.{i}.mlp.{name}.weight"].T for name in ("gate", "up"))
+        x = x + (gate / (1 + torch.exp(-gate)) * up) @ weights[f"layers.{i}.mlp.down.weight"].T
+    return project(weights, rms_norm(x, "final_norm"))
+
+
 def logits(weights: Weights, x: Tensor) -> Tensor:
-    x = layer_norm(x, weights["final_norm.weight"], weights["final_norm.bias"])
+    return project(weights, layer_norm(x, weights["final_norm.weight"], weights["final_norm.bias"]))
+
+
+def project(weights: Weights, x: Tensor) -> Tensor:
     head = weights["head.weight"] if "head.weight" in weights else weights["embedding.word_embeddings.weight"]
     return x @ head.T
 

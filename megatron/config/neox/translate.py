@@ -208,9 +208,12 @@ def _complete(translation: Translation, flat: Flat) -> None:
     architecture = settings.setdefault("model.architecture", Setting(implied)).value
     facts = architecture_facts(architecture)
     is_named = "architecture" in flat or architecture != implied
-    if facts is not None and is_named:
-        for name, value in facts.defaults.items():
-            settings.setdefault(f"model.{name}", Setting(value))
+    if facts is not None:
+        derived = {name: derive(flat) for name, derive in facts.derived.items()}
+        values = {**(facts.defaults if is_named else {}), **derived}
+        for name, value in values.items():
+            if value is not None and f"model.{name}" not in translation.refused:
+                settings.setdefault(f"model.{name}", Setting(value))
     for section in optional_sections():
         if facts is None or section not in facts.sections:
             _refuse_section(section, translation)

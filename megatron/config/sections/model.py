@@ -14,7 +14,7 @@ from megatron.registry import variant_names
 Architecture = Annotated[str, OneOf(partial(variant_names, "megatron.config.architectures"))]
 Theta = Annotated[str, OneOf(partial(variant_names, "megatron.kernels.pattention.thetas"))]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 InitMethod = Literal[
     "normal",
     "scaled_normal",
@@ -77,6 +77,14 @@ class ModelConfig(Section):
     num_attention_heads: Width
     """Attention heads; must divide hidden_size [heads]."""
 
+    num_kv_heads: Width | None = None
+    """Heads of keys and values (llama), each shared by the same number of query heads; must divide num_attention_heads
+    [heads]. Unset: as many as those."""
+
+    ffn_hidden_size: Annotated[Width | None, Key(difference="not a NeoX key; there, intermediate_size")] = None
+    """Width inside the MLP (llama) [features]. Unset: 8/3 of hidden_size, rounded up to a multiple of 256, as LLaMA's;
+    or by NeoX's rule, where `activation: swiglu` or `mlp_type: llama` selects the architecture."""
+
     seq_length: TokenCount
     """Tokens in a training sample [tokens]."""
 
@@ -109,10 +117,13 @@ class ModelConfig(Section):
 
     activation: Annotated[
         Activation,
-        Key(difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; other activations are not implemented"),
+        Key(
+            difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; NeoX's swiglu selects the architecture "
+            "llama, as does its mlp_type: llama with silu; other activations are not implemented"
+        ),
     ] = "gelu"
-    """MLP activation (gpt_neox, gpt2): exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it
-    and GPT-2 has it."""
+    """MLP activation: exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it and GPT-2 has it
+    (gpt_neox, gpt2); or swiglu, SiLU of a gate times the other half (llama)."""
 
     rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each head's dimensions that is rotated."""
@@ -121,13 +132,13 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
 
     parallel_residual: Annotated[bool, Key("gpt_j_residual")] = False
-    """Attention and MLP read the same residual input (gpt_neox)."""
+    """Attention and MLP read the same residual input (gpt_neox, llama)."""
 
     use_bias_in_attn_linear: bool = True
-    """Biases in the attention projections (gpt_neox, gpt2)."""
+    """Biases in the attention projections (gpt_neox, gpt2, llama)."""
 
     use_bias_in_mlp: bool = True
-    """Biases in the MLP (gpt_neox, gpt2)."""
+    """Biases in the MLP (gpt_neox, gpt2, llama); NeoX's older mlp_type: llama has none."""
 
     use_bias_in_norms: bool = True
     """Biases in LayerNorm; other norms have none."""

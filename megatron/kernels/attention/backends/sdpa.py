@@ -10,11 +10,14 @@ from megatron.kernels.backends import Backend
 
 
 def causal_attention(
-    q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: float = 0.0, scale: float | None = None
+    q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, dropout: float = 0.0, scale: float | None = None
 ) -> Tensor:
     """Computes causal attention [B, S, H, E]; `dropout` acts on the probabilities."""
-    q_BHSE, k_BHSE, v_BHSE = (x.transpose(1, 2) for x in (q_BSHE, k_BSHE, v_BSHE))
-    output_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, dropout_p=dropout, is_causal=True, scale=scale)
+    q_BHSE, k_BGSE, v_BGSE = (x.transpose(1, 2) for x in (q_BSHE, k_BSGE, v_BSGE))
+    grouped = q_BSHE.shape[2] != k_BSGE.shape[2]
+    output_BHSE = F.scaled_dot_product_attention(
+        q_BHSE, k_BGSE, v_BGSE, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
+    )
     return output_BHSE.transpose(1, 2)
 
 
