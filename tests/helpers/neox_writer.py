@@ -21,7 +21,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from tests.helpers import plain_torch
-from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.configs import GPT2, PYTHIA, TOKENFORMER
 from tools.ckpts import import_neox
 
 Weights = dict[str, Tensor]
@@ -43,6 +43,8 @@ def neox_weights(settings: dict[str, Any], rows: int) -> Weights:
 
     width, layers = settings["hidden_size"], settings["num_layers"]
     weights = {"0.word_embeddings.weight": some(rows, width)}
+    if settings["pos_emb"] == "learned":
+        weights["0.position_embeddings.weight"] = some(settings["max_position_embeddings"], width)
     for layer in range(2, layers + 2):
         block = {}
         if settings["architecture"] == "tokenformer":
@@ -170,6 +172,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tokenformer": TOKENFORMER | {"padded_vocab_size": ROWS},
     "tokenformer, split": TOKENFORMER | {"padded_vocab_size": ROWS, "split_tokens": True},
     "pythia": PYTHIA | {"padded_vocab_size": ROWS},
+    "gpt2": GPT2 | {"padded_vocab_size": ROWS},
     "sequential residual": PYTHIA | {"padded_vocab_size": ROWS, "gpt_j_residual": False},
 }
 
@@ -197,9 +200,10 @@ def tokens() -> Tensor:
 
 def independent_logits(weights: Weights, settings: dict[str, Any]) -> Tensor:
     """Of the whole weights, by implementations that are not ours or not the trainer's."""
-    if settings["architecture"] == "tokenformer":
+    plain = {"tokenformer": plain_torch.tokenformer, "gpt2": plain_torch.gpt2}.get(settings["architecture"])
+    if plain is not None:
         doubles = {name: tensor.double() for name, tensor in our_weights(weights, settings["num_layers"]).items()}
-        return plain_torch.tokenformer(doubles, tokens(), settings)
+        return plain(doubles, tokens(), settings)
     return transformers_logits(weights, settings)
 
 

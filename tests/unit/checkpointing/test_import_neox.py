@@ -51,6 +51,7 @@ FEW: list[Case] = [
     ("tokenformer, split", "ranks", 2, 1, True), ("pythia", "layers", 1, 1, False), ("pythia", "layers", 2, 2, True),
     ("pythia", "ranks", 2, 1, False), ("pythia", "bin of a pipeline", 1, 1, False),
     ("sequential residual", "layers", 2, 1, False), ("sequential residual", "ranks", 1, 1, True),
+    ("gpt2", "layers", 2, 2, True), ("gpt2", "bin of a pipeline", 1, 1, True), ("gpt2", "ranks", 1, 1, False),
 ]  # fmt: skip
 
 

@@ -40,7 +40,8 @@ class NeoxArchitecture:
     of every architecture are in neox_names.py."""
 
     recognized_by: re.Pattern[str] | None = None
-    """Matches the beginning of names that no other architecture has. None for GPT-NeoX itself: what no other claims."""
+    """Matches the beginning of names that no other architecture has. None for layers as GPT-NeoX's own, which no other
+    claims."""
 
     renamed: tuple[tuple[str, str], ...] = ()
     """Pattern in our names, and its replacement in NeoX's, where the two differ."""
