@@ -80,7 +80,15 @@ def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, opti
         _generation_config(config, range(checkpoint.state.vocab_size, rows)).save_pretrained(folder)
         publication = options.published_as or Publication(output.name)
         dtype = str(weights.dtype).removeprefix("torch.")
-        card = model_card(checkpoint, publication, dtype, rows, has_tokenizer=options.tokenizer)
+        card = model_card(
+            checkpoint,
+            publication,
+            dtype,
+            rows,
+            title=architecture.title,
+            remote_code=config.is_remote_code(),
+            has_tokenizer=options.tokenizer,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         tokens = fixed_tokens(checkpoint.state.vocab_size, model.seq_length)
         return logit_difference(folder, tokens, weights.logits(tokens), rows)
@@ -91,7 +99,7 @@ class ExportedWeights:
 
     def __init__(self, checkpoint: Checkpoint, architecture: HFArchitecture, options: ExportOptions, rows: int) -> None:
         self.checkpoint = checkpoint
-        self.names = architecture.names
+        self.architecture = architecture
         self.rows = rows
         first = next(read_states(checkpoint, optimizer=False))
         stored = next(iter(first.parameters.values())).weight.dtype
@@ -104,8 +112,10 @@ class ExportedWeights:
 
     def under_their_names(self) -> Iterator[dict[str, Tensor]]:
         """Yields the weights of `layers` under the names of transformers."""
+        model, names = self.checkpoint.config.model, self.architecture.names
         for layer in self.layers():
-            yield {self.names.to_theirs(name): weight.contiguous() for name, weight in layer.weights().items()}
+            theirs = self.architecture.to_their_tensors(model, layer.weights())
+            yield {names.to_theirs(name): weight.contiguous() for name, weight in theirs.items()}
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Computes our float32 logits [B, S, rows] of the exported weights."""

@@ -55,6 +55,14 @@ PYTHIA: dict[str, Any] = TINY | {
     "init_method": "small_init",
 }
 
+GPT2: dict[str, Any] = TINY | {
+    "architecture": "gpt2",
+    # Three, so that two pipeline stages do not have the same number of them.
+    "num_layers": 3,
+    "pos_emb": "learned",
+    "scale_attn_by_inverse_layer_idx": True,
+    "output_layer_init_method": "scaled_normal",
+}
 LLAMA: dict[str, Any] = TINY | {
     "architecture": "llama",
     "num_kv_heads": 2,

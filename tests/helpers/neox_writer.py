@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from tests.helpers import plain_torch
-from tests.helpers.configs import LLAMA, PYTHIA, TOKENFORMER
+from tests.helpers.configs import GPT2, LLAMA, PYTHIA, TOKENFORMER
 from tools.ckpts import import_neox
 
 Weights = dict[str, Tensor]
@@ -44,6 +44,8 @@ def neox_weights(settings: dict[str, Any], rows: int) -> Weights:
 
     width, layers = settings["hidden_size"], settings["num_layers"]
     weights = {"0.word_embeddings.weight": some(rows, width)}
+    if settings["pos_emb"] == "learned":
+        weights["0.position_embeddings.weight"] = some(settings["max_position_embeddings"], width)
     for layer in range(2, layers + 2):
         block = {}
         if settings["architecture"] == "tokenformer":
@@ -55,15 +57,7 @@ def neox_weights(settings: dict[str, Any], rows: int) -> Weights:
         elif settings["architecture"] == "llama":
             block = _llama_block(settings, some)
         else:
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                block |= {f"{norm}.weight": some(width, around=1.0), f"{norm}.bias": some(width)}
-            for name, outputs, inputs in (
-                ("attention.query_key_value", 3 * width, width),
-                ("attention.dense", width, width),
-                ("mlp.dense_h_to_4h", 4 * width, width),
-                ("mlp.dense_4h_to_h", width, 4 * width),
-            ):
-                block |= {f"{name}.weight": some(outputs, inputs), f"{name}.bias": some(outputs)}
+            block = _linear_block(width, some)
         weights |= {f"{layer}.{name}": tensor for name, tensor in block.items()}
     if settings["architecture"] == "llama":
         weights[f"{layers + 3}.norm.scale"] = some(width, around=1.0)
@@ -72,6 +66,21 @@ def neox_weights(settings: dict[str, Any], rows: int) -> Weights:
     if settings.get("no_weight_tying"):
         weights[f"{layers + 4}.final_linear.weight"] = some(rows, width)
     return weights
+
+
+def _linear_block(width: int, some: Callable[..., Tensor]) -> Weights:
+    """A layer of NeoX's own."""
+    block: Weights = {}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        block |= {f"{norm}.weight": some(width, around=1.0), f"{norm}.bias": some(width)}
+    for name, outputs, inputs in (
+        ("attention.query_key_value", 3 * width, width),
+        ("attention.dense", width, width),
+        ("mlp.dense_h_to_4h", 4 * width, width),
+        ("mlp.dense_4h_to_h", width, 4 * width),
+    ):
+        block |= {f"{name}.weight": some(outputs, inputs), f"{name}.bias": some(outputs)}
+    return block
 
 
 def _llama_block(settings: dict[str, Any], some: Callable[..., Tensor]) -> Weights:
@@ -242,6 +251,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "tokenformer": TOKENFORMER | {"padded_vocab_size": ROWS},
     "tokenformer, split": TOKENFORMER | {"padded_vocab_size": ROWS, "split_tokens": True},
     "pythia": PYTHIA | {"padded_vocab_size": ROWS},
+    "gpt2": GPT2 | {"padded_vocab_size": ROWS},
     "sequential residual": PYTHIA | {"padded_vocab_size": ROWS, "gpt_j_residual": False},
     "llama": LLAMA | {"padded_vocab_size": ROWS},
     "llama, as many heads": LLAMA | {"padded_vocab_size": ROWS, "num_kv_heads": 4, "newer_mlp": True},
@@ -274,9 +284,10 @@ def tokens() -> Tensor:
 
 def independent_logits(weights: Weights, settings: dict[str, Any]) -> Tensor:
     """Of the whole weights, by implementations that are not ours or not the trainer's."""
-    if settings["architecture"] == "tokenformer":
+    plain = {"tokenformer": plain_torch.tokenformer, "gpt2": plain_torch.gpt2}.get(settings["architecture"])
+    if plain is not None:
         doubles = {name: tensor.double() for name, tensor in our_weights(weights, settings["num_layers"]).items()}
-        return plain_torch.tokenformer(doubles, tokens(), settings)
+        return plain(doubles, tokens(), settings)
     if settings["architecture"] == "llama":
         return plain_torch.llama({n: t.double() for n, t in our_llama(weights, settings).items()}, tokens(), settings)
     return transformers_logits(weights, settings)

@@ -81,4 +81,6 @@ def to_settings(config: PretrainedConfig) -> dict[str, Any]:
     return FIELDS.to_ours(config) | {"final_norm": "rmsnorm", "rotary_emb_base": default_rope(config)[1]}
 
 
-HF_ARCHITECTURES.register("llama")(HFArchitecture(LlamaForCausalLM, NAMES, to_config, to_settings))
+HF_ARCHITECTURES.register("llama")(
+    HFArchitecture(LlamaForCausalLM, NAMES, to_config, to_settings, title="LLaMA (arXiv:2302.13971)")
+)

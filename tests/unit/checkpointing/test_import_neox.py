@@ -55,6 +55,7 @@ FEW: list[Case] = [
     ("llama", "layers", 2, 2, False), ("llama, as many heads", "ranks", 2, 1, False),
     ("llama, newer", "bin", 1, 1, True), ("llama, newer", "layers", 2, 1, False),
     ("llama, in between", "ranks", 2, 1, False),
+    ("gpt2", "layers", 2, 2, True), ("gpt2", "bin of a pipeline", 1, 1, True), ("gpt2", "ranks", 1, 1, False),
 ]  # fmt: skip
 
 

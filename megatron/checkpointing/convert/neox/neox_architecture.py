@@ -45,8 +45,8 @@ class NeoxArchitecture:
     of every architecture are in neox_names.py."""
 
     is_recognized: Callable[[LayerTensors], bool] | None = None
-    """Tells whether a layer's tensors are of this architecture and no other. None for GPT-NeoX itself: what no other
-    claims."""
+    """Tells whether a layer's tensors are of this architecture and no other. None for layers as GPT-NeoX's own, which
+    no other claims."""
 
     take_apart: Callable[[NeoxTensors, ModelConfig, GroupedRows | None], NeoxTensors] = lambda tensors, model, rows: (
         tensors

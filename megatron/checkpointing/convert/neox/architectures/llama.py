@@ -87,13 +87,13 @@ def _heads_of(part: StoredTensor, *, index: int, ranks: int, model: ModelConfig,
             f"and {shared} of keys and values of {head_size} features. `num_kv_heads` decides about it."
         )
     if by_kind:
-        return packed.split(sizes)[index]
+        return torch.split(packed, sizes)[index]
     if sizes[1] % heads:
         raise CheckpointError(
             f"{part.file}: {part.name} cannot be packed by head: {sizes[1]} rows do not split over {heads} heads."
         )
-    by_head = packed.unflatten(0, (heads, -1)).split([size // heads for size in sizes], dim=1)
-    return by_head[index].flatten(0, 1)
+    by_head = packed.reshape(heads, -1, *packed.shape[1:])
+    return torch.split(by_head, [size // heads for size in sizes], dim=1)[index].flatten(0, 1)
 
 
 def _half(part: StoredTensor, index: int) -> Tensor:
