@@ -104,9 +104,10 @@ def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits = model.eval()(tokens)
-        rows = min(vocab.padded, read_config(folder).vocab_size)
+        config = read_config(folder)
+        rows, names = min(vocab.padded, config.vocab_size), HF_ARCHITECTURES[config.model_type].names
         with _library_errors(folder):
-            return logit_difference(folder, tokens, logits, rows=rows)
+            return logit_difference(folder, tokens, logits, rows, names.without_weights)
 
 
 def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:

@@ -60,6 +60,7 @@ GPT2: dict[str, Any] = TINY | {
     # Three, so that two pipeline stages do not have the same number of them.
     "num_layers": 3,
     "pos_emb": "learned",
+    "rotary_pct": 1.0,
     "scale_attn_by_inverse_layer_idx": True,
     "output_layer_init_method": "scaled_normal",
 }

@@ -15,7 +15,7 @@ from megatron.model.loss import CausalLMLoss
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters, local_shard, parameter_spec
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_pythia, tiny_tokenformer
 
 TOLERANCE = 1e-9
 
@@ -81,6 +81,7 @@ def tokenformer_with(theta: str) -> ModelConfig:
 BLOCKS = {
     **{theta: tokenformer_with(theta) for theta in THETAS},
     "pythia": tiny_pythia(),
+    "gpt2": tiny_gpt2(use_bias_in_norms=False),
     "sequential": tiny_pythia(parallel_residual=False, norm="rmsnorm"),
 }
 
@@ -134,6 +135,7 @@ MODELS = {
     "tied tokenformer": tiny_tokenformer(),
     "untied tokenformer": tiny_tokenformer(tie_embeddings=False, mask_padded_vocab=True),
     "untied pythia": tiny_pythia(),
+    "gpt2": tiny_gpt2(),
     "tied pythia": tiny_pythia(tie_embeddings=True, mask_padded_vocab=True),
 }
 

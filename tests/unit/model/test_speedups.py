@@ -23,7 +23,7 @@ from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.model.causal_lm import build_local
 from megatron.model.speedups import SLOTS, Speedups, apply_speedups, choose_speedups
 from megatron.training.optimizer import build_optimizer
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_pythia, tiny_tokenformer
 
 ADAMW = AdamWConfig(lr=1e-2, betas=[0.9, 0.95])
 FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
@@ -131,7 +131,9 @@ def test_on_where_it_cannot_work(packages: dict[str, list[Any]], monkeypatch: py
         choose_speedups(SpeedupsConfig(torch_compile="on"), FP32, ADAMW, on_gpu=False)
 
 
-@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+@pytest.mark.parametrize(
+    "model", [tiny_tokenformer(), tiny_pythia(), tiny_gpt2()], ids=["tokenformer", "pythia", "gpt2"]
+)
 def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, list[Any]]) -> None:
     plain, fast = build_local(model, VOCAB, seed=1), build_local(model, VOCAB, seed=1)
     apply_speedups(fast, speedups("flash_attn", "apex"))
@@ -142,7 +144,9 @@ def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, lis
     assert packages["norm"] == [inside] * (2 * model.num_layers) + ["affine"]
 
 
-@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+@pytest.mark.parametrize(
+    "model", [tiny_tokenformer(), tiny_pythia(), tiny_gpt2()], ids=["tokenformer", "pythia", "gpt2"]
+)
 def test_every_operation_can_be_replaced_by_its_reference(model: Any) -> None:
     plain, spelled_out = (build_local(model, VOCAB, seed=1).double() for _ in range(2))
     references = {slot.operation.kind: slot.operation["reference"] for slot in SLOTS}
