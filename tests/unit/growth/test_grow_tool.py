@@ -43,13 +43,14 @@ Case = tuple[str, str, tuple[int, int], tuple[int, int]]
 ALL: list[Case] = [
     case
     for case in itertools.product(CASES, MODELS, LAYOUTS, LAYOUTS)
-    if GROWTH_OPERATORS[case[0]].is_exact(None if case[1] == "pythia" else case[1])
+    if GROWTH_OPERATORS[case[0]].is_exact(MODELS[case[1]].get("norm_activation_type"))
 ]
 COVER: list[Case] = [
     ("zero_key", "l2_norm_gelu", (2, 1), (1, 2)), ("zero_key", "gelu_l2_norm", (1, 2), (2, 1)),
     ("mask_ramp", "gelu_l2_norm", (1, 1), (2, 1)), ("copy", "l2_norm_gelu", (1, 2), (1, 1)),
     ("copy", "softmax", (2, 1), (2, 1)), ("copy", "gelu_l2_norm", (1, 1), (1, 2)),
     ("insert", "softmax", (1, 2), (2, 1)), ("insert", "pythia", (2, 1), (1, 1)),
+    ("insert", "llama", (2, 1), (1, 2)),
 ]  # fmt: skip
 
 
