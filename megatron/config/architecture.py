@@ -65,6 +65,10 @@ class ArchitectureFacts:
     """Tells whether NeoX's keys, in a YAML that names no architecture, describe this one. All defaults are NeoX's
     then."""
 
+    prompts_begin_with_bos: bool = False
+    """Whether prompts begin with the begin-of-sequence token of a tokenizer that has one, as its counterpart in
+    transformers reads them."""
+
     sections: Mapping[str, str] = field(default_factory=dict)
     """Optional sections of the model that it requires, and what they describe; other architectures refuse them."""
 

@@ -13,7 +13,7 @@ from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.kernels.pattention.theta import THETAS
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from tests.helpers.models import VOCAB, tiny_gpt2, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 UNEQUAL = {"qkv": 24, "proj": 16, "ffn": 40}
 
@@ -37,6 +37,10 @@ VARIANTS: dict[str, ModelConfig] = {
         scale_attn_by_inverse_layer_idx=False, activation="gelu", tie_embeddings=False
     ),
     "gpt2_no_biases": tiny_gpt2(use_bias_in_attn_linear=False, use_bias_in_mlp=False, use_bias_in_norms=False),
+    "llama": tiny_llama(),
+    "llama_tied_biases_one_shared_head": tiny_llama(
+        tie_embeddings=True, num_kv_heads=1, use_bias_in_attn_linear=True, use_bias_in_mlp=True
+    ),
     "pythia_tied_erf": tiny_pythia(tie_embeddings=True, activation="gelu", parallel_residual=False),
     "pythia_no_attention_bias": tiny_pythia(use_bias_in_attn_linear=False, rotary_pct=1.0, rotary_emb_base=500.0),
 }

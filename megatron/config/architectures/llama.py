@@ -87,6 +87,7 @@ ARCHITECTURES.register("llama")(
         attention_types=("flash", "global"),
         output_weights=("attention.dense.weight", "attention.dense.bias", "mlp.down.weight", "mlp.down.bias"),
         split_sizes=("ffn_hidden_size",),
+        prompts_begin_with_bos=True,
         own_fields=("num_kv_heads", "ffn_hidden_size"),
         is_implied_by=is_llama,
         activations=("swiglu",),

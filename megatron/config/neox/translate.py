@@ -209,10 +209,9 @@ def _complete(translation: Translation, flat: Flat) -> None:
     facts = architecture_facts(architecture)
     is_named = "architecture" in flat or architecture != implied
     if facts is not None:
-        derived = {name: derive(flat) for name, derive in facts.derived.items()}
-        values = {**(facts.defaults if is_named else {}), **derived}
-        for name, value in values.items():
-            if value is not None and f"model.{name}" not in translation.refused:
+        derived = {name: value for name, derive in facts.derived.items() if (value := derive(flat)) is not None}
+        for name, value in {**(facts.defaults if is_named else {}), **derived}.items():
+            if f"model.{name}" not in translation.refused:
                 settings.setdefault(f"model.{name}", Setting(value))
     for section in optional_sections():
         if facts is None or section not in facts.sections:

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron.kernels.backends import Operation
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor, float, float | None], Tensor]
-"""(q [B, S, H, E], k and v [B, S, G, E], dropout on the probabilities, scale) -> softmax(scale q k^T) v over earlier and
-equal positions, [B, S, H, E]; None scales by 1 / sqrt(E). Each of the G heads of keys and values serves H/G query
+"""(q [B, S, H, E], k and v [B, S, G, E], dropout on the probabilities, scale) -> softmax(scale q k^T) v over earlier
+and equal positions, [B, S, H, E]; None scales by 1 / sqrt(E). Each of the G heads of keys and values serves H/G query
 heads, which are neighbours (Ainslie et al. 2023, arXiv:2305.13245)."""
 
 CAUSAL_ATTENTION: Operation[CausalAttention] = Operation("attention", package="megatron.kernels.attention.backends")

@@ -30,6 +30,7 @@ from tests.helpers.neox_writer import (
     imported,
     independent_logits,
     neox_weights,
+    our_llama,
     our_weights,
     rank_file,
     tokens,
@@ -52,6 +53,9 @@ FEW: list[Case] = [
     ("tokenformer, split", "ranks", 2, 1, True), ("pythia", "layers", 1, 1, False), ("pythia", "layers", 2, 2, True),
     ("pythia", "ranks", 2, 1, False), ("pythia", "bin of a pipeline", 1, 1, False),
     ("sequential residual", "layers", 2, 1, False), ("sequential residual", "ranks", 1, 1, True),
+    ("llama", "layers", 2, 2, False), ("llama, as many heads", "ranks", 2, 1, False),
+    ("llama, newer", "bin", 1, 1, True), ("llama, newer", "layers", 2, 1, False),
+    ("llama, in between", "ranks", 2, 1, False),
     ("gpt2", "layers", 2, 2, True), ("gpt2", "bin of a pipeline", 1, 1, True), ("gpt2", "ranks", 1, 1, False),
 ]  # fmt: skip
 
@@ -66,8 +70,11 @@ def test_every_form_becomes_the_same_model(
     settings = MODELS[name] | {"no_weight_tying": not tied}
     weights = neox_weights(settings, ROWS)
     source = write_neox(tmp_path / "neox", weights, settings, form, tensor=tensor, pipe=pipe)
-    checkpoint = imported(source, write_config(tmp_path, settings), tmp_path / "out")
+    words = ["--grouped-query-rows", settings["rows"]] if "rows" in settings else []
+    checkpoint = imported(source, write_config(tmp_path, settings), tmp_path / "out", *words)
     got, want = read_weights(checkpoint), our_weights(weights, settings["num_layers"])
+    if settings["architecture"] == "llama":
+        want = our_llama(weights, settings)
     assert got.keys() == want.keys()
     for parameter, tensor_ in want.items():
         assert got[parameter].dtype == torch.float32
@@ -421,3 +428,33 @@ def test_the_command_takes_overrides_and_refuses_in_one_line(tmp_path: Path) -> 
     assert finished.returncode == 0, finished.stderr
     parameters = 640 * 32 + 2 * 2 * 32 * (3 * 24 + 40 + 48) + 2 * 32
     assert finished.stdout == f"{tmp_path}/out/global_step0: {source}, {parameters:,} parameters in float32\n"
+
+
+def test_packed_rows_of_unknown_order_are_asked_for(tmp_path: Path) -> None:
+    settings = MODELS["llama, newer"]
+    source = write_neox(tmp_path / "neox", neox_weights(settings, ROWS), settings, "layers", tensor=2)
+    with pytest.raises(ConfigError, match=r"Add --grouped-query-rows by-kind .* or by-head"):
+        imported(source, write_config(tmp_path, settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_kv_heads": 4},
+            r"query_key_value.weight has shape \(64, 32\).* 4 heads of queries and 4 of keys and values",
+        ),
+        ({"ffn_hidden_size": 96}, "ffn_hidden_size: checkpoint 88, configuration 96"),
+        ({"use_bias_in_attn_linear": True}, "use_bias_in_attn_linear: checkpoint False, configuration True"),
+        (
+            {"architecture": "gpt_neox", "num_kv_heads": None, "ffn_hidden_size": None},
+            "checkpoint llama, configuration gpt",
+        ),
+    ],
+)
+def test_another_gated_model_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    settings = MODELS["llama"]
+    source = write_neox(tmp_path / "neox", neox_weights(settings, ROWS), settings, "layers")
+    with pytest.raises((ConfigError, CheckpointError), match=said):
+        imported(source, write_config(tmp_path, settings, **changes), tmp_path / "out")

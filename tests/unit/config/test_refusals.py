@@ -162,13 +162,13 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
         ("norm=te_layernorm", "Transformer Engine is not supported; use norm: layernorm, the same function"),
         (
             "intermediate_size=11008",
-            "command line intermediate_size: 11008: known to NeoX, not supported here: only the MLP of llama has another "
-            "width than 4 x hidden_size (3072)",
+            "command line intermediate_size: 11008: known to NeoX, not supported here: only the MLP of llama has "
+            "another width than 4 x hidden_size (3072)",
         ),
         (
             "attention_type=groupedquery",
-            "command line attention_type: groupedquery: known to NeoX, not supported here with this value: num_kv_heads "
-            "alone counts the heads of keys and values",
+            "command line attention_type: groupedquery: known to NeoX, not supported here with this value: "
+            "num_kv_heads alone counts the heads of keys and values",
         ),
         ("num_kv_heads=12", None),
         ("num_kv_heads=4", "num_kv_heads: 4: belongs to architecture: llama, and this is gpt_neox"),
@@ -186,8 +186,8 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
         ),
         (
             f"{LLAMA} num_kv_heads=6 model_parallel_size=4",
-            "model_parallel_size: 4: does not divide num_kv_heads 6, and each rank holds whole heads of keys and values; "
-            "nearest valid value: 3",
+            "model_parallel_size: 4: does not divide num_kv_heads 6, and each rank holds whole heads of keys and "
+            "values; nearest valid value: 3",
         ),
         (
             f"{LLAMA} ffn_hidden_size=2050 model_parallel_size=4",

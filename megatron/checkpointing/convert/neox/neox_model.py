@@ -55,7 +55,7 @@ def model_of(files: NeoxFiles) -> NeoxModel:
     first = {name.removeprefix(FIRST): parts for name, parts in files.tensors.items() if name.startswith(FIRST)}
     positions = [part.read() for part in files.tensors.get(POSITIONS, ())]
     architectures = _architectures_of(first, learned=bool(positions))
-    settings = {"architecture": architectures[0]} if len(architectures) == 1 else {}
+    settings: dict[str, Any] = {"architecture": architectures[0]} if len(architectures) == 1 else {}
     settings |= {
         "num_layers": len(blocks),
         "hidden_size": embedding[0].shape[1],
@@ -101,13 +101,13 @@ def require_same_model(files: NeoxFiles, found: NeoxModel, model: ModelConfig) -
 
 
 def _architectures_of(first: LayerTensors, *, learned: bool) -> tuple[str, ...]:
-    """Returns the architecture that claims a name of the first transformer layer, or else those with NeoX's own."""
+    """Returns the architecture that claims the tensors of the first layer, or else those with NeoX's own."""
     unclaimed = []
     for name in NEOX_ARCHITECTURES:
-        pattern = NEOX_ARCHITECTURES[name].recognized_by
-        if pattern is None:
+        claims = NEOX_ARCHITECTURES[name].is_recognized
+        if claims is None:
             unclaimed.append(name)
-        elif any(map(pattern.match, first)):
+        elif claims(first):
             return (name,)
     positions = {name: ARCHITECTURES[name].fixed.get("pos_emb") for name in unclaimed}
     return tuple(name for name, fixed in positions.items() if fixed is None or (fixed.value == "learned") is learned)
