@@ -18,6 +18,7 @@ MORE = [
     case_with((2, 2, 1), "tokenformer", tied=True),
     case_with((1, 2, 2), "pythia", tied=True),
     case_with((2, 2, 1), "gpt2", tied=True),
+    case_with((2, 2, 1), "llama", tied=False),
 ]
 
 

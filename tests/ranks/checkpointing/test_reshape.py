@@ -23,7 +23,7 @@ from tools.ckpts import reshape
 STEP = "global_step3"
 ODD = {"hidden_size": 36, "pipe_partition_method": "parameters", "num_layers": 3, "train_iters": 3}
 """Pieces of the data-parallel ranks end within parameters, and in padding."""
-CHANGES: dict[str, dict[str, Any]] = {"tokenformer": {}, "pythia": ODD, "gpt2": {}}
+CHANGES: dict[str, dict[str, Any]] = {"tokenformer": {}, "pythia": ODD, "gpt2": {}, "llama": {}}
 WRITTEN = [(2, 1, 2), (1, 2, 2)], ["fp32", "bfloat16"]
 
 

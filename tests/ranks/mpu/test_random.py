@@ -13,7 +13,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 from megatron.mpu.random import seed_dropout
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import tiny_gpt2, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 
 def hidden_masks(sequence_parallel: bool) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def gradients(model: ModelConfig, sequence_parallel: bool, recompute: bool) -> l
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia, tiny_gpt2])
+@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia, tiny_gpt2, tiny_llama])
 def test_recomputation_restores_every_number(build, sequence_parallel: bool) -> None:
     model = build(hidden_dropout=0.3, attention_dropout=0.3)
     plain, recomputed = (run_distributed(gradients, 2, model, sequence_parallel, again) for again in (False, True))

@@ -15,7 +15,7 @@ from megatron.model.loss import CausalLMLoss
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters, local_shard, parameter_spec
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import VOCAB, tiny_gpt2, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 TOLERANCE = 1e-9
 
@@ -82,6 +82,8 @@ BLOCKS = {
     **{theta: tokenformer_with(theta) for theta in THETAS},
     "pythia": tiny_pythia(),
     "gpt2": tiny_gpt2(use_bias_in_norms=False),
+    "llama": tiny_llama(),
+    "llama, biases": tiny_llama(use_bias_in_attn_linear=True, use_bias_in_mlp=True),
     "sequential": tiny_pythia(parallel_residual=False, norm="rmsnorm"),
 }
 
@@ -136,6 +138,7 @@ MODELS = {
     "untied tokenformer": tiny_tokenformer(tie_embeddings=False, mask_padded_vocab=True),
     "untied pythia": tiny_pythia(),
     "gpt2": tiny_gpt2(),
+    "llama": tiny_llama(),
     "tied pythia": tiny_pythia(tie_embeddings=True, mask_padded_vocab=True),
 }
 

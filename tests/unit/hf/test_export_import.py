@@ -42,6 +42,8 @@ from tests.helpers.tiny_checkpoints import (
 from tools.ckpts import convert_hf_to_neox, convert_neox_to_hf
 from tools.ckpts.export_flags import PRECISIONS
 
+FURTHER = [pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "llama")]
+
 
 def test_precisions_of_exports_are_those_of_the_flag() -> None:
     assert get_args(Precision) == PRECISIONS
@@ -59,7 +61,7 @@ def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor]) -> None
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("name", ["tokenformer", "pythia", pytest.param("gpt2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["tokenformer", "pythia", *FURTHER])
 @pytest.mark.parametrize(("precision", "unit"), [("bf16", 2**-8), ("fp16", 2**-11)])
 def test_low_precision_stays_within_its_own_error(
     name: str, precision: str, unit: float, request: pytest.FixtureRequest, tmp_path: Path
@@ -182,6 +184,7 @@ def test_card_states_the_facts_of_the_run(exported: Path) -> None:
         pytest.param("pythia", True, marks=pytest.mark.full),
         pytest.param("pythia", False, marks=pytest.mark.full),
         pytest.param("gpt2", True, marks=pytest.mark.full),
+        pytest.param("llama", True, marks=pytest.mark.full),
     ],
 )
 def test_the_snippet_of_the_card_runs_without_a_terminal(
@@ -432,7 +435,7 @@ def test_bin_files_are_imported(exported: Path, tokenformer: Checkpoint, tmp_pat
     assert_same_tensors(read_weights(imported), whole_model(tokenformer.config).state_dict())
 
 
-@pytest.mark.parametrize("name", ["tokenformer", "pythia", "gpt2"])
+@pytest.mark.parametrize("name", ["tokenformer", "pythia", "gpt2", "llama"])
 def test_configuration_derived_from_a_folder(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     checkpoint = request.getfixturevalue(name)
     folder = export(checkpoint, tmp_path / "hf")

@@ -21,7 +21,7 @@ from megatron.model.causal_lm import (
 from megatron.model.init_methods import INIT_METHODS
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters, parameter_spec
-from tests.helpers.models import VOCAB, tiny_gpt2, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 PUBLISHED_SIZES = {  # layers, width, heads: parameters with 50,304 rows
     (12, 768, 12): 151_881_216,
@@ -53,7 +53,9 @@ def test_pythia_70m_has_its_published_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [tiny_tokenformer(), tiny_pythia(), tiny_gpt2()], ids=["tokenformer", "pythia", "gpt2"]
+    "model",
+    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()],
+    ids=["tokenformer", "pythia", "gpt2", "llama"],
 )
 def test_names_lead_to_pipeline_layers_and_back(model: ModelConfig) -> None:
     local_names = dict(build_local(model, VOCAB, seed=None).named_parameters())
@@ -124,7 +126,7 @@ def test_gpt2_starts_as_it_was_published() -> None:
 
 
 def test_weight_decay_spares_norms_and_biases_only() -> None:
-    for model in (tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_pythia(norm="rmsnorm")):
+    for model in (tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama(), tiny_pythia(norm="rmsnorm")):
         for name, parameter in build_local(model, VOCAB, seed=None).named_parameters():
             assert parameter_spec(parameter).decays == (parameter.dim() == 2), name
 
@@ -150,7 +152,7 @@ def test_initial_values_do_not_depend_on_the_process_wide_generator() -> None:
 @pytest.mark.parametrize("tensor_rank", [0, 1])
 def test_a_tensor_rank_holds_its_share_of_the_same_weights(tensor_rank: int) -> None:
     context = ParallelContext(tensor_size=2, tensor_rank=tensor_rank)
-    for model in (tiny_tokenformer(), tiny_pythia(), tiny_gpt2()):
+    for model in (tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()):
         whole = dict(build_local(model, VOCAB, 1).named_parameters())
         for name, share in build_local(model, VOCAB, 1, context).named_parameters():
             spec = parameter_spec(share)
