@@ -82,9 +82,10 @@ Without them it is the large one, and `load` names a checkpoint of the small one
 a chain of runs.
 
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
-accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains,
-and the first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
-`demo.yml`.
+accumulation follows for any number of ranks. `gpt2/` holds GPT-2's four sizes, `inheritune/` the models that the
+Inheritune paper trains, its references and those of fewer layers. `growth/` holds plans of staged runs, which
+`tools/run_stages.py` trains, and the first stages that they begin with. `data/` and `clusters/` hold what differs
+between users. `make demo` trains `demo.yml`.
 """
 
 

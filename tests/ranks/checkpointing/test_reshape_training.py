@@ -154,6 +154,16 @@ def test_weights_alone_go_into_other_masked_padding(layout_runs: LayoutRuns) -> 
     assert records(layout_runs.folder / "tuned", "train/lm_loss")[1] < before.curve[HALF // 2 - 1][0]
 
 
+def test_learned_positions_may_not_change(layout_runs: LayoutRuns) -> None:
+    """Neither for a run that goes on nor for one that takes the weights alone."""
+    case = FEW[0].source
+    keys = case.model_keys() | {"load": str(layout_runs.trained(case).checkpoint(HALF)), "max_position_embeddings": 32}
+    for name, more in {"more-positions": {}, "tuned-positions": {"finetune": True}}.items():
+        finished = layout_runs.start(name, (1, 1, 1), keys | more)
+        assert finished.code != 0
+        assert "max_position_embeddings: checkpoint 16, configuration 32" in finished.output
+
+
 def test_padding_that_counts_may_not_change(layout_runs: LayoutRuns) -> None:
     half = layout_runs.trained(SPLIT).checkpoint(HALF)
     keys = SPLIT.model_keys() | {"padded_vocab_size": 640, "load": str(half)}

@@ -20,6 +20,7 @@ from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
 from tests.helpers.bombs import Bomb
 from tests.helpers.commands import run_command
+from tests.helpers.configs import TOKENFORMER
 from tests.helpers.neox_writer import (
     MODELS,
     ROWS,
@@ -318,6 +319,43 @@ def test_a_wrong_configuration_is_told_by_its_keys(changes: dict[str, Any], matc
     fails(source, write_config(tmp_path, settings, **changes), tmp_path / "out", ConfigError, match)
     fails(source, write_config(tmp_path, MODELS["pythia"]), tmp_path / "out", ConfigError,
           "architecture: checkpoint tokenformer, configuration gpt_neox")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"max_position_embeddings": 32}, "max_position_embeddings: checkpoint 16, configuration 32"),
+        ({"architecture": "gpt_neox", "pos_emb": "rotary", "rotary_pct": 0.5}, "pos_emb: checkpoint learned, config"),
+        (TOKENFORMER, "architecture: checkpoint gpt2 or gpt_neox, configuration tokenformer"),
+        ({"use_bias_in_norms": False}, "use_bias_in_norms: checkpoint True, configuration False"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_of_gpt2_is_told_by_its_keys(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    settings = MODELS["gpt2"]
+    source = write_neox(tmp_path / "neox", neox_weights(settings, ROWS), settings, "layers")
+    scaled = {"scale_attn_by_inverse_layer_idx": changes.get("architecture", "gpt2") == "gpt2"}
+    fails(source, write_config(tmp_path, settings, **(scaled | changes)), tmp_path / "out", ConfigError, match)
+
+
+def test_learned_positions_of_other_architectures_are_read(tmp_path: Path) -> None:
+    """NeoX has them for every layer; a parallel residual makes it no GPT-2."""
+    settings = MODELS["pythia"] | {"pos_emb": "learned"}
+    weights = neox_weights(settings, ROWS)
+    source = write_neox(tmp_path / "neox", weights, settings, "layers", tensor=2)
+    keys = {key: value for key, value in settings.items() if key != "architecture"}
+    checkpoint = imported(source, write_config(tmp_path, keys), tmp_path / "out")
+    assert checkpoint.config.model.architecture == "gpt_neox"
+    got = read_weights(checkpoint)["embedding.position_embeddings.weight"]
+    assert torch.equal(got, weights["0.position_embeddings.weight"])
+
+
+def test_norms_without_biases_are_read(tmp_path: Path) -> None:
+    settings = MODELS["gpt2"]
+    weights = {name: w for name, w in neox_weights(settings, ROWS).items() if not name.endswith("norm.bias")}
+    source = write_neox(tmp_path / "neox", weights, settings, "ranks")
+    got = read_weights(imported(source, write_config(tmp_path, settings, use_bias_in_norms=False), tmp_path / "out"))
+    want = our_weights(weights, settings["num_layers"])
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:

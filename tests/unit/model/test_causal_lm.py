@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
+from megatron.errors import ConfigError
 from megatron.model.causal_lm import (
     VocabSize,
     build_local,
@@ -94,6 +95,34 @@ def test_parameter_names_are_the_fields_words() -> None:
     layer = {f"layers.0.{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     outside = {"embedding.word_embeddings.weight", "final_norm.weight", "final_norm.bias", "head.weight"}
     assert names == layer | outside
+
+
+def test_positions_begin_at_the_start_of_each_row_and_end_with_the_table() -> None:
+    """Learned positions: the vector of a token's place is added to its own, and there are no more places."""
+    model = build_local(tiny_gpt2(), VOCAB, seed=1)
+    words, positions = model.embedding.word_embeddings.weight, model.embedding.position_embeddings
+    assert positions is not None
+    tokens = torch.tensor([[5, 9, 5], [7, 7, 7]])
+    torch.testing.assert_close(model.embedding(tokens), words[tokens] + positions.weight[:3], rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"a sequence of 17 tokens does not fit .* has learned 16 positions"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    cache = model.new_cache(2, 40, torch.tensor([10, 2]))
+    model.hidden_states(torch.zeros(2, 18, dtype=torch.long), cache)
+    cache.keep([0])
+    model.hidden_states(torch.zeros(1, 8, dtype=torch.long), cache)
+    with pytest.raises(ConfigError, match="a sequence of 17 tokens does not fit"):
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+def test_gpt2_starts_as_it_was_published() -> None:
+    """N(0, 0.02), residual projections over sqrt(2 L), biases 0 and norms 1 (Radford et al. 2019, section 2.3)."""
+    model = tiny_gpt2(num_layers=8, hidden_size=128, max_position_embeddings=64)
+    for name, parameter in build_local(model, VOCAB, seed=1).named_parameters():
+        if parameter.dim() == 1:
+            assert bool((parameter == float(name.endswith("norm.weight"))).all()), name
+            continue
+        residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+        assert float(parameter.std()) == pytest.approx(0.02 / (4 if residual else 1), rel=0.05), name
 
 
 def test_weight_decay_spares_norms_and_biases_only() -> None:
