@@ -96,9 +96,10 @@ reference's moments where `inherit.moments` keeps them. `tools/ckpts/inherit.py`
 Hugging Face folder, and shows where every tensor comes from.
 
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
-accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains,
-and the first stages that they begin with; `inheritune/` plans of rounds that inherit, train, and append layers until a
-reference's loss is met. `data/` and `clusters/` hold what differs between users. `make demo` trains
+accumulation follows for any number of ranks. `gpt2/` holds GPT-2's four sizes, `inheritune/` the models that the
+Inheritune paper trains, its references and those of fewer layers, and plans of rounds that inherit, train, and append
+layers until a reference's loss is met. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains, and the
+first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
 `demo.yml`.
 """
 

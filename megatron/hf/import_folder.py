@@ -1,36 +1,43 @@
-"""A Hugging Face folder of TokenFormer or GPTNeoX to a checkpoint of ours, which has proved to compute the same."""
+"""A Hugging Face folder of a known model to a checkpoint of ours, which has proved to compute the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
+from megatron.checkpointing.convert.imported_weights import (
+    VOCABULARY,
+    imported_vocabulary,
+    require_finite,
+    with_configured_rows,
+)
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
-from megatron.checkpointing.states.name_map import our_names
-from megatron.checkpointing.states.parameter_layout import ParallelSizes, layer_layouts
+from megatron.checkpointing.states.name_map import NameMap, our_names
+from megatron.checkpointing.states.parameter_layout import LayerLayout, ParallelSizes, layer_layouts
 from megatron.checkpointing.states.read_states import read_weights
-from megatron.checkpointing.states.tensor_folder import open_folder
+from megatron.checkpointing.states.tensor_folder import TensorFolder, open_folder
 from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
-from megatron.hf.hf_architecture import HF_ARCHITECTURES, read_field
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture, read_field
 from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.io.durable import new_folder
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.model.causal_lm import VocabSize, build_local
 
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})
-"""What a folder's configuration says and the importing run may change."""
+"""What a folder's configuration says and the importing run may change; learned positions have their number."""
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -98,9 +105,10 @@ def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits = model.eval()(tokens)
-        rows = min(vocab.padded, read_config(folder).vocab_size)
+        config = read_config(folder)
+        rows, names = min(vocab.padded, config.vocab_size), HF_ARCHITECTURES[config.model_type].names
         with _library_errors(folder):
-            return logit_difference(folder, tokens, logits, rows=rows)
+            return logit_difference(folder, tokens, logits, rows, names.without_weights)
 
 
 def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:
@@ -126,42 +134,50 @@ class FolderReader:
     def __init__(self, folder: Path, run: RunConfig) -> None:
         self.folder = folder
         self.vocab = hf_vocabulary(folder, run)
-        names = HF_ARCHITECTURES[read_config(folder).model_type].names
-        self._tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
-        if run.model.num_layers > len(self._tensors.files):
+        self._model = run.model
+        self._architecture = architecture = HF_ARCHITECTURES[read_config(folder).model_type]
+        self._tensors = tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
+        if run.model.num_layers > len(tensors.files):
             raise CheckpointError(
-                f"{folder}: {len(self._tensors.files)} tensors cannot be the {run.model.num_layers:,} layers of its "
+                f"{folder}: {len(tensors.files)} tensors cannot be the {run.model.num_layers:,} layers of its "
                 "config.json."
             )
         self._layouts = {layout.name: layout for layout in layer_layouts(run.model, self.vocab)}
-        expected = [layout.global_name(local) for layout in self._layouts.values() for local in layout.parameters]
-        self._theirs = our_names(names, self._tensors.files, expected, str(folder))
+        self._shapes = {
+            name: _their_shapes(layout, architecture, run.model) for name, layout in self._layouts.items()
+        }
+        files = _without_tied_head(folder, tensors, architecture.names) if run.model.tie_embeddings else tensors.files
+        expected = chain.from_iterable(self._shapes.values())
+        self._theirs = our_names(architecture.names, files, expected, str(folder))
 
     @property
     def names(self) -> list[str]:
         """Returns the names of all layers in the order of the pipeline."""
         return list(self._layouts)
 
-    def read(self, name: str) -> LayerState:
+    def read(self, layer: str) -> LayerState:
         """Returns the layer of a name, such as `layers.3`."""
-        layout = self._layouts[name]
-        wanted = {local: self._theirs[layout.global_name(local)] for local in layout.parameters}
-        found = self._tensors.read(wanted.values())
-        for theirs, tensor in found.items():
-            require_finite(tensor, f"{self.folder}: {theirs}")
-        weights = {}
-        for local, theirs in wanted.items():
-            spec = layout.parameters[local]
+        folder, layout, shapes = self.folder, self._layouts[layer], self._shapes[layer]
+        found = self._tensors.read(self._theirs[name] for name in shapes)
+        named = {}
+        for name, shape in shapes.items():
+            tensor = found[self._theirs[name]]
+            require_finite(tensor, f"{folder}: {self._theirs[name]}")
             try:
-                weights[local] = with_configured_rows(layout.global_name(local), found[theirs], spec, self.vocab)
+                named[name] = _with_rows(name, tensor, layout, self.vocab)
             except CheckpointError as error:
-                raise CheckpointError(f"{self.folder}: {error}") from error
-            if tuple(weights[local].shape) != spec.full_shape:
-                shape = tuple(found[theirs].shape)
+                raise CheckpointError(f"{folder}: {error}") from error
+            if named[name].shape != shape:
                 raise CheckpointError(
-                    f"{self.folder}: {theirs} has shape {shape}; the configuration describes {spec.full_shape}."
+                    f"{folder}: {self._theirs[name]} has shape {tuple(tensor.shape)}; the configuration describes "
+                    f"{tuple(shape)}."
                 )
-        return LayerState(name, {local: ParameterState(weight) for local, weight in weights.items()})
+        try:
+            ours = self._architecture.to_our_tensors(self._model, named)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        weights = {local: ParameterState(ours[layout.global_name(local)]) for local in layout.parameters}
+        return LayerState(layout.name, weights)
 
 
 def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
@@ -197,9 +213,45 @@ def model_of_folder(folder: Path, model: ModelConfig) -> ModelConfig:
         ) from error
 
 
+def _their_shapes(layout: LayerLayout, architecture: HFArchitecture, model: ModelConfig) -> dict[str, torch.Size]:
+    """Returns the shapes of a layer's tensors as the folder has them, by our global name."""
+    specs = layout.parameters.items()
+    ours = {layout.global_name(local): torch.empty(spec.full_shape, device="meta") for local, spec in specs}
+    return {name: tensor.shape for name, tensor in architecture.to_their_tensors(model, ours).items()}
+
+
+def _with_rows(name: str, tensor: Tensor, layout: LayerLayout, vocab: VocabSize) -> Tensor:
+    if name not in VOCABULARY:
+        return tensor
+    return with_configured_rows(name, tensor, layout.parameters[name.removeprefix(f"{layout.name}.")], vocab)
+
+
+def _without_tied_head(folder: Path, tensors: TensorFolder, names: NameMap) -> list[str]:
+    """Lists the tensors of a folder whose head is tied, but for the copy of the embedding that some save for it.
+
+    Raises CheckpointError when it is no copy.
+    """
+    spelled: dict[str | None, str] = {}
+    for name in tensors.files:
+        with suppress(KeyError):
+            spelled[names.to_ours(name)] = name
+    copy, embedding = spelled.get("head.weight"), spelled.get("embedding.word_embeddings.weight")
+    if copy is None or embedding is None:
+        return list(tensors.files)
+    both = tensors.read([copy, embedding])
+    if not torch.equal(both[copy], both[embedding]):
+        raise CheckpointError(
+            f"{folder}: {copy} differs from {embedding}, to which config.json ties it. Copy the folder again, or set "
+            "tie_word_embeddings to false there."
+        )
+    return [name for name in tensors.files if name != copy]
+
+
 def _require_same_model(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
     norms = {model.norm, model.final_norm or model.norm}
     free = FREE_SETTINGS if "rmsnorm" in norms else FREE_SETTINGS | {"rms_norm_epsilon"}
+    if model.pos_emb == "learned":
+        free -= {"max_position_embeddings"}
     ours = {path: _setting(model, path) for path in settings.keys() - free}
     differences = [
         f"{path}: folder {settings[path]!r}, configuration {ours[path]!r}"

@@ -114,7 +114,7 @@ def their_adapter(model: Any, config: RunConfig, batch_size: int) -> Callable[..
     from megatron.hf.tokenizer_files import write_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder), BYTES, config.model.max_position_embeddings)
+        write_tokenizer(Path(folder), BYTES, config.model)
         adapter = HFLM(pretrained=model, tokenizer=folder, batch_size=batch_size, max_length=config.model.seq_length)
     scored: Callable[..., Any] = torch.inference_mode()(adapter._loglikelihood_tokens)
     return scored

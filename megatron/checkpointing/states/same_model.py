@@ -13,16 +13,19 @@ FREE_MODEL_FIELDS = frozenset(
     {"seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method",
      "output_layer_init_method", "init_method_std", "make_vocab_size_divisible_by", "padded_vocab_size"}
 )  # fmt: skip
-"""What may differ between a checkpoint's model and the configured one: none of it changes what weights mean."""
+"""What may differ between a checkpoint's model and the configured one: none of it changes what weights mean.
+
+The number of positions may not where each is learned."""
 
 
 def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[str]:
     """Lists the differences that matter, one sentence each."""
     theirs, ours = checkpoint.model_dump(), configured.model_dump()
+    free = FREE_MODEL_FIELDS - ({"max_position_embeddings"} if configured.pos_emb == "learned" else set())
     return [
         f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}"
         for name in ours
-        if name not in FREE_MODEL_FIELDS and ours[name] != theirs[name]
+        if name not in free and ours[name] != theirs[name]
     ]
 
 

@@ -31,6 +31,13 @@ LINEAR_AXES: Mapping[str, tuple[Axis, ...]] = {
     "mlp.dense_4h_to_h.bias": (FEATURES,),
 }
 """Dimensions of the weights of linear projections and of a two-matrix MLP."""
+LINEAR_OUTPUTS = (
+    "attention.dense.weight",
+    "attention.dense.bias",
+    "mlp.dense_4h_to_h.weight",
+    "mlp.dense_4h_to_h.bias",
+)
+"""Parameters of a layer of linear projections that write to the residual stream."""
 
 ARCHITECTURES.register("gpt_neox")(
     # Flash and global are the same function: the attention kernel is chosen elsewhere.
@@ -38,12 +45,7 @@ ARCHITECTURES.register("gpt_neox")(
         layer_matrices,
         layer_biases,
         attention_types=("flash", "global"),
-        output_weights=(
-            "attention.dense.weight",
-            "attention.dense.bias",
-            "mlp.dense_4h_to_h.weight",
-            "mlp.dense_4h_to_h.bias",
-        ),
+        output_weights=LINEAR_OUTPUTS,
         axes=LINEAR_AXES,
     )
 )

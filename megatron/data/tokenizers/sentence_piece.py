@@ -25,6 +25,8 @@ class SPMTokenizer:
         self.eod = piece if piece != self._processor.unk_id() else self._processor.eos_id()
         if self.eod < 0:
             raise no_end_of_document(path)
+        begin = self._processor.bos_id()
+        self.bos = begin if begin >= 0 else None
         self.vocab_size = self._processor.get_piece_size()
 
     def tokenize(self, text: str) -> list[int]:

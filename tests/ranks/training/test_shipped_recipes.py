@@ -24,7 +24,15 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "layer"), [("tokenformer/150M", "tokenformer"), ("pythia/14M", "flash")])
+@pytest.mark.parametrize(
+    ("recipe", "layer"),
+    [
+        ("tokenformer/150M", "tokenformer"),
+        ("pythia/14M", "flash"),
+        pytest.param("gpt2/small", "flash", marks=pytest.mark.full),
+        pytest.param("inheritune/gpt2_medium_16", "global", marks=pytest.mark.full),
+    ],
+)
 def test_two_steps(recipe: str, layer: str, dataset: Path, tmp_path: Path) -> None:
     folders = [f"data_path={dataset}", f"log_dir={tmp_path}", f"index_cache_dir={tmp_path}"]
     train(ROOT / "configs" / f"{recipe}.yml", *SMALL, f'attention_config=[[["{layer}"], 2]]', *folders, output=tmp_path)
