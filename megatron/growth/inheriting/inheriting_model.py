@@ -13,8 +13,8 @@ def inheriting_model(reference: ModelConfig, rules: InheritConfig, num_layers: i
     """Returns the model of `num_layers` layers that `rules` make of the reference; everything else is its own.
 
     Without `num_layers` it has as many as a list of layers names, or all of them where the operator halves the width
-    or inherits no layer. half_width halves features, heads and what its architecture names beside them. Raises ConfigError when
-    the number of layers is missing, or the width has no half.
+    or inherits no layer. half_width halves features, heads and what its architecture names beside them. Raises
+    ConfigError when the number of layers is missing, or the width has no half.
     """
     operator = INHERIT_OPERATORS[rules.operator]
     if num_layers is None:
