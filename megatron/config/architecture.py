@@ -63,6 +63,9 @@ class ArchitectureFacts:
     """Dimensions of the parameters of attention and feed-forward sublayer, by name within the layer; without them no
     narrower model is cut out of one. Norms have features."""
 
+    width_sizes: tuple[str, ...] = ()
+    """Sizes beside features and heads that are halved with them, unless a configuration says otherwise."""
+
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""
 

@@ -16,7 +16,7 @@ from megatron.checkpointing.states.parameter_layout import LayerLayout, layer_la
 from megatron.config.architecture import ARCHITECTURES, FEATURES, Axis
 from megatron.config.sections.inherit import InheritConfig, Sublayer
 from megatron.config.sections.model import ModelConfig
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import VocabSize
 from megatron.mpu.parameters import initial_values
 from megatron.registry import Registry
@@ -123,7 +123,10 @@ class Inheritance:
         return (*[Axis("rows")] * (len(spec.full_shape) - 1), FEATURES)
 
     def cuts(self, layer: str, local: str) -> list[Cut | None]:
-        """Returns what is chosen of each dimension of a parameter; None where all of it is."""
+        """Returns what is chosen of each dimension of a parameter; None where all of it is.
+
+        Raises ConfigError where that would cut heads.
+        """
         if not self.operator.halves_width:
             return []
         shapes = [
@@ -135,8 +138,13 @@ class Inheritance:
         ]
         found: list[Cut | None] = []
         for axis, size, kept in zip(self.axes(layer, local), *shapes, strict=True):
-            groups = (size, kept) if axis.groups is None else (axis.groups(self.before), axis.groups(self.after))
-            found.append(None if size == kept else Cut(axis.what, *groups, size // groups[0], self.rules.rows))
+            there, left = (size, kept) if axis.groups is None else (axis.groups(self.before), axis.groups(self.after))
+            if size * left != kept * there:
+                raise ConfigError(
+                    f"inherit.operator: half_width keeps {axis.what} whole, and {layer}.{local} has {size} rows or "
+                    f"columns for {there} in the reference, and {kept} for {left} in the new model. Halve their number."
+                )
+            found.append(None if size == kept else Cut(axis.what, there, left, size // there, self.rules.rows))
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.config.architecture import ARCHITECTURES
 from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
@@ -12,8 +13,8 @@ def inheriting_model(reference: ModelConfig, rules: InheritConfig, num_layers: i
     """Returns the model of `num_layers` layers that `rules` make of the reference; everything else is its own.
 
     Without `num_layers` it has as many as a list of layers names, or all of them where the operator halves the width
-    or inherits no layer. Features and heads are halved with half_width, and other sizes stay. Raises ConfigError when
-    the number of layers is missing, or the width has no half.
+    or inherits no layer. half_width halves features, heads and what its architecture names beside them. Raises
+    ConfigError when the number of layers is missing, or the width has no half.
     """
     operator = INHERIT_OPERATORS[rules.operator]
     if num_layers is None:
@@ -28,7 +29,8 @@ def inheriting_model(reference: ModelConfig, rules: InheritConfig, num_layers: i
             )
     changes = {"num_layers": num_layers}
     if operator.halves_width:
-        for field in ("hidden_size", "num_attention_heads"):
+        further = ARCHITECTURES[reference.architecture].width_sizes
+        for field in ("hidden_size", "num_attention_heads", *further):
             size = getattr(reference, field)
             if size % 2:
                 raise ConfigError(f"{field}: the reference's {size} has no half. Use inherit.")
