@@ -8,8 +8,8 @@
 Writes <output_dir>/global_step0 and latest: weights alone, in the folder's number format. Train on with `load` and
 `finetune: true`, in any layout. --write-config derives the YAML from the folder instead of reading one; where a folder
 holds neither tokenizer.json nor vocab.json and merges.txt, name one: `--write-config new.yml tokenizer_type=...
-vocab_file=...`. At the end the logits of the checkpoint are compared with those of transformers; when anything fails, no
-output folder is left.
+vocab_file=...`. At the end the logits of the checkpoint are compared with those of transformers; when anything fails,
+no output folder is left.
 """
 
 from __future__ import annotations
