@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts, FixedValue
-from megatron.config.architectures.gpt_neox import LINEAR_OUTPUTS, layer_biases, layer_matrices
+from megatron.config.architectures.gpt_neox import LINEAR_AXES, LINEAR_OUTPUTS, layer_biases, layer_matrices
 from megatron.config.yaml.problems import YamlValue
 
 
@@ -20,6 +20,7 @@ ARCHITECTURES.register("gpt2")(
         layer_biases,
         attention_types=("flash", "global"),
         output_weights=LINEAR_OUTPUTS,
+        axes=LINEAR_AXES,
         defaults={"pos_emb": "learned", "activation": "gelu_tanh"},
         fixed={
             "pos_emb": FixedValue("learned", "GPT-2 has learned positions; use those, or architecture: gpt_neox"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeGuard
 
-from megatron.config.architecture import ARCHITECTURES, ArchitectureFacts
+from megatron.config.architecture import ARCHITECTURES, FEATURES, UNITS, ArchitectureFacts, Axis
 from megatron.config.sections.model import ModelConfig
 from megatron.config.yaml.problems import YamlValue
 
@@ -78,6 +78,9 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+GROUPS = Axis("key-value heads", key_value_heads)
+"""Heads by the head of keys and values that they share, which a narrower model keeps together."""
+
 _BIASES = "use_bias_in_attn_linear", "use_bias_in_mlp"
 
 ARCHITECTURES.register("llama")(
@@ -86,6 +89,17 @@ ARCHITECTURES.register("llama")(
         layer_biases,
         attention_types=("flash", "global"),
         output_weights=("attention.dense.weight", "attention.dense.bias", "mlp.down.weight", "mlp.down.bias"),
+        axes={
+            **{f"attention.{name}.weight": (GROUPS, FEATURES) for name in ("query", "key", "value")},
+            **{f"attention.{name}.bias": (GROUPS,) for name in ("query", "key", "value")},
+            "attention.dense.weight": (FEATURES, GROUPS),
+            "attention.dense.bias": (FEATURES,),
+            **{f"mlp.{name}.weight": (UNITS, FEATURES) for name in ("gate", "up")},
+            **{f"mlp.{name}.bias": (UNITS,) for name in ("gate", "up")},
+            "mlp.down.weight": (FEATURES, UNITS),
+            "mlp.down.bias": (FEATURES,),
+        },
+        width_sizes=("num_kv_heads", "ffn_hidden_size"),
         split_sizes=("ffn_hidden_size",),
         prompts_begin_with_bos=True,
         own_fields=("num_kv_heads", "ffn_hidden_size"),

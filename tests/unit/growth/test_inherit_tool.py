@@ -20,7 +20,7 @@ from megatron.config.architecture import ARCHITECTURES
 from megatron.errors import CheckpointError, ConfigError, UserError
 from megatron.growth.inheriting.inherit_operator import INHERIT_OPERATORS
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.configs import GPT2, LLAMA, PYTHIA, TOKENFORMER
 from tests.helpers.tiny_checkpoints import VOCAB, export, make_checkpoint, read_run, tokens, write_yaml
 from tools.ckpts import inherit
 
@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
     # Scales that an earlier growth has pinned.
     "tokenformer": TOKENFORMER | {"num_layers": DEPTH, "qkv_scale_base": 12, "ffn_scale_base": 16},
     "gpt_neox": PYTHIA | {"num_layers": DEPTH},
+    "gpt2": GPT2 | {"num_layers": DEPTH},
+    "llama": LLAMA | {"num_layers": DEPTH},
 }
 """A reference of each architecture."""
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
