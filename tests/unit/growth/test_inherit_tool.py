@@ -22,6 +22,7 @@ from megatron.growth.inheriting.inherit_operator import INHERIT_OPERATORS
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from tests.helpers.configs import PYTHIA, TOKENFORMER
 from tests.helpers.tiny_checkpoints import VOCAB, export, make_checkpoint, read_run, tokens, write_yaml
+from tests.helpers.tokenizer_files import write_tokenizers
 from tools.ckpts import inherit
 
 DEPTH = 4
@@ -277,6 +278,8 @@ REFUSED: list[tuple[list[str], dict[str, Any] | None, type[UserError], str]] = [
     ([], None, ConfigError, "num_layers: how many layers the model is to have is missing; the reference has 4"),
     ([], {"hidden_size": 64, "num_layers": 2}, ConfigError, r"hidden_size: reference 32, configuration 64"),
     ([], {"padded_vocab_size": 700, "num_layers": 2}, ConfigError, "an embedding of 600 rows"),
+    (["--moments", "keep", "--num_layers", "2"], None, ConfigError, "holds weights alone, and nothing of a run"),
+    (["--schedule", "continue", "--num_layers", "2"], None, ConfigError, "inherit.schedule: continue: .* Use restart"),
     (["--operator", "hybrid_stack", "--num_layers", "3"], None, ConfigError, "3 is odd"),
     (["--operator", "hybrid_stack", "--layers", "0,1", "--num_layers", "5"], None, ConfigError, "valid: 4 and 6"),
     (
@@ -303,6 +306,14 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         tokenformer.inherit(*words, *config, name="refused")
     assert not (tokenformer.path / "refused").exists()
+
+
+def test_another_tokenizer_is_refused(tokenformer: Folder) -> None:
+    file = write_tokenizers(tokenformer.path) / "tokenizer.json"
+    config = tokenformer.config(num_layers=2, tokenizer_type="HFTokenizer", vocab_file=str(file))
+    with pytest.raises(ConfigError, match=r"the configured tokenizer has [\d,]+ ids, and .* was trained with 512"):
+        tokenformer.inherit("--config_file", config)
+    assert not (tokenformer.path / "inherited").exists()
 
 
 def test_an_unfinished_reference_is_refused(tokenformer: Folder) -> None:
