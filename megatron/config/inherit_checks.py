@@ -23,8 +23,6 @@ def _start(run: RunConfig) -> Iterator[Finding]:
             "inherit.operator", "needs save: the run goes on from a checkpoint of the new model there; or finetune: "
             "true, with which it takes weights alone",
         )  # fmt: skip
-    elif checkpoint.load == checkpoint.save:
-        yield Finding("checkpoint.load", "is save; the reference of `inherit` stays in a folder of its own")
     if run.grow is not None and run.grow.at_step is None and run.grow.at_tokens is None:
         yield Finding("inherit.operator", "contradicts grow without grow.at_step or grow.at_tokens: each says what the "
                       "run starts from; keep one")  # fmt: skip

@@ -7,21 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.states.parameter_layout import layer_layouts
-from megatron.checkpointing.store.find_checkpoint import whole_checkpoint
 from megatron.config.sections.growth import GrowthRecord, GrowthRules
 from megatron.config.sections.model import ModelConfig
-from megatron.growth.layer_reader import LayerReader
 from megatron.model.causal_lm import VocabSize
 from megatron.model.new_rows import first_new_row
 from megatron.mpu.parameters import ParameterSpec, initial_values, named_generator
 from megatron.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron.growth.layer_reader import LayerReader
 
 TOKEN_COUNTS = {"qkv": "qkv_slot_num", "proj": "proj_slot_num", "ffn": "ffn_slot_num"}
 """Counts of parameter tokens, and their YAML keys; each has a scale of its own, such as `qkv_scale_base`."""
@@ -71,6 +72,10 @@ class Growth:
     @cached_property
     def reference(self) -> LayerReader:
         """Opens the model that `rules.reference` names. Raises CheckpointError when it is not whole."""
+        # They need DeepSpeed, which a configuration is checked without.
+        from megatron.checkpointing.store.find_checkpoint import whole_checkpoint
+        from megatron.growth.layer_reader import LayerReader
+
         return LayerReader(whole_checkpoint(Path(str(self.rules.reference))), optimizer=False)
 
     @property

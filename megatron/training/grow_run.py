@@ -20,7 +20,7 @@ from megatron.checkpointing.store.keep_copy import keep_copy
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, os_errors_as
 from megatron.growth.grow_checkpoint import grow_checkpoint
-from megatron.growth.inheriting.inherit_checkpoint import Reference, inherit_checkpoint
+from megatron.growth.inheriting.inherit_checkpoint import Reference, inherit_checkpoint, require_tokenizer_of
 from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.mpu.context import ParallelContext
@@ -65,6 +65,7 @@ def inherit_start(config: RunConfig, start: RunStart, context: ParallelContext) 
         raise ValueError("a run inherits from a checkpoint, and into the folder `save`")
     logger.info("%s", start)
     save = Path(config.checkpoint.save).resolve()
+    require_tokenizer_of(Reference.of(source, optimizer=False), config)
 
     def write() -> Path:
         reference = Reference.of(source)

@@ -109,6 +109,11 @@ def newest_start(config: RunConfig, run_id: str) -> RunStart:
 
 def _with_due_change(config: RunConfig, start: RunStart) -> RunStart:
     if start.checkpoint is None:
+        if config.inherit is not None:
+            raise CheckpointError(
+                f"load: {config.checkpoint.load} is save, and holds no checkpoint to inherit from. Name the folder of "
+                "the reference, which stays as it is."
+            )
         return start
     if config.inherit is not None and not _is_own(start.checkpoint, config.checkpoint):
         _require_optimizer_state(start, start.checkpoint)

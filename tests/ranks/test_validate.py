@@ -31,7 +31,7 @@ def measured(folder: Path, config: Path, *words: str, ranks: int = 1) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("eod", [False, True])
+@pytest.mark.parametrize("eod", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_the_loss_is_that_of_the_first_validation_samples(eod: bool, tmp_path: Path, dataset: Path) -> None:
     """In float64, whatever the layout; neither the number of steps nor an optimizer changes the samples."""
     keys = PYTHIA | KEYS | {"num_layers": 3, "data_path": str(dataset), "eod_mask_loss": eod}

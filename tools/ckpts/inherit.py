@@ -114,7 +114,7 @@ def read_job(args: argparse.Namespace) -> Job:
     Raises ConfigError when they do not fit, CheckpointError for a reference that is not whole.
     """
     from megatron.checkpointing.states.tensor_folder import is_hf_folder
-    from megatron.growth.inheriting.inherit_checkpoint import Reference
+    from megatron.growth.inheriting.inherit_checkpoint import Reference, require_tokenizer_of
     from megatron.growth.inheriting.inheriting_model import inheriting_model
 
     rules = read_section_flags(args, InheritConfig)
@@ -132,6 +132,7 @@ def read_job(args: argparse.Namespace) -> Job:
     if args.config_file is None:
         model = inheriting_model(reference.model, rules, args.num_layers)
         return Job(reference, config.model_copy(update={"model": model, "grow": None}), rules, sizes)
+    require_tokenizer_of(reference, config)
     if config.inherit is not None:
         rules = config.inherit.model_copy(update={name: getattr(rules, name) for name in rules.model_fields_set})
     if args.num_layers is not None:

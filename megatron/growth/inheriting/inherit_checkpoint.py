@@ -16,6 +16,7 @@ from megatron.config.build_config import require_consistent
 from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import ConfigError
 from megatron.growth.engine_restart import restarted_engine
 from megatron.growth.inheriting.inherit_operator import Inheritance, inherited_layers
@@ -83,18 +84,40 @@ def inherit_checkpoint(
     damaged files, and when a run is writing `output`.
     """
     inheritance = plan_inheritance(reference, config, rules)
-    ours = config.training.optimizer.type
-    if reference.optimizer not in (None, ours):
-        raise ConfigError(
-            f"optimizer.type: {ours}: {reference.name} has the state of {reference.optimizer}. Use that, or start with "
-            "the weights alone: `load` and `finetune: true`."
-        )
+    _require_state(reference, config, rules)
     checkpoint = config.checkpoint.model_copy(update={"load": reference.name})
     inheriting = config.model_copy(update={"model": inheritance.after, "inherit": rules, "checkpoint": checkpoint})
     require_consistent(inheriting, config)
     layers = inherited_layers(reference.read, inheritance)
     with nullcontext() if has_lease else leased(output, "inherit.py"):
         return write_states(layers, inheriting, sizes, output, _header(reference.header, config, rules))
+
+
+def require_tokenizer_of(reference: Reference, config: RunConfig) -> None:
+    """Raises ConfigError when the configured tokenizer is not the reference's, DataError when it cannot be read."""
+    ids = build_tokenizer(config.data.tokenizer).vocab_size
+    if ids != reference.vocab.actual:
+        raise ConfigError(
+            f"tokenizer_type, vocab_file: the configured tokenizer has {ids:,} ids, and {reference.name} was trained "
+            f"with {reference.vocab.actual:,}. Embeddings are inherited whole: use the reference's tokenizer."
+        )
+
+
+def _require_state(reference: Reference, config: RunConfig, rules: InheritConfig) -> None:
+    """Requires the optimizer's state that is to be kept, and that it is of the configured optimizer."""
+    ours = config.training.optimizer.type
+    if reference.optimizer not in (None, ours):
+        raise ConfigError(
+            f"optimizer.type: {ours}: {reference.name} has the state of {reference.optimizer}. Use that, or start with "
+            "the weights alone: `load` and `finetune: true`."
+        )
+    kept = {"moments": "reset_all", "schedule": "restart", "data": "restart"}
+    for name, fresh in kept.items():
+        if reference.optimizer is None and getattr(rules, name) != fresh:
+            raise ConfigError(
+                f"inherit.{name}: {getattr(rules, name)}: {reference.name} holds weights alone, and nothing of a run "
+                f"to go on with. Use {fresh}."
+            )
 
 
 def _header(header: RunHeader, config: RunConfig, rules: InheritConfig) -> RunHeader:

@@ -418,7 +418,7 @@ def test_an_unfinished_ramp_folds_into_keys_and_their_moments(theta: str) -> Non
         ({}, {"num_layers": 1}, "num_layers: 1 is fewer than the checkpoint's 2"),
         ({}, {}, "nothing to grow"),
         ({}, {"factor": 2, "ffn": 80}, "give either it or sizes"),
-        ({}, {"num_layers": 4}, "Add layers by insert or stack"),
+        ({}, {"num_layers": 4}, "Add layers by append or insert or stack"),
         ({"operator": "stack"}, {"num_layers": 4, "ffn": 80}, "the parameter tokens differ as well. Grow twice"),
         ({"operator": "stack"}, {"num_layers": 5}, "Nearest valid values: 4 and 6; or use insert"),
         ({"operator": "copy"}, {"ffn": 100}, "Nearest valid values: 80 and 120"),

@@ -22,6 +22,7 @@ from megatron.growth.inheriting.inherit_operator import INHERIT_OPERATORS
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from tests.helpers.configs import GPT2, LLAMA, PYTHIA, TOKENFORMER
 from tests.helpers.tiny_checkpoints import VOCAB, export, make_checkpoint, read_run, tokens, write_yaml
+from tests.helpers.tokenizer_files import write_tokenizers
 from tools.ckpts import inherit
 
 DEPTH = 4
@@ -58,6 +59,14 @@ class Folder:
 
 @pytest.fixture(params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path, dataset: Path) -> Folder:
+    return Folder(tmp_path, dataset, MODELS[request.param])
+
+
+@pytest.fixture(
+    params=["tokenformer", *[pytest.param(name, marks=pytest.mark.full) for name in MODELS if name != "tokenformer"]]
+)
+def covered(request: pytest.FixtureRequest, tmp_path: Path, dataset: Path) -> Folder:
+    """One architecture, and the others in full."""
     return Folder(tmp_path, dataset, MODELS[request.param])
 
 
@@ -158,25 +167,25 @@ def test_the_table_names_every_tensor(tokenformer: Folder, capsys: pytest.Captur
     ],
 )
 def test_what_is_not_inherited_begins_as_in_a_run_of_the_configuration(
-    words: list[str], drawn: str, folder: Folder
+    words: list[str], drawn: str, covered: Folder
 ) -> None:
-    made = folder.inherit(*words)
+    made = covered.inherit(*words)
     fresh = dict(build_local(made.config.model, VOCAB, made.config.training.seed).named_parameters())
-    theirs, ours = read_weights(folder.source), read_weights(made)
+    theirs, ours = read_weights(covered.source), read_weights(made)
     kinds = {name: bool(re.match(drawn, name)) for name in ours}
     assert len(set(kinds.values())) == 2
     for name, is_drawn in kinds.items():
         assert torch.equal(ours[name], fresh[name].detach() if is_drawn else theirs[name]), name
 
 
-def test_a_hybrid_stack_is_a_block_of_the_reference_over_and_over(folder: Folder) -> None:
+def test_a_hybrid_stack_is_a_block_of_the_reference_over_and_over(covered: Folder) -> None:
     for words, layers in (
         (["--num_layers", "6"], [0, 1, 2, 0, 1, 2]),
         (["--num_layers", "4", "--layers", "last"], [2, 3, 2, 3]),
         (["--num_layers", "6", "--layers", "1,3"], [1, 3] * 3),
     ):
-        made = folder.inherit(*words, "--operator", "hybrid_stack", name="-".join(words))
-        theirs, ours = read_weights(folder.source), read_weights(made)
+        made = covered.inherit(*words, "--operator", "hybrid_stack", name="-".join(words))
+        theirs, ours = read_weights(covered.source), read_weights(made)
         for name, source in expected_sources(ours, layers).items():
             assert torch.equal(ours[name], theirs[source]), (words, name)
 
@@ -185,7 +194,7 @@ ROWS = {"first": [0, 1], "last": [2, 3], "even": [0, 2]}
 """Heads that are kept of four."""
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ["even", *[pytest.param(rows, marks=pytest.mark.full) for rows in ("first", "last")]])
 def test_half_of_the_width_keeps_heads_whole(rows: str, folder: Folder) -> None:
     made = folder.inherit("--operator", "half_width", "--rows", rows)
     theirs, ours = read_weights(folder.source), read_weights(made)
@@ -201,7 +210,7 @@ def test_half_of_the_width_keeps_heads_whole(rows: str, folder: Folder) -> None:
         assert torch.equal(ours[query + "value_tokens"], theirs[query + "value_tokens"][:, heads])
         assert torch.equal(ours[out + "key_tokens"], theirs[out + "key_tokens"][:, heads])
         assert torch.equal(ours[out + "value_tokens"], theirs[out + "value_tokens"][:, features])
-    else:
+    elif "layers.1.attention.query_key_value.weight" in ours:
         weight = theirs["layers.1.attention.query_key_value.weight"].unflatten(0, (4, 3, 8))
         wanted = weight[ROWS[rows]].flatten(0, 2)[:, features]
         assert torch.equal(ours["layers.1.attention.query_key_value.weight"], wanted)
@@ -250,18 +259,18 @@ def test_tokens_are_halved_with_their_scale(tokenformer: Folder) -> None:
     assert torch.equal(ours["layers.3.mlp.value_tokens"], theirs["layers.3.mlp.value_tokens"][:24, :16])
 
 
-def test_a_hugging_face_folder_is_a_reference(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
-    hf = export(folder.source, folder.path / "hf")
-    words = ["--config_file", folder.config(num_layers=2), "model_parallel_size=2"]
-    made = folder.inherit(*words, source=hf)
+def test_a_hugging_face_folder_is_a_reference(covered: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = export(covered.source, covered.path / "hf")
+    words = ["--config_file", covered.config(num_layers=2), "model_parallel_size=2"]
+    made = covered.inherit(*words, source=hf)
     assert made.holds_weights_alone and made.state.tensor_parallel_size == 2
-    theirs, ours = read_weights(folder.source), read_weights(made)
+    theirs, ours = read_weights(covered.source), read_weights(made)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert f"of {hf} with" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"says nothing of the run. Give --config_file"):
-        folder.inherit("--num_layers", "2", source=hf)
+        covered.inherit("--num_layers", "2", source=hf)
     with pytest.raises(ConfigError, match=r"differs in more than its layers: hidden_size: reference 32, configuration"):
-        folder.inherit("--config_file", folder.config(num_layers=2, hidden_size=64), source=hf)
+        covered.inherit("--config_file", covered.config(num_layers=2, hidden_size=64), source=hf)
 
 
 REFUSED: list[tuple[list[str], dict[str, Any] | None, type[UserError], str]] = [
@@ -271,6 +280,8 @@ REFUSED: list[tuple[list[str], dict[str, Any] | None, type[UserError], str]] = [
     ([], None, ConfigError, "num_layers: how many layers the model is to have is missing; the reference has 4"),
     ([], {"hidden_size": 64, "num_layers": 2}, ConfigError, r"hidden_size: reference 32, configuration 64"),
     ([], {"padded_vocab_size": 700, "num_layers": 2}, ConfigError, "an embedding of 600 rows"),
+    (["--moments", "keep", "--num_layers", "2"], None, ConfigError, "holds weights alone, and nothing of a run"),
+    (["--schedule", "continue", "--num_layers", "2"], None, ConfigError, "inherit.schedule: continue: .* Use restart"),
     (["--operator", "hybrid_stack", "--num_layers", "3"], None, ConfigError, "3 is odd"),
     (["--operator", "hybrid_stack", "--layers", "0,1", "--num_layers", "5"], None, ConfigError, "valid: 4 and 6"),
     (
@@ -297,6 +308,14 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         tokenformer.inherit(*words, *config, name="refused")
     assert not (tokenformer.path / "refused").exists()
+
+
+def test_another_tokenizer_is_refused(tokenformer: Folder) -> None:
+    file = write_tokenizers(tokenformer.path) / "tokenizer.json"
+    config = tokenformer.config(num_layers=2, tokenizer_type="HFTokenizer", vocab_file=str(file))
+    with pytest.raises(ConfigError, match=r"the configured tokenizer has [\d,]+ ids, and .* was trained with 512"):
+        tokenformer.inherit("--config_file", config)
+    assert not (tokenformer.path / "inherited").exists()
 
 
 def test_an_unfinished_reference_is_refused(tokenformer: Folder) -> None:
@@ -333,10 +352,10 @@ class Reversed(type(INHERIT_OPERATORS["inherit"])):  # type: ignore[misc]
 def test_an_operator_needs_nothing_but_its_registration(tokenformer: Folder) -> None:
     INHERIT_OPERATORS.register("reversed")(Reversed())
     try:
-        made = tokenformer.inherit("--operator", "reversed", "--num_layers", "4")
+        ours = read_weights(tokenformer.inherit("--operator", "reversed", "--num_layers", "4"))
     finally:
         INHERIT_OPERATORS.unregister("reversed")
-    theirs, ours = read_weights(tokenformer.source), read_weights(made)
+    theirs = read_weights(tokenformer.source)
     for name, source in expected_sources(ours, [3, 2, 1, 0]).items():
         assert torch.equal(ours[name], theirs[source]), name
 
