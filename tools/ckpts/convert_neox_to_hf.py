@@ -4,9 +4,9 @@
         --config_file configs/tokenformer/150M.yml --output_dir exports/150M
 
 Any tensor- and pipeline-parallel layout. TokenFormer folders carry their modelling code; load them with
-trust_remote_code=True, or import megatron.hf first. Pythia becomes GPTNeoXForCausalLM, GPT-2 GPT2LMHeadModel. At the end
-transformers loads the folder and its logits are compared with ours; when they differ, or anything else fails, no folder
-is left.
+trust_remote_code=True, or import megatron.hf first. Pythia becomes GPTNeoXForCausalLM, GPT-2 GPT2LMHeadModel, LLaMA
+LlamaForCausalLM. At the end transformers loads the folder and its logits are compared with ours; when they differ, or
+anything else fails, no folder is left.
 """
 
 from __future__ import annotations
