@@ -18,6 +18,7 @@ from megatron_tokenformer import run_tool
 
 from megatron.config.load_config import load_words
 from megatron.config.local_path import local_path
+from megatron.errors import ConfigError
 from megatron.registry import install_extra, require
 from tools.ckpts.export_flags import add_export_flags
 from tools.command_line import add_config_file, positive, stay_on_cpu, tool_parser
@@ -33,6 +34,11 @@ def main(argv: Sequence[str]) -> int:
 
     run = load_words(args.config_file).run
     checkpoint = newest_checkpoint(args.input_dir, run.checkpoint.verify_checkpoint)
+    architecture = checkpoint.config.model.architecture
+    if args.architecture is not None and (args.architecture == "llama") != (architecture == "llama"):
+        raise ConfigError(
+            f"--architecture {args.architecture}: {checkpoint.path} holds a {architecture}. Leave the flag out."
+        )
     options = ExportOptions(
         precision=args.precision,
         trim_vocab=args.trim_vocab,
@@ -53,7 +59,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--output_dir", type=local_path, required=True, help="folder to make; it must not hold anything"
     )
     add_export_flags(parser)
-    parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")
+    parser.add_argument("--architecture", choices=("neox", "llama"), help="NeoX's; the checkpoint knows what it is")
     parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")
     parser.add_argument("--max-shard-size", type=positive, help="bytes of a weights file (1 GB), at least a layer")
     return parser.parse_args(argv)

@@ -75,7 +75,12 @@ def test_a_published_folder_becomes_a_run_and_again_a_folder(changes: dict[str, 
     assert (written["architecture"], written["tokenizer_type"]) == ("llama", "SPMTokenizer")
     assert (written["ffn_hidden_size"], written["num_kv_heads"]) == (88, changes["num_key_value_heads"])
     again = tmp_path / "again"
-    words = {"--input_dir": checkpoint.path, "--config_file": tmp_path / "new.yml", "--output_dir": again}
+    words = {
+        "--architecture": "llama",
+        "--input_dir": checkpoint.path,
+        "--config_file": tmp_path / "new.yml",
+        "--output_dir": again,
+    }
     assert convert_neox_to_hf.main([str(part) for pair in words.items() for part in pair]) == 0
     want = {
         name: tensor
@@ -152,3 +157,19 @@ def test_another_number_of_shared_heads_is_another_model(llama: Checkpoint, tmp_
     (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
     with pytest.raises(CheckpointError, match=r"self_attn\.k_proj\.weight has shape \(16, 32\).* \(8, 32\)"):
         import_folder(folder, run, tmp_path / "imported")
+
+
+def test_the_flag_of_neox_does_not_make_another_architecture_of_it(llama: Checkpoint, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path, MODELS["llama"])
+    words = [
+        "--input_dir",
+        llama.path,
+        "--config_file",
+        config,
+        "--output_dir",
+        tmp_path / "hf",
+        "--architecture",
+        "neox",
+    ]
+    with pytest.raises(ConfigError, match=r"--architecture neox: .* holds a llama. Leave the flag out"):
+        convert_neox_to_hf.main([str(word) for word in words])
