@@ -57,6 +57,20 @@ def head_by_head(qkv: Sequence[Tensor]) -> Tensor:
     return torch.stack(outputs, dim=2)
 
 
+@pytest.mark.parametrize("name", list(CAUSAL_ATTENTION))
+def test_a_scale_takes_the_place_of_the_usual_one(name: str) -> None:
+    """Scores times 1 / (3 sqrt(E)), as of the third layer: those of queries over three, spelled out head by head."""
+    backend = load_backend(CAUSAL_ATTENTION, name)
+    *qkv, probe = backend.prepared(seeded(*GROUPED))
+    got = outputs_and_gradients(lambda leaves: backend.function(*leaves, 0.0, 8**-0.5 / 3), qkv, probe)
+    *wide, wide_probe = [tensor.cpu().double() for tensor in (*qkv, probe)]
+    want = outputs_and_gradients(lambda leaves: head_by_head((leaves[0] / 3, *leaves[1:])), wide, wide_probe)
+    assert_near(got, want, backend.tolerance)
+    cached = [x.transpose(1, 2) for x in wide[1:]]
+    last = cached_attention(wide[0][:, -1:], *cached, None, 8**-0.5 / 3)
+    torch.testing.assert_close(last, want[0][:, -1:].double(), rtol=1e-12, atol=1e-12)
+
+
 def test_probabilities_are_causal_and_normalized() -> None:
     _, probabilities = causal_attention_reference(*seeded(*[SHAPE] * 3, dtype=torch.bfloat16))
     assert probabilities.dtype == torch.float32

@@ -134,8 +134,8 @@ def test_on_where_it_cannot_work(packages: dict[str, list[Any]], monkeypatch: py
 
 @pytest.mark.parametrize(
     "model",
-    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()],
-    ids=["tokenformer", "pythia", "gpt2", "llama"],
+    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_gpt2(use_bias_in_norms=False), tiny_llama()],
+    ids=["tokenformer", "pythia", "gpt2", "gpt2 without biases in norms", "llama"],
 )
 def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, list[Any]]) -> None:
     plain, fast = build_local(model, VOCAB, seed=1), build_local(model, VOCAB, seed=1)
