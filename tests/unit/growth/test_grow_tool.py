@@ -50,6 +50,7 @@ COVER: list[Case] = [
     ("mask_ramp", "gelu_l2_norm", (1, 1), (2, 1)), ("copy", "l2_norm_gelu", (1, 2), (1, 1)),
     ("copy", "softmax", (2, 1), (2, 1)), ("copy", "gelu_l2_norm", (1, 1), (1, 2)),
     ("insert", "softmax", (1, 2), (2, 1)), ("insert", "pythia", (2, 1), (1, 1)), ("insert", "gpt2", (2, 1), (1, 2)),
+    ("insert", "llama", (2, 1), (1, 2)),
 ]  # fmt: skip
 
 
