@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tokenizers
 from tokenizers import AddedToken
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
+from tokenizers.normalizers import Prepend, Replace
+from tokenizers.normalizers import Sequence as NormalizerSequence
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import Sequence, TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer
 from megatron.data.tokenizers.huggingface import read_tokenizer_json
-from megatron.errors import DataError
+from megatron.errors import DataError, UntypedErrorsAs
 from megatron.registry import Registry
 
 PADDING = "<|padding|>"
+SPACE = "\u2581"
+"""The character by which SentencePiece writes a space."""
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
+    " and the next one",
     "def f(x):\n    return x  # two  spaces,\ta tab\n\n",
     "naïve café — 中文 русский 🙂 1234567890",
 )
@@ -46,6 +54,27 @@ def _from_vocab_and_merges(config: TokenizerConfig, ours: Tokenizer) -> tokenize
     theirs.pre_tokenizer = ByteLevel(add_prefix_space=False)
     theirs.decoder = ByteLevelDecoder()
     return theirs
+
+
+@TOKENIZER_FILES.register("SPMTokenizer")
+def _from_sentencepiece(config: TokenizerConfig, ours: Tokenizer) -> tokenizers.Tokenizer:
+    """Converts a model of byte-pair encoding, as LLaMA's is; others encode otherwise then, and are refused by that."""
+    with TemporaryDirectory() as folder, UntypedErrorsAs(partial(_no_conversion, config)):
+        shutil.copyfile(str(config.vocab_file), Path(folder) / "tokenizer.model")
+        theirs: tokenizers.Tokenizer = LlamaTokenizer.from_pretrained(folder).backend_tokenizer
+    # As LLaMA's own tokenizer.json has it: a space before every text, also before one that begins with a space.
+    theirs.normalizer = NormalizerSequence([Prepend(SPACE), Replace(" ", SPACE)])
+    theirs.pre_tokenizer = None
+    # What a text begins with is the architecture's to say.
+    theirs.post_processor = None
+    return theirs
+
+
+def _no_conversion(config: TokenizerConfig, error: BaseException) -> DataError:
+    return DataError(
+        f"{config.vocab_file}: transformers cannot convert this SentencePiece model ({error}). Export without it "
+        "(--no_save_tokenizer), and ship the tokenizer's own file."
+    )
 
 
 @TOKENIZER_FILES.register("CharLevelTokenizer")
@@ -107,7 +136,8 @@ def write_tokenizer(folder: Path, config: TokenizerConfig, model: ModelConfig) -
 def _begin_texts(library: tokenizers.Tokenizer, begin: str, id_: int) -> None:
     """Lets texts begin with a token, which LlamaTokenizer adds itself where the file's own template does not."""
     if library.encode("").ids != [id_]:
-        template = TemplateProcessing(single=f"{begin} $A", pair=f"{begin} $A $B:1", special_tokens=[(begin, id_)])
+        pair = f"{begin} $A {begin}:1 $B:1"
+        template = TemplateProcessing(single=f"{begin} $A", pair=pair, special_tokens=[(begin, id_)])
         own = library.post_processor
         library.post_processor = template if own is None else Sequence([own, template])
 

@@ -62,10 +62,10 @@ def same_in_transformers(ours: LocalCausalLM, model: ModelConfig, **settings: An
     architecture = HF_ARCHITECTURES[model.architecture]
     config = architecture.to_config(model, VOCAB.padded)
     theirs = architecture.model_class._from_config(config, **settings)
+    # GPTNeoX calls the head's module otherwise than its tensor in a folder.
+    head = architecture.names.to_theirs("head.")
     their_parameters = {
-        architecture.names.also_read[0][1] + name.removeprefix("lm_head.")
-        if architecture.names.also_read and name.startswith("lm_head.")
-        else name: parameter
+        name.replace("lm_head.", head) if name.startswith("lm_head.") else name: parameter
         for name, parameter in theirs.named_parameters()
     }
     with torch.no_grad():

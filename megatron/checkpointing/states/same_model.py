@@ -13,15 +13,18 @@ FREE_MODEL_FIELDS = frozenset(
     {"seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method",
      "output_layer_init_method", "init_method_std", "make_vocab_size_divisible_by", "padded_vocab_size"}
 )  # fmt: skip
-"""What may differ between a checkpoint's model and the configured one: none of it changes what weights mean.
+"""What may differ between a checkpoint's model and the configured one: none of it changes what weights mean."""
 
-The number of positions may not where each is learned."""
+
+def free_model_fields(model: ModelConfig) -> frozenset[str]:
+    """Returns what may differ from `model`: the number of positions only where none is learned."""
+    return FREE_MODEL_FIELDS - ({"max_position_embeddings"} if model.pos_emb == "learned" else set())
 
 
 def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[str]:
     """Lists the differences that matter, one sentence each."""
     theirs, ours = checkpoint.model_dump(), configured.model_dump()
-    free = FREE_MODEL_FIELDS - ({"max_position_embeddings"} if configured.pos_emb == "learned" else set())
+    free = free_model_fields(configured)
     return [
         f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}"
         for name in ours

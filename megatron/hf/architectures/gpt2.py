@@ -83,6 +83,9 @@ def to_config(model: ModelConfig, vocab_rows: int) -> GPT2Config:
     return GPT2Config(
         vocab_size=vocab_rows,
         n_inner=None,
+        # The tokenizer's, if it is exported; the defaults are those of OpenAI's vocabulary.
+        bos_token_id=None,
+        eos_token_id=None,
         activation_function=ACTIVATIONS[model.activation],
         embd_pdrop=model.hidden_dropout,
         **FIELDS.to_theirs(model, "GPT2LMHeadModel"),

@@ -337,6 +337,13 @@ def test_a_wrong_configuration_of_gpt2_is_told_by_its_keys(changes: dict[str, An
     fails(source, write_config(tmp_path, settings, **(scaled | changes)), tmp_path / "out", ConfigError, match)
 
 
+def test_positions_that_are_no_matrix_are_named(tmp_path: Path) -> None:
+    settings = MODELS["gpt2"]
+    weights = neox_weights(settings, ROWS) | {"0.position_embeddings.weight": torch.tensor(1.0)}
+    source = write_neox(tmp_path / "neox", weights, settings, "layers")
+    fails(source, write_config(tmp_path, settings), tmp_path / "out", CheckpointError, "is no matrix of positions")
+
+
 def test_learned_positions_of_other_architectures_are_read(tmp_path: Path) -> None:
     """NeoX has them for every layer; a parallel residual makes it no GPT-2."""
     settings = MODELS["pythia"] | {"pos_emb": "learned"}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from lm_eval.models.huggingface import HFLM
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
@@ -15,11 +13,12 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import DataError
 from megatron.hf.tokenizer_files import write_tokenizer
 from megatron.inference.evaluation.harness.harness_model import HarnessModel
 from megatron.inference.evaluation.harness.response_cache import ResponseCache
 from tests.helpers.models import tiny_llama, tiny_pythia
-from tests.helpers.tokenizer_files import CORPUS
+from tests.helpers.tokenizer_files import CORPUS, write_sentencepiece, write_tokenizers
 
 TEXTS = ["The quick brown fox", " jumps", "It's naïve 中 🙂", ""]
 
@@ -50,17 +49,26 @@ def test_an_exported_folder_begins_texts_as_prompts_begin_here(template: bool, t
 
 def test_sentencepiece_prompts_are_those_of_llamatokenizer(tmp_path: Path) -> None:
     """LLaMA's own is a BPE model as well; its tokenizer_config.json says add_bos_token: true."""
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=written, vocab_size=60, model_type="bpe", minloglevel=2
+    file, model = write_sentencepiece(tmp_path / "tokenizer.model"), tiny_llama()
+    config = TokenizerConfig(type="SPMTokenizer", vocab_file=str(file))
+    prompts, theirs = (
+        PromptTokenizer(build_tokenizer(config), model),
+        LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True),
     )
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(written.getvalue())
-    prompts = PromptTokenizer(build_tokenizer(TokenizerConfig(type="SPMTokenizer", vocab_file=str(file))), tiny_llama())
-    theirs = LlamaTokenizer.from_pretrained(tmp_path, add_bos_token=True)
-    for text in TEXTS[:2]:
-        assert prompts.tokenize(text) == theirs(text)["input_ids"]
-    assert prompts.start == theirs.bos_token_id
+    write_tokenizer(tmp_path / "hf", config, model)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in TEXTS:
+        assert prompts.tokenize(text) == exported(text)["input_ids"]
+        # LlamaTokenizer has come to spare a text its first space; LLaMA's own files and SentencePiece do not.
+        assert prompts.tokenize(text) == theirs(text)["input_ids"] or text.startswith(" ")
+        assert exported.decode(exported(text)["input_ids"], skip_special_tokens=True) == text
+    assert prompts.start == theirs.bos_token_id == exported.bos_token_id
+
+
+def test_a_sentencepiece_model_that_transformers_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    file = write_tokenizers(tmp_path) / "plain.model"
+    with pytest.raises(DataError, match=r"transformers (encodes|cannot convert)"):
+        write_tokenizer(tmp_path / "hf", TokenizerConfig(type="SPMTokenizer", vocab_file=str(file)), tiny_llama())
 
 
 def test_other_architectures_keep_what_the_tokenizer_says(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES, LayerTensors
 from megatron.checkpointing.convert.neox.neox_files import NeoxFiles
 from megatron.config.architecture import ARCHITECTURES
@@ -49,11 +51,9 @@ def model_of(files: NeoxFiles) -> NeoxModel:
     missing = next((number for number, block in enumerate(blocks, start=2) if number != block), None)
     if missing is not None:
         raise CheckpointError(f"{files.path}: transformer layer {missing} is missing. Copy its files as well.")
-    embedding = [part.read() for part in files.tensors[EMBEDDING]]
-    if any(part.dim() != 2 for part in embedding):
-        raise CheckpointError(f"{files.path}: {files.describe(EMBEDDING)} is no matrix of vocabulary rows.")
+    embedding = _matrices(files, EMBEDDING, "vocabulary rows")
     first = {name.removeprefix(FIRST): parts for name, parts in files.tensors.items() if name.startswith(FIRST)}
-    positions = [part.read() for part in files.tensors.get(POSITIONS, ())]
+    positions = _matrices(files, POSITIONS, "positions")
     architectures = _architectures_of(first, learned=bool(positions))
     settings: dict[str, Any] = {"architecture": architectures[0]} if len(architectures) == 1 else {}
     settings |= {
@@ -111,6 +111,14 @@ def _architectures_of(first: LayerTensors, *, learned: bool) -> tuple[str, ...]:
             return (name,)
     positions = {name: ARCHITECTURES[name].fixed.get("pos_emb") for name in unclaimed}
     return tuple(name for name, fixed in positions.items() if fixed is None or (fixed.value == "learned") is learned)
+
+
+def _matrices(files: NeoxFiles, name: str, what: str) -> list[Tensor]:
+    """Reads the parts of a matrix of the embedding; none where there is no such tensor."""
+    parts = [part.read() for part in files.tensors.get(name, ())]
+    if any(part.dim() != 2 for part in parts):
+        raise CheckpointError(f"{files.path}: {files.describe(name)} is no matrix of {what}.")
+    return parts
 
 
 def _norm(files: NeoxFiles, prefix: str) -> str:
