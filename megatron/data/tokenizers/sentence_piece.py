@@ -13,7 +13,10 @@ from megatron.errors import DataError
 
 @TOKENIZERS.register("SPMTokenizer")
 class SPMTokenizer:
-    """A SentencePiece .model. Its end-of-document token is the piece <|endoftext|>, or else the model's own </s>."""
+    """A SentencePiece .model. Its end-of-document token is the piece <|endoftext|>, or else the model's own </s>.
+
+    As NeoX's, prepared documents do not begin with its <s>; those of a tokenizer.json do where its template says so.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         path = configured_file(config.vocab_file, "vocab_file", config, "a SentencePiece .model")
