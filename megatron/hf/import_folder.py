@@ -143,9 +143,7 @@ class FolderReader:
                 "config.json."
             )
         self._layouts = {layout.name: layout for layout in layer_layouts(run.model, self.vocab)}
-        self._shapes = {
-            name: _their_shapes(layout, architecture, run.model) for name, layout in self._layouts.items()
-        }
+        self._shapes = {name: _their_shapes(layout, architecture, run.model) for name, layout in self._layouts.items()}
         files = _without_tied_head(folder, tensors, architecture.names) if run.model.tie_embeddings else tensors.files
         expected = chain.from_iterable(self._shapes.values())
         self._theirs = our_names(architecture.names, files, expected, str(folder))

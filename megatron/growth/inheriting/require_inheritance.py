@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from megatron.checkpointing.states.same_model import FREE_MODEL_FIELDS
+from megatron.checkpointing.states.same_model import free_model_fields
 from megatron.config.architecture import ARCHITECTURES
 from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.model import ModelConfig
@@ -18,7 +18,7 @@ def require_inheritance(before: ModelConfig, after: ModelConfig, rules: InheritC
     """Raises ConfigError, naming the YAML key, when `rules.operator` cannot make a model `after` of one `before`."""
     operator = INHERIT_OPERATORS[rules.operator]
     require_rules_with_effect(rules)
-    differences = dict(_differences(_values(before), _values(after)))
+    differences = dict(_differences(_values(before), _values(after), free_model_fields(after) | {"num_layers"}))
     if operator.halves_width:
         _require_half(before, after, differences)
     elif differences:
@@ -48,15 +48,15 @@ def _values(model: ModelConfig) -> dict[str, Any]:
 
 
 def _differences(
-    before: dict[str, Any], after: dict[str, Any], prefix: str = ""
+    before: dict[str, Any], after: dict[str, Any], free: Collection[str], prefix: str = ""
 ) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Yields what two models differ in beside their layers, by dotted field, with both values."""
     for name, new in after.items():
         old = before.get(name)
-        if name in FREE_MODEL_FIELDS | {"num_layers"} or old == new:
+        if name in free or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            yield from _differences(old, new, free, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", (old, new)
 

@@ -210,6 +210,15 @@ def test_half_of_the_width_keeps_heads_whole(rows: str, folder: Folder) -> None:
         assert torch.equal(ours[query + "value_tokens"], theirs[query + "value_tokens"][:, heads])
         assert torch.equal(ours[out + "key_tokens"], theirs[out + "key_tokens"][:, heads])
         assert torch.equal(ours[out + "value_tokens"], theirs[out + "value_tokens"][:, features])
+    elif "layers.1.attention.key.weight" in ours:
+        group = 1 if rows == "last" else 0
+        width = {"query": 16, "key": 8, "value": 8}
+        for name, kept in width.items():
+            weight = theirs[f"layers.1.attention.{name}.weight"][group * kept : (group + 1) * kept]
+            assert torch.equal(ours[f"layers.1.attention.{name}.weight"], weight[:, features]), name
+        units = {"first": slice(0, 44), "last": slice(44, 88), "even": slice(0, 88, 2)}[rows]
+        assert torch.equal(ours["layers.2.mlp.gate.weight"], theirs["layers.2.mlp.gate.weight"][units][:, features])
+        assert torch.equal(ours["layers.2.mlp.down.weight"], theirs["layers.2.mlp.down.weight"][features][:, units])
     elif "layers.1.attention.query_key_value.weight" in ours:
         weight = theirs["layers.1.attention.query_key_value.weight"].unflatten(0, (4, 3, 8))
         wanted = weight[ROWS[rows]].flatten(0, 2)[:, features]

@@ -170,3 +170,20 @@ def test_the_demo_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in shown.splitlines()[1:4]] == ["2_layers", "3_layers", "4_layers"]
     assert "demo/run: layers 0 to 1" in shown and "the first 320 validation samples" in shown
     assert load_rounds(plan, [], run_stages.hf_model).rounds[1].loaded.run.training.lr_schedule.decay_iters == 200
+
+
+ROUNDS_OF_THE_PAPER = {"medium": [12, 14, 16], "large": [18, 20, 22], "xl": [24, 26, 28]}
+"""Layers of GPT-2's rounds; the paper reports the first for large and XL, and all for medium."""
+
+
+@pytest.mark.parametrize("size", ROUNDS_OF_THE_PAPER)
+def test_the_papers_rounds(size: str) -> None:
+    plan = load_rounds(ROOT / "configs" / "inheritune" / f"rounds_gpt2_{size}.yml", [], run_stages.hf_model)
+    assert layers_of(plan) == ROUNDS_OF_THE_PAPER[size]
+    tokens = {"medium": 384 * 1024, "large": 128 * 1024, "xl": 128 * 1024}[size]
+    for number, stage in enumerate(plan.rounds):
+        schedule, model = stage.loaded.run.training.lr_schedule, stage.loaded.run.model
+        assert (stage.first_step, stage.last_step) == (number * 100_000, (number + 1) * 100_000)
+        assert stage.tokens_per_step == tokens
+        assert (schedule.decay_iters, schedule.warmup, schedule.min_lr) == (100_000, 0.02, 1e-5)
+        assert model.scale_attn_by_inverse_layer_idx and not model.use_bias_in_mlp
