@@ -124,10 +124,11 @@ class InheritingLoop:
     def _decide(self, stage: Stage, following: Stage | None, *, is_met: bool) -> tuple[str, str | None]:
         """Returns what comes after a round, and how the loop ends with it; None where it goes on."""
         layers = stage.sizes.num_layers
+        depth = "1 layer" if layers == 1 else f"{layers} layers"
         if is_met:
-            return "met", f"The reference is met with {layers} layers."
+            return "met", f"The reference is met with {depth}."
         if following is None:
-            return "the budget ends", f"The budget of the plan ends with {layers} layers, above the reference."
+            return "the budget ends", f"The budget of the plan ends with {depth}, above the reference."
         added = range(layers, following.sizes.num_layers)
         return f"append the reference's layers {', '.join(map(str, added))}", None
 

@@ -213,9 +213,9 @@ def test_the_loop_ends_with_the_round_that_meets_the_reference(
     command = ForkedCommands()
     assert loop.run(command) == 0
     assert command.calls == ["validate 1_layers", "train 1_layers", "validate 1_layers"]
-    assert loop.decisions["outcome"] == "The reference is met with 1 layers."
+    assert loop.decisions["outcome"] == "The reference is met with 1 layer."
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"The reference is met with 1 layers. (see {loop.runs / 'decisions.json'})"
+    assert last == f"The reference is met with 1 layer. (see {loop.runs / 'decisions.json'})"
 
 
 @pytest.mark.full
