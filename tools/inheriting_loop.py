@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,14 @@ class Decisions:
         replace_durably(file, json.dumps({"format": 1, **asdict(self)}, indent=1) + "\n")
 
 
+class CommandEndedError(Exception):
+    """A command has not ended well: `code` is what the loop ends with."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class InheritingLoop:
     """One loop. `command` runs a script of the project; `train` trains a round, or what is left of it.
 
@@ -71,28 +80,29 @@ class InheritingLoop:
 
     def run(self) -> int:
         """Trains rounds until one meets the reference, or the plan has no more; returns the exit code."""
-        plan = self.plan
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        code = self._import_reference()
-        reference = None if code else self._measure("reference", plan.reference_folder, plan.rounds[0])
-        if not isinstance(reference, Measured):
-            return code or int(reference or 0)
-        print(f"\nreference: validation loss {reference.loss:.4f} on {reference.samples:,} samples", flush=True)
-        decisions = Decisions(reference, plan.margin)
-        for number, stage in enumerate(plan.rounds):
-            code = self._train(stage)
-            found = code or self._measure(stage.name, stage.folder, stage)
-            if not isinstance(found, Measured):
-                return found
-            if found.data != reference.data:
-                # Something that decides the samples was changed since the reference was measured.
-                again = self._measure("reference", plan.reference_folder, stage, anew=True)
-                if not isinstance(again, Measured):
-                    return again
-                decisions.reference = reference = again
-            following = plan.rounds[number + 1] if number + 1 < len(plan.rounds) else None
-            is_met = found.loss <= reference.loss + plan.margin
-            decision, decisions.outcome = self._decide(stage, following, is_met=is_met)
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._import_reference()
+            reference = self._measure_reference(self.plan.rounds[0])
+            print(f"\nreference: validation loss {reference.loss:.4f} on {reference.samples:,} samples", flush=True)
+            self._train_rounds(Decisions(reference, self.plan.margin))
+        except CommandEndedError as ended:
+            return ended.code
+        return 0
+
+    def _train_rounds(self, decisions: Decisions) -> None:
+        rounds = self.plan.rounds
+        for stage, following in zip_longest(rounds, rounds[1:]):
+            _require_success(self._train(stage))
+            found = self._measure(stage.name, stage.folder, stage)
+            if found.data != decisions.reference.data:
+                # Something that decides the samples was changed since one of them was measured.
+                found = self._measure(stage.name, stage.folder, stage, anew=True)
+                decisions.reference = self._measure_reference(stage, anew=True)
+            reference = decisions.reference
+            decision, decisions.outcome = self._decide(
+                stage, following, is_met=found.loss <= reference.loss + decisions.margin
+            )
             decisions.rounds.append(
                 {
                     "round": stage.name,
@@ -102,31 +112,32 @@ class InheritingLoop:
                     "decision": decision,
                 }
             )
-            decisions.write(plan.decisions_file)
+            decisions.write(self.plan.decisions_file)
             print(
                 f"{stage.name}: validation loss {found.loss:.4f}, the reference's {reference.loss:.4f}: {decision}",
                 flush=True,
             )
             if decisions.outcome is not None:
-                print(f"{decisions.outcome} (see {plan.decisions_file})", flush=True)
-                return 0
-        return 0
+                break
+        print(f"{decisions.outcome} (see {self.plan.decisions_file})", flush=True)
 
     def _decide(self, stage: Stage, following: Stage | None, *, is_met: bool) -> tuple[str, str | None]:
+        """Returns what comes after a round, and how the loop ends with it; None where it goes on."""
         layers = stage.sizes.num_layers
+        depth = "1 layer" if layers == 1 else f"{layers} layers"
         if is_met:
-            return "met", f"The reference is met with {layers} layers."
+            return "met", f"The reference is met with {depth}."
         if following is None:
-            return "the budget ends", f"The budget of the plan ends with {layers} layers, above the reference."
+            return "the budget ends", f"The budget of the plan ends with {depth}, above the reference."
         added = range(layers, following.sizes.num_layers)
         return f"append the reference's layers {', '.join(map(str, added))}", None
 
-    def _import_reference(self) -> int:
-        """Makes a checkpoint of a Hugging Face folder, unless that was done; returns the exit code."""
+    def _import_reference(self) -> None:
+        """Makes a checkpoint of a Hugging Face folder, unless that was done."""
         plan = self.plan
         model = plan.reference_model
         if not plan.imports_reference or plan.reference_folder.exists() or model is None:
-            return 0
+            return
         keys = {
             key: value
             for key, value in plan.rounds[0].keys.items()
@@ -136,10 +147,13 @@ class InheritingLoop:
         settings = {"num_layers": model.num_layers, "save": str(plan.reference_folder)}
         replace_durably(config, yaml.safe_dump(keys | settings, sort_keys=False))
         words = ["--input_dir", str(plan.reference), "--config_file", str(config)]
-        return self._command(IMPORT_SCRIPT, *words, "--output_dir", str(plan.reference_folder))
+        _require_success(self._command(IMPORT_SCRIPT, *words, "--output_dir", str(plan.reference_folder)))
 
-    def _measure(self, name: str, folder: Path, stage: Stage, *, anew: bool = False) -> Measured | int:
-        """Returns the loss of the newest checkpoint of a folder, or the exit code of the command that failed.
+    def _measure_reference(self, stage: Stage, *, anew: bool = False) -> Measured:
+        return self._measure("reference", self.plan.reference_folder, stage, anew=anew)
+
+    def _measure(self, name: str, folder: Path, stage: Stage, *, anew: bool = False) -> Measured:
+        """Returns the loss of the newest checkpoint of a folder, on the validation samples of a round.
 
         A loss that was measured before is read, unless `anew` asks for another.
         """
@@ -153,15 +167,18 @@ class InheritingLoop:
         stage.config_file.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(stage.config_file, yaml.safe_dump(stage.keys, sort_keys=False))
         words = [f"load={checkpoint.path}", f"eval_output={file}"]
-        code = self._command("deepy.py", "validate.py", str(stage.config_file), *words)
-        if code:
-            return code
+        _require_success(self._command("deepy.py", "validate.py", str(stage.config_file), *words))
         found = read_measured(file)
         if found is None or not found.is_of(checkpoint):
             raise CheckpointError(
                 f"{file} is not of {checkpoint.path}, which changed while it was measured. Start again."
             )
         return found
+
+
+def _require_success(code: int) -> None:
+    if code:
+        raise CommandEndedError(code)
 
 
 def read_measured(file: Path) -> Measured | None:

@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = tool_parser(__doc__)
-    add_rewriting(parser, "YAML files of the run to come", config_required=False)
+    source = "the reference: a global_stepN folder, a run's folder, or a Hugging Face folder"
+    add_rewriting(parser, "YAML files of the run to come", config_required=False, source=source)
     parser.add_argument("--num_layers", type=positive, help="layers of the model, where no configuration says them")
     tokens = parser.add_argument_group("tokens to measure on").add_mutually_exclusive_group()
     tokens.add_argument(

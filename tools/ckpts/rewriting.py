@@ -32,9 +32,15 @@ class Rewriting:
     """Those ranks by parallel dimension."""
 
 
-def add_rewriting(parser: argparse.ArgumentParser, config: str, *, config_required: bool = True) -> None:
-    """Adds --input_dir, --config_file with the meaning `config`, --output_dir and --ranks."""
-    parser.add_argument("--input_dir", type=local_path, required=True, help="a global_stepN folder, or a run's folder")
+def add_rewriting(
+    parser: argparse.ArgumentParser,
+    config: str,
+    *,
+    config_required: bool = True,
+    source: str = "a global_stepN folder, or a run's folder",
+) -> None:
+    """Adds --input_dir with the meaning `source`, --config_file with that of `config`, --output_dir and --ranks."""
+    parser.add_argument("--input_dir", type=local_path, required=True, help=source)
     add_config_file(parser, config, required=config_required)
     parser.add_argument(
         "--output_dir", type=local_path, required=True, help="folder that the global_stepN folder goes to"

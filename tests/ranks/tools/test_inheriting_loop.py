@@ -206,14 +206,16 @@ def test_killed_between_a_round_and_its_decision(
 
 
 def test_the_loop_ends_with_the_round_that_meets_the_reference(
-    reference: Path, data: dict[str, Any], tmp_path: Path
+    reference: Path, data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a margin that any loss meets; the rounds after it are not trained."""
     loop = Loop(tmp_path, reference, data, margin=100.0, steps=1)
     command = ForkedCommands()
     assert loop.run(command) == 0
     assert command.calls == ["validate 1_layers", "train 1_layers", "validate 1_layers"]
-    assert loop.decisions["outcome"] == "The reference is met with 1 layers."
+    assert loop.decisions["outcome"] == "The reference is met with 1 layer."
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"The reference is met with 1 layer. (see {loop.runs / 'decisions.json'})"
 
 
 @pytest.mark.full
@@ -242,9 +244,16 @@ def test_samples_that_change_are_measured_again(reference: Path, data: dict[str,
     command = ForkedCommands()
     assert loop.run(command) == 0
     after = loop.decisions
-    assert command.calls == ["train 1_layers", "validate 1_layers", "validate 1_layers"]
+    assert command.calls == ["train 1_layers", *["validate 1_layers"] * 3]
     assert (before["reference"]["samples"], after["reference"]["samples"]) == (8, 16)
     assert after["reference"]["data"] == after["rounds"][0]["data"] != before["reference"]["data"]
+    base.write_text(yaml.safe_dump(yaml.safe_load(base.read_text()) | {"eval_iters": 3}))
+    (loop.runs / "validation" / "reference.json").unlink()
+    command = ForkedCommands()
+    assert loop.run(command) == 0
+    last = loop.decisions
+    assert last["reference"]["samples"] == last["rounds"][0]["samples"] == 24
+    assert command.calls == ["validate 1_layers"] * 3
 
 
 @pytest.mark.full
