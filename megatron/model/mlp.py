@@ -19,6 +19,10 @@ ACTIVATIONS: Registry[Callable[[Tensor], Tensor]] = Registry("activation")
 ACTIVATIONS.register("gelu")(F.gelu)
 ACTIVATIONS.register("gelu_tanh")(partial(F.gelu, approximate="tanh"))
 
+GATES: Registry[Callable[[Tensor], Tensor]] = Registry("gated activation")
+"""By the name of the activation: the function on the gate."""
+GATES.register("swiglu")(F.silu)
+
 
 class MLP(nn.Module):
     """y = activation(x W_1^T + b_1) W_2^T + b_2 with 4 d features inside; residual stream in and out."""
