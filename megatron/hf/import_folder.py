@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -35,6 +36,11 @@ from megatron.io.durable import new_folder
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.model.causal_lm import VocabSize, build_local
 
+LIBRARY_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    # Of configurations that check the types of their fields, such as GPT-2's; a class of its own.
+    StrictDataclassError,
+)
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})
 """What a folder's configuration says and the importing run may change; learned positions have their number."""
 
@@ -81,8 +87,8 @@ def _library_errors(path: Path) -> Iterator[None]:
     """Raises CheckpointError for what transformers and its classes raise where a field is of a foreign type."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+    except LIBRARY_ERRORS as error:
+        reason = " ".join((str(error) or repr(error)).split("\n")[:2])
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {reason}. Copy it again.") from error
 
 

@@ -356,6 +356,23 @@ def test_learned_positions_of_other_architectures_are_read(tmp_path: Path) -> No
     assert torch.equal(got, weights["0.position_embeddings.weight"])
 
 
+def test_a_yaml_of_neox_s_own_learned_positions_makes_a_gpt2(tmp_path: Path) -> None:
+    """It names no architecture; without the fused kernel its GeLU is the exact one."""
+    ours = ("architecture", "scale_attn_by_inverse_layer_idx", "padded_vocab_size")
+    settings = {key: value for key, value in MODELS["gpt2"].items() if key not in ours}
+    settings |= {"attention_config": [[["global"], 3]], "gpt_j_residual": False, "opt_pos_emb_offset": 0}
+    weights = neox_weights(MODELS["gpt2"], ROWS)
+    source = write_neox(tmp_path / "neox", weights, settings, "layers", tensor=2)
+    arguments = ["--input", source, "--write-config", tmp_path / "derived.yml", "--output_dir", tmp_path / "out"]
+    assert import_neox.main(list(map(str, arguments))) == 0
+    checkpoint = find_checkpoint(tmp_path / "out", None, "full")
+    assert checkpoint is not None
+    model = checkpoint.config.model
+    assert (model.architecture, model.pos_emb, model.activation) == ("gpt2", "learned", "gelu")
+    got, want = read_weights(checkpoint), our_weights(weights, 3)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_norms_without_biases_are_read(tmp_path: Path) -> None:
     settings = MODELS["gpt2"]
     weights = {name: w for name, w in neox_weights(settings, ROWS).items() if not name.endswith("norm.bias")}

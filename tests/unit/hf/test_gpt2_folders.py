@@ -160,6 +160,15 @@ def test_what_our_gpt2_cannot_be(changes: dict[str, Any], message: str, gpt2: Ch
         import_folder(folder, gpt2.config, tmp_path / "imported")
 
 
+@pytest.mark.parametrize("field", ["pad_token_id", "n_embd", "activation_function"])
+def test_fields_of_a_foreign_type_are_named(field: str, gpt2: Checkpoint, tmp_path: Path) -> None:
+    folder = export(gpt2, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: [1.5]}))
+    with pytest.raises(CheckpointError, match=rf"config\.json cannot be used: .*{field}"):
+        import_folder(folder, gpt2.config, tmp_path / "imported")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
