@@ -43,6 +43,7 @@ THEMES = {
     "launch": "Launching",
     "speedups": "Speed-ups",
     "grow": "Growth",
+    "distillation": "Distillation",
 }
 """Sections of the configuration, and the headings of their keys."""
 
