@@ -19,8 +19,8 @@ from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
 
-ABSENT_SECTIONS = ("grow", "distillation")
-"""Sections that a run has only where its configuration gives one of their keys."""
+OPTIONAL_SECTIONS = ("grow", "distillation")
+"""Sections that a run has only where its configuration says something in them."""
 
 
 class RunConfig(Section):
@@ -40,10 +40,10 @@ class RunConfig(Section):
     distillation: DistillationConfig | None = None
 
     @model_serializer(mode="wrap")
-    def _without_absent_sections(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unused_sections(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Configurations without them are saved as they were before these sections existed, for older versions to read.
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name not in ABSENT_SECTIONS or value is not None}
+        return {name: value for name, value in values.items() if name not in OPTIONAL_SECTIONS or value is not None}
 
 
 def config_text(run: RunConfig) -> str:

@@ -21,7 +21,7 @@ from megatron.checkpointing.states.load_parameters import load_layers, load_para
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.training import PrecisionConfig
 from megatron.data.micro_batch import MicroBatch
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.model.causal_lm import layer_entries
 from megatron.model.embedding import Head, TiedHead, TokenEmbedding, tied_logits
 from megatron.model.pipeline import layer_specs, stage_bounds
@@ -50,7 +50,10 @@ class TeacherStage:
     ) -> None:
         entries = layer_entries(teacher.model, teacher.vocab, context)
         specs = layer_specs(entries, teacher.model)
-        bounds = stage_bounds(specs, parallel.pipe_partition_method, context.pipe_size)
+        try:
+            bounds = stage_bounds(specs, parallel.pipe_partition_method, context.pipe_size)
+        except ConfigError as error:
+            raise ConfigError(f"distillation.teacher: {teacher.path}: {error}") from error
         own = range(bounds[context.pipe_rank], bounds[context.pipe_rank + 1])
         with device:
             built = {index: entries[index].build() for index in own}
