@@ -29,13 +29,18 @@ Advance = Callable[[int], None]
 
 
 class _Sums:
-    """Sums the statistics of each layer and head over sequences."""
+    """Sums the statistics of each layer and head over sequences, of a model that errors call `name`."""
 
-    def __init__(self, tau: float, advance: Advance) -> None:
-        self.tau, self.advance = tau, advance
+    def __init__(self, name: str, tau: float, advance: Advance) -> None:
+        self.name, self.tau, self.advance = name, tau, advance
         self.totals: dict[int, dict[str, Tensor]] = {}
 
     def add(self, layer: int, probabilities_BHSS: Tensor) -> None:
+        if not torch.isfinite(probabilities_BHSS).all():
+            raise CheckpointError(
+                f"{self.name}: the attention probabilities of layer {layer + 1} are not finite: its weights are "
+                "damaged or too large. Choose another checkpoint."
+            )
         found = {name: value.sum(0) for name, value in head_statistics(probabilities_BHSS, self.tau).items()}
         so_far = self.totals.get(layer)
         self.totals[layer] = found if so_far is None else {name: so_far[name] + found[name] for name in found}
@@ -43,6 +48,10 @@ class _Sums:
 
     def means(self, sequences: int) -> HeadStatistics:
         layers = [self.totals[layer] for layer in sorted(self.totals)]
+        counts = {len(of_layer["rank"]) for of_layer in layers}
+        if len(counts) > 1:
+            heads = " and ".join(map(str, sorted(counts)))
+            raise CheckpointError(f"{self.name}: its layers have {heads} heads, and only equal numbers are known here.")
         return {
             each.name: torch.stack([of_layer[each.name] for of_layer in layers]).cpu() / sequences
             for each in STATISTICS
@@ -54,7 +63,7 @@ def measure_checkpoint(checkpoint: Checkpoint, tokens_BS: Tensor, tau: float, ad
     """Measures a checkpoint of any layout on token ids [B, S], in float32 and without dropout.
 
     One layer's probabilities are in memory at a time. Raises DataError for tokens that the model does not know, or
-    more of them than it has positions; CheckpointError for weights that are damaged or not finite.
+    more of them than it has positions; CheckpointError for weights that are damaged, not finite, or too large.
     """
     config = checkpoint.config
     config = config.model_copy(
@@ -66,7 +75,7 @@ def measure_checkpoint(checkpoint: Checkpoint, tokens_BS: Tensor, tau: float, ad
     )
     require_tokens(tokens_BS, str(checkpoint.path), checkpoint.state.vocab_size, config.model.max_position_embeddings)
     model = load_model(config, checkpoint, ParallelContext.single(), local_device())
-    sums = _Sums(tau, advance)
+    sums = _Sums(str(checkpoint.path), tau, advance)
     with captured_attention(model.module, sums.add):
         step = sequences_at_a_time(config.model.num_attention_heads, tokens_BS.shape[1])
         for part_BS in torch.split(tokens_BS, step):
@@ -80,12 +89,12 @@ def measure_huggingface(model: Any, name: str, tokens_BS: Tensor, tau: float, ad
 
     Its library gives the probabilities of all layers at once, so that fewer sequences are read at a time. Raises
     DataError for tokens that the model does not know, or more of them than it has positions; CheckpointError for a
-    model without attention probabilities.
+    model without attention probabilities, or with some that are not finite.
     """
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or tokens_BS.shape[1]
     require_tokens(tokens_BS, name, config.vocab_size, longest)
-    sums = _Sums(tau, advance)
+    sums = _Sums(name, tau, advance)
     step = sequences_at_a_time(config.num_hidden_layers * config.num_attention_heads, tokens_BS.shape[1])
     for part_BS in torch.split(tokens_BS, step):
         attentions = model(part_BS.to(model.device), output_attentions=True, use_cache=False).attentions

@@ -101,6 +101,18 @@ def foreign_model(tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
+def test_a_model_whose_numbers_are_not_finite(exported: Path, text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(exported, tmp_path / "hf"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.1" in name)
+    weights[name][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{folder}: the attention probabilities of layer 2 are not finite"):
+        main([str(folder), "--text", str(text), "--output", str(tmp_path / "out"), *SIZES])
+
+
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
