@@ -21,7 +21,7 @@ from megatron.training.check_config import require_trainable
 from megatron.training.distillation.find_teacher import find_teacher
 from megatron.training.distillation.teacher_stage import TeacherStage
 from tests.helpers.configs import PYTHIA, TOKENFORMER
-from tests.helpers.tiny_checkpoints import make_checkpoint, tokens, whole_model, write_yaml
+from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, tokens, whole_model, write_yaml
 
 
 def check(config: Path, *overrides: str) -> list[str]:
@@ -165,27 +165,39 @@ def test_a_hugging_face_folder_of_another_tokenizer(
     assert "is another tokenizer than this run's: id 65 is 'B', and this run's 'A'" in refusal(config)
 
 
-def test_a_stage_computes_what_its_teacher_does(
-    tokenformer: Checkpoint, exported: Path, write_config: Callable[..., Path]
-) -> None:
-    """The logits of a checkpoint and of its export, bit for bit; the batches are handed on as they are."""
+def stage_of(path: Path, write_config: Callable[..., Path]) -> TeacherStage:
+    config = load_config([write(write_config, path)]).run
+    teacher = find_teacher(config, "sizes")
+    assert teacher is not None
+    speedups = choose_speedups(config.speedups, config.training.precision, config.training.optimizer, on_gpu=False)
+    single, cpu = ParallelContext.single(), torch.device("cpu")
+    return TeacherStage(teacher, config.parallel, config.training.precision, speedups, single, cpu, 3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stage_computes_what_its_teacher_does(name: str, tmp_path: Path, write_config: Callable[..., Path]) -> None:
+    """Its logits are the model's, bit for bit; the batches are handed on as they are."""
+    teacher = make_checkpoint(write_yaml(tmp_path, MODELS[name]), tensor=2)
+    stage = stage_of(teacher.path, write_config)
     inputs = tokens()
     batch = (inputs, (inputs + 1, torch.ones(inputs.shape)))
-    want = whole_model(tokenformer.config)(inputs).detach()[..., :512]
-    for path in (tokenformer.path, exported):
-        config = load_config([write(write_config, path)]).run
-        teacher = find_teacher(config, "sizes")
-        assert teacher is not None
-        speedups = choose_speedups(config.speedups, config.training.precision, config.training.optimizer, on_gpu=False)
-        single, cpu = ParallelContext.single(), torch.device("cpu")
-        stage = TeacherStage(teacher, config.parallel, config.training.precision, speedups, single, cpu, 3)
-        batches = iter([batch] * 3)
-        taught = list(stage.attach(batches, 2))
-        assert len(taught) == 2 and len(list(batches)) == 1
-        found, (labels, weights, output) = taught[1]  # type: ignore[misc]
-        assert (found, labels, weights) == (batch[0], *batch[1])
-        assert torch.equal(stage.local_logits(output)[..., :512], want)
-        assert not any(parameter.requires_grad for parameter in stage.modules.parameters())
+    batches = iter([batch] * 3)
+    taught = list(stage.attach(batches, 2))
+    assert len(taught) == 2 and len(list(batches)) == 1
+    found, (labels, weights, output) = taught[1]  # type: ignore[misc]
+    assert found is inputs and (labels is batch[1][0]) and (weights is batch[1][1])
+    want = whole_model(teacher.config)(inputs).detach()[..., :512]
+    assert torch.equal(stage.local_logits(output)[..., :512], want)
+    assert not any(parameter.requires_grad for parameter in stage.modules.parameters())
+
+
+def test_a_stage_of_an_export_is_that_of_its_checkpoint(
+    tokenformer: Checkpoint, exported: Path, write_config: Callable[..., Path]
+) -> None:
+    ours, theirs = (dict(stage_of(path, write_config).modules.named_parameters())
+                    for path in (tokenformer.path, exported))  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_teachers_of_any_layout_and_architecture(tmp_path: Path, write_config: Callable[..., Path]) -> None:
