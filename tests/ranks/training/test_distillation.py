@@ -190,3 +190,14 @@ def test_a_hugging_face_folder_teaches_what_its_checkpoint_does(
         curves.append({key: records(config.with_suffix(""), key) for key in CURVES})
     assert curves[0] == curves[1]
     assert json.loads((config.with_suffix("") / "run.json").read_text())["teacher"]["kind"] == "huggingface"
+
+
+@pytest.mark.full
+def test_a_run_that_grows_keeps_its_teacher(pythia: Checkpoint, write_config: Callable[..., Path]) -> None:
+    grow = {"operator": "zero_key", "at_step": 3, "factor": 2}
+    config = write_config(student(pythia.path) | {"grow": grow}, pipe_parallel_size=2)
+    train(config, ranks=2)
+    assert list(records(config.with_suffix(""), "train/distillation_loss")) == [1, 2, 3, 4, 5, 6]
+    state = json.loads((config.with_suffix("") / "global_step6" / "state.json").read_text())
+    assert len(state["growth"]) == 1
+    assert state["teacher"] == json.loads((config.with_suffix("") / "run.json").read_text())["teacher"]["sha256"]
