@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,7 @@ from megatron.data.first_tokens import read_text
 from megatron.errors import CheckpointError, UntypedErrorsAs
 from megatron.mpu.process_group import local_device
 
-UNREADABLE = (OSError, ImportError, pickle.UnpicklingError, SafetensorError, *MALFORMED)
+UNREADABLE = (OSError, ImportError, pickle.UnpicklingError, SafetensorError, StrictDataclassError, *MALFORMED)
 """Errors that transformers and the libraries beneath raise for a folder that they cannot read."""
 
 
