@@ -95,8 +95,8 @@ divergence; `valid/lm_loss` and `test/lm_loss` know no teacher. FLOPs include th
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
 accumulation follows for any number of ranks. `gpt2/` holds GPT-2's four sizes, `inheritune/` the models that the
 Inheritune paper trains, its references, those of fewer layers and the distilled ones, `llama/` OpenLLaMA 3B, its first
-half, and one for a laptop. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains, and the first stages that they begin
-with. `data/` and `clusters/` hold what differs between users. `make demo` trains `demo.yml`.
+half, and one for a laptop. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains, and the first
+stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains `demo.yml`.
 """
 
 

@@ -57,7 +57,7 @@ class BuiltEngine:
     engine: PipelineEngine
     guard: StepGuard
     after_growth: AfterGrowth
-    distillation: Distillation | None
+    distillation: Distillation | None = None
 
 
 def build_engine(
