@@ -34,8 +34,10 @@ def main(argv: Sequence[str]) -> int:
     from megatron.config.command_line import load_command_line
     from megatron.growth.check_config import require_growable
     from megatron.launch.local import run_ranks, visible_devices
+    from megatron.training.check_config import require_trainable
 
-    command, loaded = load_command_line(arguments, script.name, require_growable)
+    check = require_trainable if script.name == TRAINING_SCRIPT else require_growable
+    command, loaded = load_command_line(arguments, script.name, check)
     if command.answered:
         return 0
     ranks = loaded.run.launch.num_gpus or visible_devices()

@@ -71,7 +71,7 @@ def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin
 
 def _is_absent(path: str, run: RunConfig) -> bool:
     """Tells whether a value lies in an optional section that the run or its architecture does not have."""
-    section, _, _ = path.partition(".")
+    section, _, name = path.partition(".")
     if section in OPTIONAL_SECTIONS:
         return getattr(run, section) is None
     section, _, name = path.removeprefix("model.").partition(".")
@@ -157,9 +157,9 @@ def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespac
         setattr(section, name, settings[path].value if path in settings else field.default)
     for absent in optional_sections().keys() - _own_sections(settings):
         setattr(root.model, absent, None)
-    for optional in OPTIONAL_SECTIONS:
-        if not any(path.startswith(f"{optional}.") for path in settings):
-            setattr(root, optional, None)
+    for name in OPTIONAL_SECTIONS:
+        if not any(path.startswith(f"{name}.") for path in settings):
+            setattr(root, name, None)
     return root
 
 

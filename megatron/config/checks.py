@@ -191,7 +191,7 @@ _LONGEST_PATH = 3500
 
 
 def _file_names(run: RunConfig) -> Iterator[Finding]:
-    for path in _FILES:
+    for path in (*_FILES, *([] if run.distillation is None else ["distillation.teacher"])):
         value = attrgetter(path)(run)
         for name in value if isinstance(value, list) else [value]:
             if name == "" and path != "evaluation.results_prefix":

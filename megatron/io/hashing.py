@@ -16,6 +16,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """Hashes the names and SHA-256 digests of a folder's files, without its subfolders'.
+
+    Raises OSError when one cannot be read.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def sampled_sha256(path: Path) -> str:
     """Hashes 64 evenly spaced pieces of 4 KiB, the first and the last bytes among them: cheap for a file of any size.
 

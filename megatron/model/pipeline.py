@@ -28,6 +28,9 @@ from megatron.model.loss import CausalLMLoss
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 
+Loss = Callable[[torch.Tensor, Any], torch.Tensor]
+"""(logits [B, S, V/tp], targets) -> loss, on the last stage."""
+
 
 class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
     """This rank's pipeline stage: token ids [B, S] to logits [B, S, V/tp], of which the loss takes the mean.
@@ -47,6 +50,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         context: ParallelContext,
         *,
         checkpointed: CheckpointedActivations,
+        loss: Loss | None = None,
     ) -> None:
         if context.pipe_size > model.num_layers:
             raise ConfigError(
@@ -59,7 +63,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
             topology=PipeModelDataParallelTopology(
                 num_pp=context.pipe_size, num_mp=context.tensor_size, num_dp=context.data_size
             ),
-            loss_fn=CausalLMLoss(vocab.actual if model.mask_padded_vocab else None, context),
+            loss_fn=loss or CausalLMLoss(vocab.num_valid(model), context),
             partition_method=parallel.pipe_partition_method,
         )
         self.model_config = model
@@ -104,13 +108,14 @@ def build_pipeline(
     *,
     seed: int,
     checkpointed: CheckpointedActivations,
+    loss: Loss | None = None,
 ) -> CausalLMPipeline:
-    """Builds this rank's stage with its initial weights, on DeepSpeed's device.
+    """Builds this rank's stage with its initial weights, on DeepSpeed's device; `loss` in place of CausalLMLoss.
 
     Collective over all ranks; `deepspeed.init_distributed` comes first. Raises ConfigError for sizes that do not
     divide, or more stages than layers.
     """
-    module = CausalLMPipeline(model, vocab, parallel, context, checkpointed=checkpointed)
+    module = CausalLMPipeline(model, vocab, parallel, context, checkpointed=checkpointed, loss=loss)
     initialize_parameters(module.global_parameters(), seed, context)
     return module
 

@@ -27,6 +27,7 @@ from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
 from megatron.training.callbacks.run_folder import RunFolder
+from megatron.training.distillation.find_teacher import find_teacher, require_same_teacher
 from megatron.training.grow_run import grow_start, inherit_start
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
@@ -141,8 +142,12 @@ def assemble(
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
     if start.checkpoint is not None:
         require_same_vocabulary(start.checkpoint, vocab, padding_is_masked=config.model.mask_padded_vocab)
+    teacher = find_teacher(config, config.checkpoint.verify_checkpoint)
+    if start.checkpoint is not None and start.continues:
+        require_same_teacher(teacher, start.checkpoint, config.distillation)
     data = build_training_data(config, batch, start, tokenizer, vocab, parallel)
-    built = build_engine(config, batch, vocab, parallel, stop, start.growth[-1] if start.growth else None)
+    last_growth = start.growth[-1] if start.growth else None
+    built = build_engine(config, batch, vocab, parallel, stop, last_growth, teacher)
     return TrainingRun(
         config,
         batch,
@@ -152,10 +157,11 @@ def assemble(
         built.engine,
         built.guard,
         built.after_growth,
+        built.distillation,
         start.growth,
         next_growth,
         start.run_id,
-        describe_run(config, batch, vocab, run_folder.name, given.name),
+        describe_run(config, batch, vocab, run_folder.name, given.name, teacher),
         given,
         folder=run_folder,
         lease=lease or RunLease(),

@@ -9,6 +9,7 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from megatron.config.section import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
+from megatron.config.sections.distillation import DistillationConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.grow import GrowConfig
@@ -19,7 +20,7 @@ from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
 
-OPTIONAL_SECTIONS = ("grow", "inherit")
+OPTIONAL_SECTIONS = ("grow", "inherit", "distillation")
 """Sections that a run has only where its configuration says something in them."""
 
 
@@ -38,10 +39,11 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     grow: GrowConfig | None = None
     inherit: InheritConfig | None = None
+    distillation: DistillationConfig | None = None
 
     @model_serializer(mode="wrap")
     def _without_unused_sections(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Configurations without them are saved as they were before there were these, so that older versions read them.
+        # Configurations without them are saved as they were before these sections existed, for older versions to read.
         values: dict[str, Any] = dump(self)
         return {name: value for name, value in values.items() if name not in OPTIONAL_SECTIONS or value is not None}
 

@@ -20,7 +20,7 @@ class Metrics(Callback):
 
     def __init__(self, context: TrainingContext) -> None:
         super().__init__(context)
-        self.losses: list[Tensor] = []
+        self.losses: dict[str, list[Tensor]] = {}
 
     def wrap_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Times how long the engine waits for its training data."""
@@ -28,22 +28,24 @@ class Metrics(Callback):
         return self.batches
 
     def after_step(self, step: Step) -> None:
-        """Collects the loss, and reports its mean since the last record when it is time.
+        """Collects the losses, and reports their means since the last record when it is time.
 
-        Steps that were left out do not count in the mean.
+        Steps that were left out do not count in the means.
         """
-        if not step.left_out:
-            self.losses.append(step.loss)
+        for name, loss in step.losses.items():
+            of_name = self.losses.setdefault(name, [])
+            if not step.left_out:
+                of_name.append(loss)
         context, run = self.context, self.context.run
         ends = step.ends_run or step.grows or context.stop.agreed
         if not (step.iteration % run.config.monitor.log_interval == 0 or step.metrics or ends):
             return
-        loss = float(torch.stack(self.losses).double().mean()) if self.losses else math.nan
+        losses = {f"train/{name}": _mean(values) for name, values in self.losses.items()}
         self.losses.clear()
         record = {
             "consumed_tokens": context.consumed_tokens,
             "training_flops": context.progress.training_flops,
-            "train/lm_loss": loss,
+            **losses,
             "train/learning_rate": step.learning_rate,
             "train/grad_norm": float(run.engine.get_global_grad_norm()),
             "train/skipped_steps": run.engine.skipped_steps,
@@ -52,3 +54,8 @@ class Metrics(Callback):
             **step.metrics,
         }
         context.monitor.write(step.iteration, record)
+
+
+def _mean(losses: list[Tensor]) -> float:
+    """Returns the mean of a record's losses; NaN where all steps were left out."""
+    return float(torch.stack(losses).double().mean()) if losses else math.nan
