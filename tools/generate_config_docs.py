@@ -43,6 +43,7 @@ THEMES = {
     "launch": "Launching",
     "speedups": "Speed-ups",
     "grow": "Growth",
+    "watchdog": "Hangs",
 }
 """Sections of the configuration, and the headings of their keys."""
 

@@ -17,6 +17,7 @@ from megatron.config.sections.monitor import MonitorConfig
 from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
+from megatron.config.sections.watchdog import WatchdogConfig
 
 
 class RunConfig(Section):
@@ -30,6 +31,7 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
     speedups: SpeedupsConfig = SpeedupsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     grow: GrowConfig | None = None
