@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -46,13 +45,18 @@ class HostWaitingTime:
         return self._seconds
 
 
+def timed_event() -> Any:
+    """Returns a new CUDA event that knows its time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 class DeviceWaitingTime:
     """Time that the current CUDA stream spends, by events before and after what is queued.
 
     The stream waits for a collective, and so for the slowest of its ranks, before it takes up what comes next.
     """
 
-    def __init__(self, new_event: Callable[[], Any] = partial(torch.cuda.Event, enable_timing=True)) -> None:
+    def __init__(self, new_event: Callable[[], Any] = timed_event) -> None:
         self._new_event = new_event
         self._seconds = 0.0
         self._pending: deque[tuple[Any, Any]] = deque()
