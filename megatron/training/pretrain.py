@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from megatron.checkpointing.states.same_model import described_model, require_same_vocabulary
+from megatron.checkpointing.store.uploads import send_leftovers
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import on_first_rank
+from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.mpu.collective_trace import CollectiveTrace
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import limit_all_groups, process_group
@@ -98,6 +99,7 @@ def pretrain_in_group(
     if start.continues and start.due is None and start.progress.iteration >= config.training.train_iters:
         done, asked = start.progress.iteration, config.training.train_iters
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
+        on_first_rank_meanwhile(partial(send_leftovers, config.checkpoint))
         return Ending.FINISHED
     run: TrainingRun | None = None
     while True:

@@ -17,9 +17,8 @@ from megatron.checkpointing.store.checkpoint import (
     read_latest,
 )
 from megatron.checkpointing.store.manifest import FileEntry, damage, unlisted
-from megatron.config.sections.checkpoint import CheckpointConfig, Verification
-from megatron.errors import CheckpointError, ConfigError, os_errors_as
-from megatron.io.checkout import hint_at_checkout
+from megatron.config.sections.checkpoint import Verification
+from megatron.errors import CheckpointError, os_errors_as
 from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather_objects, on_first_rank, rank_and_size
 
@@ -61,22 +60,6 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
             "without."
         )
     return None
-
-
-def configured_checkpoint(config: CheckpointConfig, iteration: int | None = None) -> Checkpoint:
-    """Finds the checkpoint that `load`, or else `save`, holds: of `iteration`, of the configured one, or the newest.
-
-    Collective. Raises ConfigError when no folder is named, CheckpointError when it holds nothing whole.
-    """
-    folder = config.load or config.save
-    if folder is None:
-        raise ConfigError("load: no checkpoint is named. Add `load=FOLDER` to the command.")
-    iteration = config.iteration if iteration is None else iteration
-    checkpoint = find_checkpoint(Path(folder), iteration, config.verify_checkpoint)
-    if checkpoint is None:
-        hint = hint_at_checkout(Path(folder))
-        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.{hint}")
-    return checkpoint
 
 
 def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
+from megatron.checkpointing.store.fetch import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches, tokens_that_fit
