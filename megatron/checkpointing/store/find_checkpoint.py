@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -76,12 +77,24 @@ def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
     Collective: each rank looks at a share of the files.
     """
     rank, size = rank_and_size()
+    _require_seen_by_all(checkpoint.path)
     files = checkpoint.manifest.files
     by_size = sorted(files, key=lambda name: files[name].size, reverse=True)
     own = _damage_with_progress(checkpoint.path, {name: files[name] for name in by_size[rank::size]}, level)
     if rank == 0:
         own += [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
     return sorted(chain.from_iterable(gather_objects(own)))
+
+
+def _require_seen_by_all(path: Path) -> None:
+    """Raises CheckpointError where rank 0 sees a checkpoint that other ranks do not. Collective."""
+    seen = gather_objects((socket.gethostname(), path.is_dir()))
+    blind = [f"{rank} ({host})" for rank, (host, sees) in enumerate(seen) if not sees]
+    if blind and seen[0][1]:
+        raise CheckpointError(
+            f"{path} is on the machine of rank 0 ({seen[0][0]}), and not on that of rank {blind[0]}. Put it on a file "
+            "system that all machines mount in the same place, or into a store, with its URL in `load`."
+        )
 
 
 def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:

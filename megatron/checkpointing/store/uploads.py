@@ -63,7 +63,7 @@ class Uploads:
         self._thread.start()
 
     def add(self, checkpoint: Path) -> None:
-        """Queues a published checkpoint, which may be removed or replaced from now on."""
+        """Adds a published checkpoint, which may be removed or replaced from now on, to those to be sent."""
         try:
             self._queue.put(keep_copy(checkpoint, self._folder))
         except OSError as error:
@@ -102,7 +102,8 @@ class Uploads:
                     self._ending.wait(pause)
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except (CheckpointError, OSError) as error:
-                # Its files are gone or damaged, and will not become whole again.
+                # Its files are gone or damaged, or its place is taken: trying again will not help.
+                logger.error("save_remote: %s is not uploaded: %s", path.name, error)
                 self._failed[path] = str(error)
                 return
             else:

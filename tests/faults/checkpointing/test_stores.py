@@ -145,7 +145,7 @@ def test_a_store_that_comes_back_gets_everything(write_config: Callable[..., Pat
     ranks = start_ranks(config, before=quick_store, arguments=(f"http://127.0.0.1:{port}",))
     ranks.wait_for("global_step2 is not uploaded yet, and will be tried again")
     with s3_server(port):
-        ranks.wait_for("uploaded global_step4 to s3://bucket/run")
+        ranks.wait_for("uploaded global_step4 to s3://bucket/run", timeout=240)
         ranks.signal(0, signal.SIGTERM)
         stopped = ranks.wait()
     assert stopped.codes == [75], stopped.output
