@@ -13,6 +13,7 @@ import torch
 
 from megatron.checkpointing.states.same_model import described_model, require_same_vocabulary
 from megatron.checkpointing.store.uploads import send_leftovers
+from megatron.config.run_yaml import NOTHING_GIVEN, GivenConfiguration
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -44,10 +45,10 @@ from megatron.training.training_data import build_training_data
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configuration: str = "") -> int:
+def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, given: GivenConfiguration = NOTHING_GIVEN) -> int:
     """Trains as configured on the ranks that the environment announces; returns the exit code.
 
-    `configuration` is the name by which figures are to call the run. The code is 0 after the last step,
+    `given` is the configuration as the run is to keep it. The code is 0 after the last step,
     STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1 when the run was stopped and
     has nowhere to save.
     Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
@@ -66,7 +67,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configurat
             stop.early.connect()
             on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             with run_lease(config.checkpoint, run_folder, stop) as lease:
-                ending = pretrain_in_group(config, batch, run_folder, stop, lease, configuration, watchdog)
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease, given, watchdog)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -82,7 +83,7 @@ def pretrain_in_group(
     run_folder: Path,
     stop: StopRequest | None = None,
     lease: RunLease | None = None,
-    configuration: str = "",
+    given: GivenConfiguration = NOTHING_GIVEN,
     watchdog: Watchdog | None = None,
 ) -> Ending:
     """Trains on the ranks of the process group that exists already.
@@ -109,9 +110,7 @@ def pretrain_in_group(
             logger.info("%s", start)
             adopted = adopt_schedule(config, start)
             watchdog.begin_anew()
-            run = assemble(
-                adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration, watchdog
-            )
+            run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), given, watchdog)
             limit_all_groups(timedelta(minutes=config.watchdog.distributed_timeout_minutes))
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
@@ -140,7 +139,7 @@ def assemble(
     start: RunStart,
     stop: StopRequest,
     lease: RunLease | None = None,
-    configuration: str = "",
+    given: GivenConfiguration = NOTHING_GIVEN,
     watchdog: Watchdog | None = None,
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end, or to its growth. Collective."""
@@ -167,7 +166,8 @@ def assemble(
         start.growth,
         next_growth,
         start.run_id,
-        describe_run(config, batch, vocab, run_folder.name, configuration),
+        describe_run(config, batch, vocab, run_folder.name, given.name),
+        given,
         folder=run_folder,
         lease=lease or RunLease(),
         watchdog=watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace()),
