@@ -17,6 +17,7 @@ from megatron.config.local_path import is_url
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.io.checkout import hint_at_checkout
+from megatron.io.user_cache import user_cache
 from megatron.mpu.agreement import gather_objects, on_first_rank, on_first_rank_meanwhile, on_some_ranks_meanwhile
 
 logger = logging.getLogger(__name__)
@@ -173,4 +174,7 @@ def _fetch(url: str, step: int, cache: Path) -> None:
 def _cache_folder(config: CheckpointConfig) -> Path:
     if config.remote_cache_dir is not None:
         return Path(config.remote_cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-tokenformer" / "checkpoints"
+    cache = user_cache()
+    if cache is None:
+        raise CheckpointError("load: there is no home folder to keep what is fetched. Name one with remote_cache_dir.")
+    return cache / "checkpoints"

@@ -51,7 +51,7 @@ def test_data_and_indices_on_each_disk(write_config: Callable[..., Path], datase
     config = write_config(RUN)
     overrides = [f"data_path=data/{dataset.name}", "index_cache_dir=null", f"log_dir={tmp_path}/log"]
     assert run(config, tmp_path, *overrides).codes == [0, 0]
-    assert all(list((tmp_path / disk / "data").glob("*_sample_idx.npy")) for disk in ("disk0", "disk1"))
+    assert all(list((tmp_path / disk / "data").rglob("*_sample_idx.npy")) for disk in ("disk0", "disk1"))
     tokens = tmp_path / "disk1" / "data" / f"{dataset.name}.bin"
     content = bytearray(tokens.read_bytes())
     content[7] ^= 1
