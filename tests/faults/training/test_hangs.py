@@ -112,6 +112,7 @@ def test_slow_steps_and_what_follows_them_are_no_hangs(write_config: Callable[..
     assert not (config.with_suffix("") / "hangs").exists()
 
 
+@pytest.mark.full
 def test_the_third_hang_at_a_step_asks_for_no_new_start(write_config: Callable[..., Path]) -> None:
     """On one rank, which has nobody to talk to."""
     config = write_config(WATCHED)
@@ -159,6 +160,7 @@ def slow_always(rank: int) -> None:
         loop.seed_dropout = late
 
 
+@pytest.mark.full
 def test_the_metrics_name_the_slow_rank(write_config: Callable[..., Path]) -> None:
     config = write_config(WATCHED, train_iters=12, log_interval=4)
     finished = run_ranks(config, ranks=2, before=slow_always, arguments=(1,), timeout=60)

@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.faults import this_rank
 from tests.helpers.runs import Finished, run_ranks, train
 
-RUN = TOKENFORMER | {"train_micro_batch_size_per_gpu": 2, "train_iters": 2, "eval_iters": 0, "save": None}
+RUN = TOKENFORMER | {"train_micro_batch_size_per_gpu": 2, "train_iters": 2, "eval_iters": 0}
 
 
 def on_own_disk(disks: Path) -> None:
@@ -49,7 +51,7 @@ def test_data_and_indices_on_each_disk(write_config: Callable[..., Path], datase
     for disk in ("disk0", "disk1"):
         shutil.copytree(dataset.parent, tmp_path / disk / "data", ignore=shutil.ignore_patterns("*.npy", "*.lock"))
     config = write_config(RUN)
-    overrides = [f"data_path=data/{dataset.name}", "index_cache_dir=null", f"log_dir={tmp_path}/log"]
+    overrides = [f"data_path=data/{dataset.name}", "index_cache_dir=null", "save=null", f"log_dir={tmp_path}/log"]
     assert run(config, tmp_path, *overrides).codes == [0, 0]
     assert all(list((tmp_path / disk / "data").rglob("*_sample_idx.npy")) for disk in ("disk0", "disk1"))
     tokens = tmp_path / "disk1" / "data" / f"{dataset.name}.bin"
@@ -62,6 +64,7 @@ def test_data_and_indices_on_each_disk(write_config: Callable[..., Path], datase
     assert "Copy the same files to every machine" in finished.output
 
 
+@pytest.mark.full
 def test_load_is_refused_or_fetched(write_config: Callable[..., Path], tmp_path: Path) -> None:
     store = f"file://{tmp_path}/store"
     train(write_config(RUN, "first"), f"save={tmp_path}/first", f"save_remote={store}")

@@ -40,7 +40,7 @@ def _findings(fault: str) -> list[Finding]:
     ("fault", "texts"),
     [
         ("", ["2 ranks on 2 machines, backend gloo", "all-reduce of 0 MiB: ", "point-to-point: "]),
-        ("sum", ["2 ranks on 2 machines", "an all-reduce is wrong on rank 0"]),
+        ("sum", ["2 ranks on 2 machines", "an all-reduce is wrong on rank 0", "point-to-point: "]),
         ("transfer", ["2 ranks", "all-reduce", "what rank 0 sends to rank 1 arrives changed"]),
     ],
 )
@@ -48,7 +48,7 @@ def test_two_ranks(fault: str, texts: list[str]) -> None:
     first, second = run_distributed(_findings, 2, fault)
     assert [finding.kind for finding in first] == [finding.kind for finding in second]
     assert all(text in finding.text for text, finding in zip(texts, first, strict=True)), first
-    assert (first[-1].kind == "wrong") == bool(fault)
+    assert any(finding.kind == "wrong" for finding in first) == bool(fault)
 
 
 @pytest.mark.full
