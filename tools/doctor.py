@@ -32,7 +32,7 @@ LIMIT = timedelta(minutes=3)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Examines the machines, prints the report on rank 0, and returns 1 where something is wrong."""
+    """Looks at the machines, prints the report on rank 0, and returns 1 where something is wrong."""
     args = parse_args(argv)
     from megatron.launch.environment import prepare_environment
 

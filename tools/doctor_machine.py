@@ -1,4 +1,4 @@
-"""What one machine has for training: packages, devices, compilers, fast paths, disk and memory."""
+"""Findings about one machine: packages, devices, compilers, fast paths, disk and memory."""
 
 from __future__ import annotations
 
