@@ -335,6 +335,6 @@ def _numbered(name: str, number: int) -> str:
 
 def _flight_record() -> bytes:
     """Returns torch's record of the last operations on GPUs or gloo, as JSON; nothing where it keeps none."""
-    name = "_dump_nccl_trace_json" if torch.cuda.is_available() else "_dump_fr_trace_json"
-    dump = getattr(c10d, name, None)
+    names = ["_dump_nccl_trace_json", "_dump_fr_trace_json"] if torch.cuda.is_available() else ["_dump_fr_trace_json"]
+    dump = next((getattr(c10d, name) for name in names if hasattr(c10d, name)), None)
     return bytes(dump()) if dump is not None else b""
