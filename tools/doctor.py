@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from megatron_tokenformer import run_tool
 
+from megatron.config.local_path import local_path
 from tools.command_line import tool_parser
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     parser = tool_parser(__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be saved (runs)")
+    parser.add_argument("--folder", type=local_path, default=Path("runs"), help="where runs are to be saved (runs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     return parser.parse_args(argv)
 
