@@ -20,7 +20,7 @@ WATCHED = TOKENFORMER | {
     "train_iters": 100_000,
     "eval_iters": 0,
     "hang_factor": 3.0,
-    "hang_min_seconds": 1.0,
+    "hang_min_seconds": 2.0,
 }
 
 
@@ -46,13 +46,13 @@ def slow(step: int) -> None:
 
     fast_watch()
     if this_rank() == 1:
-        at_step(step, lambda: time.sleep(0.7))
+        at_step(step, lambda: time.sleep(1.2))
         return
     original = Metrics.after_step
 
     def after_step(self: Metrics, taken: object) -> None:
         if getattr(taken, "iteration", 0) == step:
-            time.sleep(3.0)
+            time.sleep(4.0)
         original(self, taken)  # type: ignore[arg-type]
 
     Metrics.after_step = after_step  # type: ignore[method-assign]
