@@ -44,6 +44,7 @@ THEMES = {
     "speedups": "Speed-ups",
     "grow": "Growth",
     "distillation": "Distillation",
+    "watchdog": "Hangs",
 }
 """Sections of the configuration, and the headings of their keys."""
 
