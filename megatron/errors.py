@@ -16,6 +16,11 @@ STOPPED_ON_REQUEST = 75
 on. It is the EX_TEMPFAIL of sysexits.h.
 """
 
+HUNG = 76
+"""Exit code of a run whose ranks have waited for each other in vain: start it again to go on from its last checkpoint.
+It is the EX_PROTOCOL of sysexits.h.
+"""
+
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has ended, as shells have it."""
 

@@ -45,6 +45,7 @@ THEMES = {
     "grow": "Growth",
     "inherit": "Inheriting",
     "distillation": "Distillation",
+    "watchdog": "Hangs",
 }
 """Sections of the configuration, and the headings of their keys."""
 

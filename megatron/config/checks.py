@@ -178,7 +178,7 @@ def _parameters_are_countable(run: RunConfig) -> Iterator[Finding]:
 _FILES = (
     *("data.data_path", "data.train_data_paths", "data.valid_data_paths", "data.test_data_paths"),
     *("data.index_cache_dir", "data.tokenizer.vocab_file", "data.tokenizer.merge_file"),
-    *("checkpoint.save", "checkpoint.load", "checkpoint.pretrain_partial_init"),
+    *("checkpoint.save", "checkpoint.load", "checkpoint.pretrain_partial_init", "checkpoint.remote_cache_dir"),
     *("monitor.log_dir", "monitor.tensorboard_dir", "generation.sample_input_file", "generation.sample_output_file"),
     *("evaluation.include_path", "evaluation.output", "evaluation.results_prefix", "evaluation.cache"),
     "evaluation.hf_model",
@@ -395,6 +395,8 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
             yield Finding("checkpoint.finetune", "needs load: the folder of a checkpoint")
     if checkpoint.auto_resume and checkpoint.save is None:
         yield Finding("checkpoint.auto_resume", "needs save: the folder that the run goes on from")
+    if checkpoint.save_remote is not None and checkpoint.save is None:
+        yield Finding("checkpoint.save_remote", "needs save: the folder from which checkpoints are uploaded")
     if checkpoint.auto_resume and checkpoint.iteration is not None and checkpoint.load == checkpoint.save:
         yield Finding(
             "checkpoint.iteration", "contradicts auto_resume: true, which goes on from the newest checkpoint; keep one"

@@ -56,7 +56,7 @@ def conforms(value: object, adapter: TypeAdapter[Any]) -> bool:
 
 def expected(value: YamlValue, schema: Schema) -> str:
     """Says what was expected in the place of `value`, and what was probably meant by it."""
-    remedy = url_remedy(value) if holds_paths(schema) else ""
+    remedy = url_remedy(value, schema) if holds_paths(schema) else ""
     return f"expected {describe(schema, value=value)}{remedy or likely_meant(value, schema)}"
 
 

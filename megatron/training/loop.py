@@ -40,10 +40,11 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
         for callback in callbacks:
             callback.start()
         while progress.iteration < training.train_iters:
-            seed_dropout(training.seed, progress.iteration, run.parallel)
-            learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
-            taught = batches if run.distillation is None else run.distillation.attach(batches)
-            loss = run.engine.train_batch(taught)
+            with run.watchdog.step(progress.iteration + 1):
+                seed_dropout(training.seed, progress.iteration, run.parallel)
+                learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
+                taught = batches if run.distillation is None else run.distillation.attach(batches)
+                loss = run.engine.train_batch(taught)
             context.stop.early.close()
             progress.iteration += 1
             progress.consumed_train_samples += run.batch.global_batch_size

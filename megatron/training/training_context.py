@@ -27,6 +27,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.training.after_growth import AfterGrowth
 from megatron.training.distillation.distillation import Distillation
 from megatron.training.growth_event import growth_event
+from megatron.training.hangs.watchdog import Watchdog
 from megatron.training.progress import Progress
 from megatron.training.run_description import write_description
 from megatron.training.run_lease import RunLease
@@ -70,6 +71,8 @@ class TrainingRun:
     """Folder of run.json and metrics."""
     lease: RunLease
     """Keeps other processes from writing the run's folders."""
+    watchdog: Watchdog
+    """Times the steps, and notices one that will not end."""
 
     @property
     def flops_per_step(self) -> float:

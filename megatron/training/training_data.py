@@ -18,10 +18,10 @@ from megatron.data.datasets import Datasets, SampleCounts, build_datasets, sampl
 from megatron.data.micro_batch import MicroBatch, micro_batches, to_inputs_and_labels
 from megatron.data.tokenizer import Tokenizer
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.collectives import sum_over_data_ranks
 from megatron.mpu.context import ParallelContext
 from megatron.training.run_start import RunStart, require_same_data
+from megatron.training.shared_folders import same_data_everywhere
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,13 @@ def build_training_data(
 ) -> TrainingData:
     """Builds the datasets of a run. Collective.
 
-    Raises what `build_datasets` raises, and CheckpointError when the run continues one that was trained on other data.
+    Raises what `build_datasets` raises, DataError where machines have different data, and CheckpointError when the run
+    continues one that was trained on other data.
     """
     counts = _index_counts(config, batch, start)
     sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
     datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)
-    fingerprint = on_first_rank(lambda: data_fingerprint(config.data, **sizes))
+    fingerprint = same_data_everywhere(lambda: data_fingerprint(config.data, **sizes))
     require_same_data(start, fingerprint, config.checkpoint)
     masked_token = tokenizer.eod if config.data.eod_mask_loss else None
     return TrainingData(datasets, counts, fingerprint, batch, context, config.data.num_workers, masked_token)

@@ -126,13 +126,15 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
 def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
     """Returns the state of this run's newest checkpoint, or of the one that it continues; None without any."""
+    from megatron.checkpointing.store.fetch import local_source
     from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 
     found = None
     if checkpoint.save is not None:
         found = find_checkpoint(Path(checkpoint.save), None, "sizes")
     if found is None and checkpoint.load is not None and not checkpoint.finetune:
-        found = find_checkpoint(Path(checkpoint.load), checkpoint.iteration, "sizes")
+        source = local_source(checkpoint.load, checkpoint.iteration, checkpoint)
+        found = find_checkpoint(source, checkpoint.iteration, "sizes")
         if found is None:
             raise CheckpointError(f"load: {checkpoint.load} holds no checkpoint. Correct the path, or remove `load`.")
     return None if found is None else found.state

@@ -19,6 +19,7 @@ from megatron.config.sections.monitor import MonitorConfig
 from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
+from megatron.config.sections.watchdog import WatchdogConfig
 
 OPTIONAL_SECTIONS = ("grow", "inherit", "distillation")
 """Sections that a run has only where its configuration says something in them."""
@@ -35,6 +36,7 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
     speedups: SpeedupsConfig = SpeedupsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     grow: GrowConfig | None = None

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from megatron.data.micro_batch import MicroBatch
 from megatron.monitor.throughput import TimedIterator, peak_memory_gib
+from megatron.mpu.agreement import rank_and_size
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
 from megatron.training.training_context import TrainingContext
@@ -51,6 +52,7 @@ class Metrics(Callback):
             "train/skipped_steps": run.engine.skipped_steps,
             "train/memory_gib": peak_memory_gib(),
             **context.throughput.measure(step.iteration, self.batches.wait_seconds),
+            **rank_spread(run.watchdog.own_step_seconds(), run.engine.device),
             **step.metrics,
         }
         context.monitor.write(step.iteration, record)
@@ -59,3 +61,22 @@ class Metrics(Callback):
 def _mean(losses: list[Tensor]) -> float:
     """Returns the mean of a record's losses; NaN where all steps were left out."""
     return float(torch.stack(losses).double().mean()) if losses else math.nan
+
+
+def rank_spread(seconds: float, device: torch.device) -> dict[str, float]:
+    """Returns the spread over the ranks of the time of a step that is not spent waiting for others. Collective.
+
+    `seconds` is this rank's [s]. Stages of a pipeline that have more work take longer. Nothing for one rank alone.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return {}
+    own = torch.zeros(size, dtype=torch.float64, device=device)
+    own[rank] = seconds
+    distributed.all_reduce(own)
+    return {
+        "train/rank_seconds_min": float(own.min()),
+        "train/rank_seconds_median": float(own.median()),
+        "train/rank_seconds_max": float(own.max()),
+        "train/slowest_rank": int(own.argmax()),
+    }
