@@ -15,12 +15,11 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from megatron.errors import EnvironmentSetupError
 from megatron.mpu.context import ParallelContext
+from megatron.rank_channel import LISTENER_VARIABLE
 
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
 """DeepSpeed's variable for the time that a collective may take [min]; 10 without it."""
 
-LISTENER_VARIABLE = "MASTER_LISTEN_FD"
-"""Variable with the file descriptor of a socket that listens on MASTER_PORT, which rank 0 may have inherited."""
 THIS_MACHINE = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
 """Values of MASTER_ADDR that mean this machine on each machine -> loopback address. Host names do not, even where they
 are looked up as a loopback address: on many machines, their own name is."""
