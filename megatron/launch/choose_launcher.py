@@ -32,7 +32,7 @@ def choose_launcher(job: Job) -> tuple[str, Start | tuple[int, ...]]:
     if name is None:
         name = "ssh" if nodes else "slurm" if is_in_allocation(job.environment) else LOCAL
     launcher = LAUNCHERS[name]
-    if launcher.start is None or (name in OVER_HOSTFILE and all(_is_here(node) for node in nodes[:1] if not nodes[1:])):
+    if launcher.start is None or (name in OVER_HOSTFILE and _are_here(nodes)):
         return LOCAL, _slots_here(job, nodes)
     if shutil.which(launcher.program) is None:
         raise EnvironmentSetupError(
@@ -53,5 +53,6 @@ def _slots_here(job: Job, nodes: tuple[Node, ...]) -> tuple[int, ...]:
     return local_slots(job.config)
 
 
-def _is_here(node: Node) -> bool:
-    return node.host in {*_LOOPBACK, socket.gethostname(), socket.getfqdn()}
+def _are_here(nodes: tuple[Node, ...]) -> bool:
+    """Tells whether ranks are for this machine alone: without a hostfile, or by one that lists nothing else."""
+    return not nodes or (len(nodes) == 1 and nodes[0].host in {*_LOOPBACK, socket.gethostname(), socket.getfqdn()})

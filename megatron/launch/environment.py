@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Mapping, MutableMapping
 
 from megatron.errors import EnvironmentSetupError
 from megatron.launch.launcher import LAUNCHERS, Launcher, Place
+from megatron.rank_channel import end_with_parent
 
 FOREIGN_MARKS = (
     *("PMIX_RANK", "PMI_RANK", "PMI_ID", "PALS_RANKID", "ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
@@ -69,6 +71,10 @@ def prepare_environment() -> None:
     """
     import torch
 
+    found = find_place(os.environ)
+    if found is not None and found[1].is_parent(os.environ):
+        # Neither mpirun nor torchrun ends its ranks when it is killed itself.
+        end_with_parent(os.getppid(), signal.SIGKILL)
     adopt_launcher_environment(os.environ)
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -127,6 +127,8 @@ class Launcher:
     """Prepares commands that start ranks; None where deepy.py starts processes of this machine, or none."""
     program: str = ""
     """What must be installed for that."""
+    is_parent: Callable[[Environment], bool] = lambda environment: True
+    """Tells whether the parent of a process that has a place is the launcher, and not a shell that set variables."""
     order: int = 1
     """Order of asking for a place: where one launcher runs in another, the inner one counts."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from megatron.launch.messages import MESSAGES_VARIABLE, send
 from megatron.launch.orphans import no_orphans
 from megatron.launch.rank_environment import rank_environment
 from megatron.launch.supervise import Supervisor, forward_signals
+from megatron.rank_channel import end_with_parent
 
 LOOPBACK = "127.0.0.1"
 
@@ -79,10 +81,12 @@ def run_ranks(command: list[str], slots: Sequence[int], config: LaunchConfig) ->
 def run_task(command: list[str], place: Place, environment: Mapping[str, str], config: LaunchConfig) -> int:
     """Runs the one rank that srun or mpirun has started here, in an environment that has its place; returns its code.
 
-    Where deepy.py has started those, it is told what happens, and the code is 0.
+    Where deepy.py has started those, it is told what happens, and the code is 0. The rank ends with srun or mpirun.
     """
     supervisor = Supervisor(config.termination_grace_seconds)
     forward_signals(supervisor.signal)
+    signal.signal(signal.SIGHUP, lambda number, frame: supervisor.end())
+    end_with_parent(os.getppid(), signal.SIGHUP)
     with no_orphans():
         supervisor.start(command, place.rank, environment)
         outcome = supervisor.wait()

@@ -7,6 +7,7 @@ has started it lives; at its end, the ranks end too. So nothing is left on a mac
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import random
@@ -173,16 +174,13 @@ def _listening(job: NodeJob, node: int, supervisor: Supervisor) -> Iterator[None
 
 
 def tell_node(arguments: Sequence[str]) -> int:
-    """Hands a signal, or END, to the process that runs the ranks of this machine; returns 1 when there is none.
+    """Hands a signal, or END, to the process that runs the ranks of this machine, if there still is one. Returns 0.
 
     `arguments` are the number of the machine, the name of the start, and the signal's number.
     """
     node, name, number = arguments
-    with socket.socket(socket.AF_UNIX) as client:
-        try:
-            client.connect(str(_socket_folder(name, int(node)) / "socket"))
-        except OSError:
-            return 1
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+        client.connect(str(_socket_folder(name, int(node)) / "socket"))
         client.sendall(number.encode())
     return 0
 

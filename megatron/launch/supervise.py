@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from megatron.errors import INTERRUPTED, STOPPED_ON_REQUEST
 from megatron.launch.failures import GOOD_CODES, Failure, Outcome, code_of
 from megatron.rank_channel import CHANNEL_VARIABLE, LISTENER_VARIABLE, LONGEST_REPORT
 
@@ -51,6 +52,7 @@ class Supervisor:
         self._on_failure = on_failure
         self._ranks: list[RankProcess] = []
         self._signals: list[int] = []
+        self._sent: set[tuple[int, int]] = set()
         self._must_end = False
 
     def start(
@@ -72,14 +74,13 @@ class Supervisor:
         os.close(writing)
         self._ranks.append(RankProcess(rank, process, reading))
         for number in self._signals:
-            process.send_signal(number)
+            self._send(self._ranks[-1], number)
 
     def signal(self, number: int) -> None:
         """Sends a signal to every rank, also to those that are still to be started."""
         self._signals.append(number)
         for rank in self._ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(number)
+            self._send(rank, number)
 
     def end(self) -> None:
         """Has all ranks ended, within the grace period."""
@@ -88,19 +89,18 @@ class Supervisor:
     def wait(self) -> Outcome:
         """Waits for all ranks. The first that fails ends the others, within the grace period."""
         while not self._must_end:
-            codes = [rank.process.poll() for rank in self._ranks]
-            if any(code not in GOOD_CODES for code in codes if code is not None):
+            if any(map(self._has_failed, self._ranks)):
                 break
-            if None not in codes:
+            if all(rank.process.poll() is not None for rank in self._ranks):
                 break
             time.sleep(POLL_SECONDS)
-        failures = {rank.rank: rank.failure(self.host) for rank in self._ranks if _has_failed(rank)}
+        failures = {rank.rank: rank.failure(self.host) for rank in self._ranks if self._has_failed(rank)}
         for failure in failures.values():
             self._on_failure(failure)
         ended = self._end_others(failures)
         for rank in self._ranks:
             os.close(rank.channel)
-        good = [rank.process.returncode for rank in self._ranks if rank.process.returncode in GOOD_CODES]
+        good = [self._code(rank) or 0 for rank in self._ranks if rank.rank not in failures and rank.rank not in ended]
         failed = tuple(failures.values())
         numbers = tuple(rank.rank for rank in self._ranks)
         return Outcome(numbers, code_of(failed, good), failed, ended, self.host)
@@ -113,18 +113,36 @@ class Supervisor:
         told = {rank.rank for rank in running if rank.process.poll() is None}
         for rank in running:
             if rank.rank in told:
-                rank.process.terminate()
+                self._send(rank, signal.SIGTERM)
         self._wait_for(running, begin + self._grace_seconds)
         killed = tuple(rank.rank for rank in running if rank.process.poll() is None)
         for rank in running:
             rank.process.kill()
             rank.process.wait()
             # One that ends as it was told to has not failed.
-            if _has_failed(rank) and rank.rank not in killed and -rank.process.returncode != signal.SIGTERM:
+            if self._has_failed(rank) and rank.rank not in killed:
                 failure = rank.failure(self.host)
                 if rank.rank not in told or failure.text:
                     failures[rank.rank] = failure
         return killed
+
+    def _send(self, rank: RankProcess, number: int) -> None:
+        if rank.process.poll() is None:
+            self._sent.add((rank.rank, number))
+            rank.process.send_signal(number)
+
+    def _code(self, rank: RankProcess) -> int | None:
+        """Returns the exit code; None while the rank runs.
+
+        Python does not handle signals in its first moments and its last: what a signal of ours does then is no failure.
+        """
+        code = rank.process.poll()
+        if code is not None and (rank.rank, -code) in self._sent:
+            return INTERRUPTED if -code == signal.SIGINT else STOPPED_ON_REQUEST
+        return code
+
+    def _has_failed(self, rank: RankProcess) -> bool:
+        return self._code(rank) not in {None, *GOOD_CODES}
 
     def _wait_for(self, ranks: Sequence[RankProcess], deadline: float) -> None:
         while time.monotonic() < deadline and any(rank.process.poll() is None for rank in ranks):
@@ -139,7 +157,3 @@ def forward_signals(send: Callable[[int], None]) -> None:
 
     for number in FORWARDED_SIGNALS:
         signal.signal(number, forward)
-
-
-def _has_failed(rank: RankProcess) -> bool:
-    return rank.process.poll() is not None and rank.process.returncode not in GOOD_CODES

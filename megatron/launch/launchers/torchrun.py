@@ -12,4 +12,9 @@ def torchrun_place(environment: Environment) -> Place | None:
     return Place(int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", "0")))
 
 
-LAUNCHERS.register("torchrun")(Launcher(torchrun_place, order=0))
+def is_agent(environment: Environment) -> bool:
+    """Tells whether it is torchrun that has set the variables: others set the same ones."""
+    return "TORCHELASTIC_RUN_ID" in environment
+
+
+LAUNCHERS.register("torchrun")(Launcher(torchrun_place, is_parent=is_agent, order=0))
