@@ -60,7 +60,8 @@ def main() -> None:
     with runs_in_temporary_folder() as runs:
         path = runs.environment["PATH"]
         openmpi = f"{only(runs.folder / 'openmpi', mpirun='mpirun.openmpi', orted='orted')}:{path}"
-        mpich = f"{only(runs.folder / 'mpich', mpirun='mpirun.mpich', mpiexec='mpiexec.hydra')}:{path}"
+        hydra = {"mpirun": "mpirun.mpich", "mpiexec": "mpiexec.hydra", "hydra_pmi_proxy": "hydra_pmi_proxy"}
+        mpich = f"{only(runs.folder / 'mpich', **hydra)}:{path}"
         LauncherCheck(runs, "openmpi", ["launcher=openmpi", "num_gpus=2"], {"PATH": openmpi, **AS_ROOT}).all()
         start_directly(runs, "openmpi", "mpirun.openmpi", AS_ROOT)
         LauncherCheck(runs, "mpich", ["launcher=mpich", "num_gpus=2"], {"PATH": mpich}).all()

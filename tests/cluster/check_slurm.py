@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.cluster.launched_runs import (
@@ -94,7 +94,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     environment = os.environ | variables
     with contextlib.ExitStack() as stack:
         stack.enter_context(daemon(program("munged"), *sockets, *files, log=folder / "munged.out"))
-        wait_until(lambda: (folder / "munge.socket").exists(), folder)
+        wait_until((folder / "munge.socket").exists, folder)
         stack.enter_context(daemon(program("slurmctld"), "-D", log=folder / "ctld.out", environment=environment))
         for node in NODES:
             command = (program("slurmd"), "-D", "-N", node)
@@ -125,10 +125,10 @@ def idle_nodes(environment: Mapping[str, str]) -> int:
     return found.stdout.split().count("idle")
 
 
-def wait_until(holds: object, folder: Path, seconds: float = 60.0) -> None:
+def wait_until(holds: Callable[[], object], folder: Path, seconds: float = 60.0) -> None:
     """Waits until something holds; fails with the daemons' logs."""
     deadline = time.monotonic() + seconds
-    while not holds():  # type: ignore[operator]
+    while not holds():
         logs = "\n".join(f"{file.name}: {file.read_text()[-500:]}" for file in folder.glob("*.log"))
         expect(time.monotonic() < deadline, logs)
         time.sleep(0.2)

@@ -24,7 +24,7 @@ from tests.helpers.records import records
 STEPS = 10
 TOLERANCE = 1e-5
 """Difference of losses between one process and two pipeline stages."""
-SECRET = "hunter2-must-not-travel"
+SECRET = "hunter2-must-not-travel"  # noqa: S105 - a planted one
 ORPHAN_SECONDS = 20.0
 LONGEST_OUTPUT = 4000
 

@@ -17,7 +17,7 @@ from megatron.errors import ConfigError, EnvironmentSetupError
 from tests.helpers.configs import TOKENFORMER
 from tests.helpers.forkserver import ROOT
 
-SECRET = "planted"
+SECRET = "planted"  # noqa: S105 - what must not be shown
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2", "SLURMD_NODENAME": "n1"}
 
 

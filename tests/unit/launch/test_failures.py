@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 from megatron.launch.failures import Failure, Outcome, print_failures
 from megatron.launch.launcher import Place
@@ -65,8 +66,9 @@ def test_messages_are_found_in_what_programs_write_in_any_pieces() -> None:
     second = b'\x1e["aa",1,2,"\\"node\\": 3}"]\n'
     stream = b"step 1\nhalf a line" + first + b" and its rest\n" + second + b"step 2\r"
     for size in (1, 7, len(stream)):
-        output, heard = io.BytesIO(), []
-        reader = MessageReader(output, lambda kind, content: heard.append((kind, content)))
+        output = io.BytesIO()
+        heard: list[tuple[str, dict[str, object]]] = []
+        reader = MessageReader(output, partial(lambda into, *message: into.append(message), heard))
         for start in range(0, len(stream), size):
             reader.feed(stream[start : start + size])
         reader.close()

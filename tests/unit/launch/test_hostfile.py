@@ -34,9 +34,9 @@ def test_an_empty_file_and_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# nobody\n")
     with pytest.raises(ConfigError, match="no machine is listed"):
         read_hostfile(tmp_path / "hosts")
-    with pytest.raises(ConfigError, match="hostfile: .*missing: no such file. It lists the machines"):
+    with pytest.raises(ConfigError, match=r"hostfile: .*missing: no such file. It lists the machines"):
         find_hostfile(LaunchConfig(hostfile=str(tmp_path / "missing")), {})
-    with pytest.raises(ConfigError, match="DLTS_HOSTFILE: .*missing: no such file"):
+    with pytest.raises(ConfigError, match=r"DLTS_HOSTFILE: .*missing: no such file"):
         find_hostfile(LaunchConfig(), {"DLTS_HOSTFILE": str(tmp_path / "missing")})
 
 
