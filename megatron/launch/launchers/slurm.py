@@ -17,6 +17,8 @@ INTERACTIVE_STEP = "4294967290"
 
 # Step-level variables describe the srun that started this process; job-level ones may describe a bigger allocation.
 STEP = LauncherVariables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+BINDING_VARIABLES = ("SLURMD_TRES_BIND", "SLURM_TRES_BIND", "SLURM_GPU_BIND")
+"""What Slurm says of the GPUs of a task, such as gpu:per_task:1 or gpu:none."""
 _LIST_OF_HOSTS = re.compile(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*")
 _FIRST_IN_BRACKETS = re.compile(r"\[([^\],-]+)[^\]]*\]")
 
@@ -31,10 +33,12 @@ def slurm_place(environment: Environment) -> Place | None:
 
 def has_own_gpus(environment: Environment) -> bool:
     """Tells whether each task sees only GPUs of its own, as with --gpus-per-task and --gpu-bind=single."""
-    binding = environment.get("SLURM_GPU_BIND", environment.get("SLURM_GPUS_PER_TASK") and "per_task")
-    if binding is None:
-        return "gres/gpu" in environment.get("SLURM_TRES_PER_TASK", "")
-    return bool(re.search(r"per_task|single", binding))
+    binding = " ".join(environment.get(name, "") for name in BINDING_VARIABLES)
+    if re.search(r"per_task|single", binding):
+        return True
+    # Bound in another way, such as by a map, a task may see less than all.
+    seen = environment.get("SLURM_STEP_GPUS", "").split(",")
+    return bool(re.search(r"gpu:(?!none)", binding)) and len(seen) <= int(environment["SLURM_LOCALID"])
 
 
 def slurm_meeting_point(environment: Environment) -> tuple[str, int] | None:

@@ -53,11 +53,12 @@ def test_pods_without_a_local_rank_have_one_gpu_each() -> None:
 @pytest.mark.parametrize(
     ("binding", "local_rank"),
     [
-        ({"SLURM_GPUS_PER_TASK": "1"}, "0"),
-        ({"SLURM_GPU_BIND": "single:1"}, "0"),
-        ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, "0"),
-        ({"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "none"}, "1"),
-        ({"SLURM_GPUS_PER_NODE": "8"}, "1"),
+        # As a Slurm of 22.05 sets them.
+        ({"SLURMD_TRES_BIND": "gpu:per_task:1", "SLURM_STEP_GPUS": "1"}, "0"),
+        ({"SLURMD_TRES_BIND": "gpu:single:1", "SLURM_STEP_GPUS": "1"}, "0"),
+        ({"SLURMD_TRES_BIND": "gpu:map_gpu:0,1", "SLURM_STEP_GPUS": "1"}, "0"),
+        ({"SLURMD_TRES_BIND": "gpu:none"}, "1"),
+        ({"SLURM_STEP_GPUS": "0,1"}, "1"),
     ],
 )
 def test_a_task_with_a_gpu_of_its_own_takes_the_one_that_it_sees(binding: dict[str, str], local_rank: str) -> None:
