@@ -66,8 +66,9 @@ def launch(script: Path, arguments: Sequence[str], loaded: LoadedConfig, *, dry_
     found = find_place(os.environ)
     if found is not None and found[0].world_size > 1:
         require_ranks(script, loaded, found[0].world_size)
-        adopt_launcher_environment(os.environ)
-        return run_task(list(job.rank_command), found[0], os.environ, config)
+        environment = dict(os.environ)
+        adopt_launcher_environment(environment)
+        return run_task(list(job.rank_command), found[0], environment, config)
     name, start = choose_launcher(job)
     ranks = len(start) if isinstance(start, tuple) else start.world_size
     require_ranks(script, loaded, ranks)
