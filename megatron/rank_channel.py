@@ -1,4 +1,4 @@
-"""What a launcher and the ranks that it has started tell each other: one way by variables, the other by a pipe."""
+"""Words between a launcher and the ranks that it has started: one way by variables, the other by a pipe."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 
 def end_with_parent(parent: int, number: int) -> None:
-    """Has the kernel send this process a signal when its parent has ended. Only Linux has such a thing."""
+    """Asks the kernel to send this process a signal when its parent has ended. Only Linux has such a thing."""
     if sys.platform != "linux":
         return
     import ctypes

@@ -1,4 +1,4 @@
-"""Why a run has failed: which rank was the first, and what of the others only follows from it."""
+"""The reason of a failed run: the rank that was the first, and what of the others only follows from it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How ranks have ended."""
+    """The end of ranks."""
 
     ranks: tuple[int, ...]
     """The ranks that it tells of."""

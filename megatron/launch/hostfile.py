@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +35,13 @@ class Node:
 def find_hostfile(config: LaunchConfig, environment: Mapping[str, str]) -> Path | None:
     """Returns the hostfile: the key's, that of DLTS_HOSTFILE, or /job/hostfile where it exists.
 
-    Raises ConfigError where one is named that does not exist.
+    Says so where it is only the placeholder of NeoX's YAMLs. Raises ConfigError for one that does not exist.
     """
     named = {"hostfile": config.hostfile, HOSTFILE_VARIABLE: environment.get(HOSTFILE_VARIABLE)}
     for name, value in named.items():
-        if value and value != PLACEHOLDER:
+        if value == PLACEHOLDER:
+            print(f"{name}: {value}: NeoX's YAMLs say so where there is no hostfile", file=sys.stderr)
+        elif value:
             if not Path(value).is_file():
                 raise ConfigError(
                     f"{name}: {value}: no such file. It lists the machines, one `NAME slots=RANKS` on each line; "

@@ -1,4 +1,4 @@
-"""What a launcher is: the variables by which it tells a process its place, and the commands that start ranks with it.
+"""Launchers: the variables by which each tells a process its place, and the commands that start ranks with it.
 
 Each is a file in launchers/, called by the launcher's name.
 """
@@ -20,7 +20,7 @@ Environment = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among the ranks of a run."""
+    """Place of a process among the ranks of a run."""
 
     rank: int
     """Rank among all processes, from 0."""
@@ -50,7 +50,7 @@ class LauncherVariables:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be started."""
+    """A script to be started on ranks."""
 
     deepy: str
     """Absolute path of deepy.py, which watches ranks elsewhere too."""
@@ -101,7 +101,7 @@ END = 0
 
 @dataclass(frozen=True)
 class Start:
-    """How ranks are started elsewhere, and reached."""
+    """Ways to start ranks elsewhere, and to reach them."""
 
     world_size: int
     commands: tuple[Command, ...]

@@ -41,7 +41,7 @@ PORTS = range(20_000, 32_000)
 
 @dataclass(frozen=True)
 class NodeJob:
-    """What each machine is to start."""
+    """Description of what each machine is to start."""
 
     words: list[str]
     slots: list[list[int]]

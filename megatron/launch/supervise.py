@@ -83,7 +83,7 @@ class Supervisor:
             self._send(rank, number)
 
     def end(self) -> None:
-        """Has all ranks ended, within the grace period."""
+        """Ends all ranks, within the grace period."""
         self._must_end = True
 
     def wait(self) -> Outcome:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
 from tests.cluster.launched_runs import (
     LauncherCheck,
     Runs,
@@ -203,7 +205,11 @@ def requeues(runs: Runs, variables: Mapping[str, str]) -> None:
     """Sends the requeueing script's job its USR1: it saves, is queued again by itself, and goes on."""
     begin = time.monotonic()
     folder = runs.work / "requeued"
-    words = [str(runs.work / "tiny model.yml"), f"save={folder}", "pipe_parallel_size=2", "num_workers=0"]
+    # The cluster's YAML has a num_workers of its own.
+    model = runs.work / "requeued.yml"
+    keys = yaml.safe_load((runs.work / "tiny model.yml").read_text())
+    model.write_text(yaml.safe_dump({key: value for key, value in keys.items() if key != "num_workers"}))
+    words = [str(model), f"save={folder}", "pipe_parallel_size=2", "num_workers=0"]
     words += ["train_iters=1000000", "lr_decay_iters=1000000"]
     flags = ["--nodes=2", "--ntasks=2", "--parsable", f"--output={runs.folder}/requeued.log", f"--chdir={ROOT}"]
     script = str(ROOT / "configs" / "clusters" / "train.sbatch")

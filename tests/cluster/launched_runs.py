@@ -22,6 +22,8 @@ from tests.helpers.forkserver import ROOT
 from tests.helpers.records import records
 
 STEPS = 10
+NOT_RUN = 3
+"""Exit code of a check that this machine cannot run."""
 TOLERANCE = 1e-5
 """Difference of losses between one process and two pipeline stages."""
 SECRET = "hunter2-must-not-travel"  # noqa: S105 - a planted one
@@ -39,10 +41,10 @@ def require_programs(packages: Mapping[str, str], *, root: bool = False) -> None
     missing = [package for program, package in packages.items() if shutil.which(program, path=folders) is None]
     if missing:
         print(f"not run: missing packages. Install them with `apt-get install {' '.join(dict.fromkeys(missing))}`.")
-        sys.exit(3)
+        sys.exit(NOT_RUN)
     if root and os.getuid() != 0:
         print("not run: the daemons here need root")
-        sys.exit(3)
+        sys.exit(NOT_RUN)
 
 
 @contextlib.contextmanager

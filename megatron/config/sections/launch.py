@@ -1,8 +1,7 @@
-"""Where ranks are started, and by what."""
+"""The start of ranks: by which launcher, and on which machines."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 from pydantic import Field
@@ -12,13 +11,14 @@ from megatron.config.local_path import PathText
 from megatron.config.section import Key, OneOf, Section
 from megatron.registry import variant_names
 
-LauncherName = Annotated[str, OneOf(partial(variant_names, "megatron.launch.launchers"))]
-_ONE_LINE = r"^[^\x00-\x1f]*$"
-Word = Annotated[str, Field(min_length=1, max_length=1000, pattern=_ONE_LINE)]
+NOT_STARTED = {"torchrun"}
+"""Launchers whose variables are read, and that deepy.py starts nothing with."""
+LauncherName = Annotated[str, OneOf(lambda: sorted(set(variant_names("megatron.launch.launchers")) - NOT_STARTED))]
+Word = Annotated[str, Field(max_length=1000, pattern=r"^[ -~]+$")]
 
 
 class LaunchConfig(Section):
-    """Where deepy.py starts ranks, and by what. Ranks started by torchrun, srun or mpirun ignore these."""
+    """Launcher and machines of deepy.py. Ranks that torchrun, srun or mpirun starts by themselves ignore these."""
 
     launcher: Annotated[
         LauncherName | None,

@@ -38,7 +38,7 @@ def start_by_pdsh(job: Job) -> Start:
 
 
 def tell_by_pdsh(command: tuple[str, ...], processes: Processes, number: int) -> None:
-    """Has the process on every machine told by another pdsh, which is not waited for."""
+    """Tells the process on every machine by another pdsh, which is not waited for."""
     subprocess.Popen([*command, str(number)], env=os.environ | VARIABLES, stdin=subprocess.DEVNULL)
 
 

@@ -35,14 +35,6 @@ def _pipe_parallel_size(value: YamlValue, flat: Flat) -> Converted:
     return 1 if value == 0 else value
 
 
-def _launcher(value: YamlValue, flat: Flat) -> Converted:
-    if value == "torchrun":
-        raise RefusedError("deepy.py does not start torchrun; `torchrun --nproc-per-node 8 train.py ...` does")
-    if value == "jsrun":
-        raise RefusedError("known to DeepSpeed, not supported here: use launcher: openmpi, or start train.py by hand")
-    return value
-
-
 def _switch_of(launcher: str) -> Callable[[YamlValue, Flat], Converted]:
     """Converts NeoX's switch for a launcher, which says nothing where `launcher` names one."""
 
@@ -50,11 +42,6 @@ def _switch_of(launcher: str) -> Callable[[YamlValue, Flat], Converted]:
         return launcher if value is True and flat.get("launcher") is None else UNSET
 
     return convert
-
-
-def _hostfile(value: YamlValue, flat: Flat) -> Converted:
-    # It stands in NeoX's own YAMLs, for machines that have none.
-    return UNSET if value == "/mock_path" else value
 
 
 _SET_BY_LAUNCHER = "set by whatever starts the ranks, never by a configuration"
@@ -110,10 +97,8 @@ PARALLEL_KEYS: dict[str, TableEntry] = {
 }
 
 LAUNCH_KEYS: dict[str, TableEntry] = {
-    "launcher": Conversion(_launcher),
     "deepspeed_slurm": MapsTo("launch.launcher", _switch_of("slurm"), bool, meaning="True means launcher: slurm."),
     "deepspeed_mpi": MapsTo("launch.launcher", _switch_of("openmpi"), bool, meaning="True means launcher: openmpi."),
-    "hostfile": Conversion(_hostfile),
     "num_nodes": Conversion(lambda value, flat: UNSET if value == -1 else value, accepts=Annotated[int, Field(ge=-1)]),
     "force_multi": Inert(bool, "a hostfile is always followed, also one of a single machine"),
     "detect_nvlink_pairs": absent_flag("devices are used in their order", "set CUDA_VISIBLE_DEVICES"),
