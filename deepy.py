@@ -68,7 +68,7 @@ def launch(script: Path, arguments: Sequence[str], loaded: LoadedConfig, *, dry_
         require_ranks(script, loaded, found[0].world_size)
         environment = dict(os.environ)
         adopt_launcher_environment(environment)
-        return run_task(list(job.rank_command), found[0], environment, config)
+        return run_task(list(job.rank_command), environment, config, is_child=found[1].is_parent(os.environ))
     name, start = choose_launcher(job)
     ranks = len(start) if isinstance(start, tuple) else start.world_size
     require_ranks(script, loaded, ranks)

@@ -78,17 +78,19 @@ def run_ranks(command: list[str], slots: Sequence[int], config: LaunchConfig) ->
     return outcome.code
 
 
-def run_task(command: list[str], place: Place, environment: Mapping[str, str], config: LaunchConfig) -> int:
+def run_task(command: list[str], environment: Mapping[str, str], config: LaunchConfig, *, is_child: bool) -> int:
     """Runs the one rank that srun or mpirun has started here, in an environment that has its place; returns its code.
 
-    Where deepy.py has started those, it is told what happens, and the code is 0. The rank ends with srun or mpirun.
+    Where deepy.py has started those, it is told what happens, and the code is 0. Where this process is their child, the
+    rank ends with them.
     """
     supervisor = Supervisor(config.termination_grace_seconds)
     forward_signals(supervisor.signal)
     signal.signal(signal.SIGHUP, lambda number, frame: supervisor.end())
-    end_with_parent(os.getppid(), signal.SIGHUP)
+    if is_child:
+        end_with_parent(os.getppid(), signal.SIGHUP)
     with no_orphans():
-        supervisor.start(command, place.rank, environment)
+        supervisor.start(command, int(environment["RANK"]), environment)
         outcome = supervisor.wait()
     if MESSAGES_VARIABLE in environment:
         send("outcome", outcome.to_json())

@@ -144,8 +144,10 @@ def _listening(job: NodeJob, node: int, supervisor: Supervisor) -> Iterator[None
     """Passes on what comes by standard input and, where the job says so, by a socket that only this user can reach."""
 
     def read_stdin() -> None:
-        for line in sys.stdin:
-            _obey(int(line), supervisor)
+        # Not by sys.stdin, whose lock Python wants at its end.
+        with os.fdopen(os.dup(0), "rb", buffering=0) as channel:
+            while line := channel.readline():
+                _obey(int(line), supervisor)
         supervisor.end()
 
     threading.Thread(target=read_stdin, daemon=True).start()

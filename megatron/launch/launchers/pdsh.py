@@ -18,7 +18,7 @@ from megatron.launch.nodes import TELL_FLAG, NodeJob, node_command
 
 VARIABLES = {"PDSH_RCMD_TYPE": "ssh"}
 NODE = "%n"
-"""Where pdsh puts the number of a machine, from 0."""
+"""Mark that pdsh replaces by the number of a machine, from 0. Other percent signs are doubled for it."""
 
 
 def start_by_pdsh(job: Job) -> Start:
@@ -26,10 +26,11 @@ def start_by_pdsh(job: Job) -> Start:
     description = NodeJob.of(job, by_socket=True)
     hosts = ",".join(description.hosts)
     pdsh = ("pdsh", "-S", "-N", "-f", str(len(job.nodes)), "-w", hosts, *job.config.launcher_args)
-    tell = (*pdsh, shlex.join([sys.executable, job.deepy, TELL_FLAG, NODE, description.name]))
+    deepy = job.deepy.replace("%", "%%")
+    tell = (*pdsh, shlex.join([sys.executable.replace("%", "%%"), deepy, TELL_FLAG, NODE, description.name]))
     return Start(
         description.world_size,
-        (Command((*pdsh, node_command(description, NODE, job.deepy)), VARIABLES),),
+        (Command((*pdsh, node_command(description, NODE, deepy)), VARIABLES),),
         partial(tell_by_pdsh, tell),
         (Command((*pdsh, "true"), VARIABLES),),
         tuple(description.hosts),
