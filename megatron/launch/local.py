@@ -90,7 +90,8 @@ def run_task(command: list[str], environment: Mapping[str, str], config: LaunchC
     if is_child:
         end_with_parent(os.getppid(), signal.SIGHUP)
     with no_orphans():
-        supervisor.start(command, int(environment["RANK"]), environment)
+        # Its output goes through pipes, in which Python would hold it back.
+        supervisor.start(command, int(environment["RANK"]), {"PYTHONUNBUFFERED": "1", **environment})
         outcome = supervisor.wait()
     if MESSAGES_VARIABLE in environment:
         send("outcome", outcome.to_json())

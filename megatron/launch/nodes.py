@@ -126,12 +126,12 @@ def run_node(arguments: Sequence[str]) -> int:
         failure = Failure(first, supervisor.host, 2, 0.0, f"EnvironmentSetupError: {text}")
         send("outcome", Outcome((first,), 2, (failure,), host=supervisor.host).to_json())
         return 0
-    os.environ.update(job.environment)
     forward_signals(supervisor.signal)
     with _listening(job, node, supervisor):
+        variables = {"PYTHONUNBUFFERED": "1", **os.environ, **job.environment}
         for local_rank in range(len(slots)):
             place = Place(first + local_rank, job.world_size, local_rank)
-            environment = rank_environment(os.environ, place, (job.master_addr, job.master_port), slots)
+            environment = rank_environment(variables, place, (job.master_addr, job.master_port), slots)
             supervisor.start(job.words, place.rank, environment, stdin=subprocess.DEVNULL)
         send("up", {"node": node})
         outcome = supervisor.wait()
@@ -195,4 +195,5 @@ def _obey(number: int, supervisor: Supervisor) -> None:
 
 
 def _socket_folder(name: str, node: int) -> Path:
+    # In the temporary folder of a login: a TMPDIR of the start is not known to those that look for it.
     return Path(tempfile.gettempdir()) / f"deepy-{os.getuid()}-{name}-{node}"

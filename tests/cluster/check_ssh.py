@@ -86,7 +86,9 @@ def main() -> None:
         hostfile.write_text("# two addresses of one machine\n127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
         words = [f"hostfile={hostfile}"]
         LauncherCheck(runs, "ssh", [*words, "launcher=ssh", f"launcher_args=['-F', '{config}']"]).all()
-        environment = {"PDSH_SSH_ARGS_APPEND": f"-F {config}", "DLTS_HOSTFILE": str(hostfile)}
+        # A TMPDIR that the machines' logins do not have.
+        variables = {"DLTS_HOSTFILE": str(hostfile), "TMPDIR": str(runs.folder)}
+        environment = {"PDSH_SSH_ARGS_APPEND": f"-F {config}", **variables}
         LauncherCheck(runs, "pdsh", ["launcher=pdsh"], os.environ | environment).all()
     print("check_ssh: passed")
 
