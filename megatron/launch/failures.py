@@ -63,7 +63,6 @@ class Outcome:
     failures: tuple[Failure, ...] = ()
     killed: tuple[int, ...] = ()
     """Ranks that did not end within the grace period."""
-    host: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads."""

@@ -124,7 +124,7 @@ def run_node(arguments: Sequence[str]) -> int:
     except OSError as error:
         text = f"{job.hosts[node]}: {job.folder}: {error.strerror}. The working folder must exist on every machine."
         failure = Failure(first, supervisor.host, 2, 0.0, f"EnvironmentSetupError: {text}")
-        send("outcome", Outcome((first,), 2, (failure,), host=supervisor.host).to_json())
+        send("outcome", Outcome((first,), 2, (failure,)).to_json())
         return 0
     forward_signals(supervisor.signal)
     with _listening(job, node, supervisor):

@@ -103,7 +103,7 @@ class Supervisor:
         good = [self._code(rank) or 0 for rank in self._ranks if rank.rank not in failures and rank.rank not in ended]
         failed = tuple(failures.values())
         numbers = tuple(rank.rank for rank in self._ranks)
-        return Outcome(numbers, code_of(failed, good), failed, ended, self.host)
+        return Outcome(numbers, code_of(failed, good), failed, ended)
 
     def _end_others(self, failures: dict[int, Failure]) -> tuple[int, ...]:
         """Waits, then terminates, then kills; adds the failures of those that end by themselves. Returns the killed."""

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from megatron.errors import ConfigError
 from megatron.launch.hostfile import Node
 from megatron.launch.launcher import END, Job, Processes
-from megatron.launch.local import local_slots
+from megatron.launch.local import LOOPBACK, local_slots
 from megatron.launch.messages import MESSAGES_VARIABLE
 from megatron.launch.nodes import draw_port
-
-LOOPBACK = "127.0.0.1"
 
 
 def tell_tasks(processes: Processes, number: int) -> None:

@@ -6,8 +6,9 @@ import zlib
 
 from megatron.launch.exported import exported
 from megatron.launch.launcher import LAUNCHERS, Command, Environment, Job, Launcher, LauncherVariables, Start
+from megatron.launch.local import LOOPBACK
 from megatron.launch.nodes import PORTS
-from megatron.launch.tasks import LOOPBACK, mpi_nodes, task_variables, tell_tasks
+from megatron.launch.tasks import mpi_nodes, task_variables, tell_tasks
 
 VARIABLES = LauncherVariables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 
