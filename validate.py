@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     samples = run.training.eval_iters * batch
     if not samples:
         raise ConfigError("eval_iters: 0: nothing is to be measured. Set the batches of a validation, such as to 20.")
-    from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
+    from megatron.checkpointing.store.fetch import configured_checkpoint
     from megatron.io.durable import replace_durably
     from megatron.loaded_model.validation_loss import validation_loss
 

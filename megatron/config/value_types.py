@@ -138,7 +138,8 @@ def likely_meant(value: YamlValue, schema: Schema) -> str:
             return f"; did you mean {guess}?" if guess in {"true", "false"} else ""
         if kinds & {"integer", "number"} and _is_number(value):
             return "; remove the quotes"
-        return did_you_mean(value, schema.get("enum", []))
+        choices = [choice for option in options for choice in option.get("enum", ())]
+        return did_you_mean(value, choices)
     return _likely_meant_by_number(value, kinds) if isinstance(value, int | float) else ""
 
 

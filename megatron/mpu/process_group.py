@@ -16,14 +16,13 @@ from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from megatron.errors import EnvironmentSetupError
 from megatron.mpu.collective_trace import CollectiveTrace, traced_collectives
 from megatron.mpu.context import ParallelContext
+from megatron.rank_channel import LISTENER_VARIABLE
 
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 """Time that a collective may take, unless a configuration says otherwise."""
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
 """Variables, new and old, by which torch remembers so many of NCCL's last operations, for a report on a hang."""
 
-LISTENER_VARIABLE = "MASTER_LISTEN_FD"
-"""Variable with the file descriptor of a socket that listens on MASTER_PORT, which rank 0 may have inherited."""
 THIS_MACHINE = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
 """Values of MASTER_ADDR that mean this machine on each machine -> loopback address. Host names do not, even where they
 are looked up as a loopback address: on many machines, their own name is."""

@@ -14,9 +14,10 @@ from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.grow import GrowConfig
 from megatron.config.sections.inherit import InheritConfig
+from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
+from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.config.sections.watchdog import WatchdogConfig
