@@ -38,8 +38,11 @@ from tokenizers.trainers import BpeTrainer
 from megatron.config.local_path import local_path
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
-from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
-from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.data.prepare.documents import Limits, place, texts_of
+from megatron.data.prepare.encode_batch import TokenizeOptions
+from megatron.data.prepare.text_files import TextFile
+from megatron.data.prepare.tokenize_files import Work, dataset_prefix, tokenize_files
+from megatron.data.prepare.tokenizing_pool import TokenizingPool
 from megatron.data.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError
 from megatron.io.durable import atomic_write
@@ -91,10 +94,12 @@ def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
     vocab_size = train_tokenizer(parts["train"], vocab_size, tokenizer_file)
     facts["vocab_size"] = vocab_size
     options = TokenizeOptions(TokenizerConfig(type="HFTokenizer", vocab_file=str(tokenizer_file)), append_eod=True)
-    for part in parts:
-        say(f"tokenizing {part}.jsonl")
-        tally = tokenize_files([output_dir / f"{part}.jsonl"], output_dir / part, options)
-        facts[f"{part}_tokens"] = tally.tokens["text"]
+    with TokenizingPool(options, workers=1) as pool:
+        for part in parts:
+            say(f"tokenizing {part}.jsonl")
+            inputs = [TextFile(output_dir / f"{part}.jsonl")]
+            tally = tokenize_files(inputs, output_dir / part, pool, Work(overwrite=True))
+            facts[f"{part}_tokens"] = tally.tokens["text"]
     train, valid = (token_counts(dataset_prefix(output_dir / part, "text"), vocab_size) for part in parts)
     facts["valid_unigram_nats_per_token"] = unigram_loss(train, valid)
     with atomic_write(output_dir / "data.json") as temporary:
@@ -148,13 +153,13 @@ def docstrings(
 
 def own_groups(path: Path) -> Iterator[Group]:
     """Yields the paragraphs of a .txt file, or the texts of a .jsonl file."""
-    require_text_files([path])
-    for raw in read_documents([path]):
+    source = TextFile(path)
+    for raw in source.read(["text"], -1, Limits()):
         try:
             text = texts_of(raw, ["text"])["text"]
         except ValueError as error:
-            raise DataError(f"{raw.place}: {error}.") from error
-        documents = [text] if raw.line is not None else re.split(r"\n\s*\n", text)
+            raise DataError(f"{place(source, raw.number)}: {error}.") from error
+        documents = [text] if raw.number else re.split(r"\n\s*\n", text)
         yield from ([document] for document in documents if document.strip())
 
 

@@ -21,6 +21,9 @@ class CharLevelTokenizer:
         self.vocab_size = _VOCABULARY
         self.eod = _EOD
 
+    def vocabulary(self) -> list[tuple[int, str]]:
+        return [(byte, f"byte {byte}") for byte in range(256)]
+
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 

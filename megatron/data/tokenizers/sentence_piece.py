@@ -27,6 +27,9 @@ class SPMTokenizer:
             raise no_end_of_document(path)
         self.vocab_size = self._processor.get_piece_size()
 
+    def vocabulary(self) -> list[tuple[int, str]]:
+        return [(id_, self._processor.id_to_piece(id_)) for id_ in range(self.vocab_size)]
+
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
