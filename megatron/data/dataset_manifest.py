@@ -128,10 +128,11 @@ def read_manifest(prefix: Path) -> Manifest | None:
         ) from error
 
 
-def require_manifests(data: DataConfig, tokenizer: TokenizerFacts) -> None:
+def require_manifests(data: DataConfig, tokenizer: TokenizerFacts, fingerprint: Mapping[str, str]) -> None:
     """Raises DataError when a dataset of the configuration was made by another tokenizer, or is not what was written.
 
-    Sizes are compared. A dataset without a manifest is accepted with a note.
+    The size and the sampled pieces of the tokens and the whole index are compared, as `fingerprint`
+    (data_fingerprint.py) has them. A dataset without a manifest is accepted with a note.
     """
     foreign = []
     for key, prefix in dataset_paths(data):
@@ -140,11 +141,13 @@ def require_manifests(data: DataConfig, tokenizer: TokenizerFacts) -> None:
             foreign.append(str(prefix))
             continue
         for suffix, facts in manifest.files.items():
-            path = dataset_file(prefix, suffix)
-            if path.is_file() and path.stat().st_size != facts.size:
+            found = fingerprint.get(f"{key} ({suffix})")
+            sampled = f"{facts.size} bytes, sha256 of pieces {manifest.sampled_sha256}"
+            if found is not None and found not in (f"sha256 {facts.sha256}", sampled):
                 raise DataError(
-                    f"{key}: {path} holds {path.stat().st_size:,} bytes; {manifest_file(prefix).name} says "
-                    f"{facts.size:,}. Copy the dataset again, or tokenize the data again."
+                    f"{key}: {dataset_file(prefix, suffix)} is not what {manifest_file(prefix).name} says. One of them "
+                    "is damaged or of another dataset: tools/datasets/verify_dataset.py tells more. Copy the dataset "
+                    "again, or tokenize the data again."
                 )
         if manifest.tokenizer is not None and not manifest.tokenizer.is_same_vocabulary(tokenizer):
             raise DataError(

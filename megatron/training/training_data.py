@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.data_fingerprint import data_fingerprint
+from megatron.data.dataset_manifest import require_manifests, tokenizer_facts
 from megatron.data.datasets import Datasets, SampleCounts, build_datasets, sample_counts
 from megatron.data.micro_batch import MicroBatch, micro_batches, to_inputs_and_labels
 from megatron.data.tokenizer import Tokenizer
@@ -88,6 +89,9 @@ def build_training_data(
     sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
     datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)
     fingerprint = on_first_rank(lambda: data_fingerprint(config.data, **sizes))
+    on_first_rank(
+        lambda: require_manifests(config.data, tokenizer_facts(config.data.tokenizer, tokenizer), fingerprint)
+    )
     require_same_data(start, fingerprint, config.checkpoint)
     masked_token = tokenizer.eod if config.data.eod_mask_loss else None
     return TrainingData(datasets, counts, fingerprint, batch, context, config.data.num_workers, masked_token)

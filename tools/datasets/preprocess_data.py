@@ -42,6 +42,9 @@ from megatron.data.prepare.tokenizing_pool import TokenizingPool
 from megatron.errors import STOPPED_ON_REQUEST, DataError
 from tools.command_line import positive, progress_bar, tool_parser
 
+Part = tuple[list[Input], Path, tuple[int, int] | None]
+"""Inputs, prefix of their output, and its number among how many."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Tokenizes the inputs, then reports what was written."""
@@ -49,17 +52,19 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     options = options_of(args)
     inputs = inputs_of(args)
-    works = shards(inputs, args.shard, args.output_prefix) if args.shard else [(inputs, args.output_prefix)]
+    works: list[Part] = [(inputs, args.output_prefix, None)]
+    if args.shard:
+        works = shards(inputs, args.shard, args.output_prefix)
     with stopped_by_signals(), TokenizingPool(options, args.workers) as pool:
-        total = sum(source.size for given, _ in works for source in given)
+        total = sum(source.size for given, *_ in works for source in given)
         with shown_progress(total, args.num_docs, args.log_interval) as progress:
             tallies = []
-            for given, output_prefix in works:
+            for given, output_prefix, part in works:
                 work = Work(
                     max_bad_lines=args.max_bad_lines,
                     limits=Limits(args.max_line_bytes, args.max_expansion),
                     overwrite=args.overwrite,
-                    allow_empty=args.shard is not None,
+                    part=part,
                     report=progress.report,
                 )
                 tallies.append(tokenize_files(given, output_prefix, pool, work))
@@ -163,7 +168,7 @@ def inputs_of(args: argparse.Namespace) -> list[Input]:
     return find_inputs(args.input)
 
 
-def shards(inputs: Sequence[Input], shard: tuple[int, int], output_prefix: Path) -> list[tuple[list[Input], Path]]:
+def shards(inputs: Sequence[Input], shard: tuple[int, int], output_prefix: Path) -> list[Part]:
     """Returns this machine's inputs, each with the prefix of its output, which sorts as the inputs do.
 
     Raises DataError when there are fewer inputs than machines.
@@ -177,7 +182,11 @@ def shards(inputs: Sequence[Input], shard: tuple[int, int], output_prefix: Path)
     folder = output_prefix.with_name(f"{output_prefix.name}_shards")
     width = len(str(len(inputs)))
     return [
-        ([inputs[index]], folder / f"{index + 1:0{width}}_{Path(inputs[index].name).name.partition('.')[0]}")
+        (
+            [inputs[index]],
+            folder / f"{index + 1:0{width}}_{Path(inputs[index].name).name.partition('.')[0]}",
+            (index + 1, len(inputs)),
+        )
         for index in range(number - 1, len(inputs), count)
     ]
 

@@ -116,6 +116,21 @@ class IndexedDataset:
         start = int(self._pointers[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
+    def blocks(self, tokens_at_a_time: int = 1 << 22) -> Iterator[tuple[int, npt.NDArray[np.integer], npt.NDArray]]:
+        """Yields the first sequence, the tokens and the lengths of consecutive sequences, read into memory.
+
+        A block ends before `tokens_at_a_time` tokens, unless it is a single sequence.
+        """
+        start = position = 0
+        while start < len(self):
+            lengths = self.sizes[start : start + ENTRIES_AT_A_TIME].astype(np.int64)
+            fitting = int(np.searchsorted(np.cumsum(lengths), tokens_at_a_time, side="right"))
+            lengths = lengths[: max(fitting, 1)]
+            count = int(lengths.sum())
+            tokens = np.fromfile(self.token_file, self.dtype, count, offset=position * self.dtype.itemsize)
+            yield start, tokens, lengths
+            start, position = start + len(lengths), position + count
+
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
         # A loader process started by spawn opens the files itself; pickling a memory map would copy the dataset.
         return IndexedDataset, (self.prefix,)

@@ -60,8 +60,9 @@ class Work:
     overwrite: bool = False
     """Replace an existing dataset, or start an unfinished one over."""
 
-    allow_empty: bool = False
-    """Accept inputs without a document: a manifest says so, and no dataset is written."""
+    part: tuple[int, int] | None = None
+    """Number of this output among the parts of a larger one, from 1, and the number of parts. A part without a document
+    gets a manifest alone."""
 
     report: Callable[[Tally], None] = lambda tally: None
     """Called after each batch."""
@@ -263,7 +264,7 @@ class _Tokenizing:
         """Completes the files under their working names, and notes that they are whole."""
         tally = self._progress.tally
         without = [name for name, documents in tally.written.items() if documents == 0]
-        if without and not (self._work.allow_empty and len(without) == len(tally.written)):
+        if without and not (self._work.part and len(without) == len(tally.written)):
             remove_progress(self._progress_file)
             self._saved = False
             raise DataError(
@@ -281,7 +282,7 @@ class _Tokenizing:
                 sampled_sha256=sampled_sha256(token_file) if files else "",
                 kind=self._pool.options.outputs()[name],
                 append_eod=self._pool.options.append_eod,
-                options={"request": self._request, "encoder": self._pool.local.encoder.name},
+                options={"request": self._request, "encoder": self._pool.local.encoder.name, "part": self._work.part},
                 inputs=self._progress.inputs,
                 counts=dataclasses.asdict(tally),
                 versions=_versions(),
