@@ -97,6 +97,9 @@ class DatasetFormat:
 
     A vocabulary size of 0 means labels, which are token ids or -100 (MASKED)."""
 
+    open_checked: Callable[[Path], TokenDataset] | None = None
+    """Opens a dataset that another process of this machine has opened; where this takes no less time, None."""
+
     working_suffixes: tuple[str, ...] = ()
     """Endings of the files that a writer needs beside those of the dataset."""
 

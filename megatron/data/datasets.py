@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +14,15 @@ from megatron.data.dataset_format import TokenDataset, dataset_format
 from megatron.data.order.blendable_dataset import BlendableDataset
 from megatron.data.order.gpt_dataset import GPTDataset
 from megatron.data.order.index_cache import cached_sample_index
+from megatron.data.order.preshuffled_dataset import PreshuffledDataset
 from megatron.data.order.sample_index import num_tokens_in
 from megatron.errors import ConfigError, DataError
 
 # NeoX asks more of each part of a blend than its share, against uneven interleaving.
 _BLEND_RESERVE = 1.005
+
+
+SampleDataset = GPTDataset | BlendableDataset | PreshuffledDataset
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ class SampleCounts:
 class Datasets:
     """The datasets of a run; None where one is not configured or no sample of it is needed."""
 
-    train: GPTDataset | BlendableDataset
-    valid: GPTDataset | BlendableDataset | None
-    test: GPTDataset | BlendableDataset | None
+    train: SampleDataset
+    valid: SampleDataset | None
+    test: SampleDataset | None
+    index_keys: dict[str, str]
+    """Name of each cached index, by what was asked for; building with them looks through nothing again."""
 
 
 def sample_counts(training: TrainingConfig, global_batch_size: int) -> SampleCounts:
@@ -52,22 +58,44 @@ def sample_counts(training: TrainingConfig, global_batch_size: int) -> SampleCou
     )
 
 
-def build_datasets(data: DataConfig, counts: SampleCounts, *, seq_length: int, seed: int, vocab_size: int) -> Datasets:
+def build_datasets(
+    data: DataConfig,
+    counts: SampleCounts,
+    *,
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    index_keys: Mapping[str, str] | None = None,
+) -> Datasets:
     """Builds datasets that serve `counts` samples of `seq_length` + 1 tokens.
+
+    Indices are looked through whole, and built where they are not cached. With the `index_keys` of a process of this
+    machine that has done so, they are only mapped.
 
     With `data_path`, they are contiguous ranges of its documents; otherwise a blend of each list of paths. `vocab_size`
     is the padded vocabulary, above which a token id is an error. Raises ConfigError when no training data is
     configured, DataError when a dataset is missing, damaged or too small.
     """
-    reader = _SampleReader(data.impl, data.index_cache_dir, seq_length, seed, vocab_size)
+    reader = _SampleReader(
+        data.impl,
+        data.index_cache_dir,
+        seq_length,
+        seed,
+        vocab_size,
+        data.preshuffled,
+        index_keys is not None,
+        dict(index_keys or {}),
+    )
+    alpha = data.weighted_sampler_alpha if data.weight_by_num_documents else None
     if data.data_path is not None:
         return _split_datasets(data.data_path, data.split, counts, reader)
     if data.train_data_paths is None:
         raise ConfigError("data_path: no training data. Give data_path, or train_data_paths and valid_data_paths.")
     return Datasets(
-        train=_blend("train", data.train_data_paths, data.train_data_weights, counts.train, reader),
-        valid=_optional_blend("valid", data.valid_data_paths, data.valid_data_weights, counts.valid, reader),
-        test=_optional_blend("test", data.test_data_paths, data.test_data_weights, counts.test, reader),
+        train=_blend("train", data.train_data_paths, data.train_data_weights, alpha, counts.train, reader),
+        valid=_optional_blend("valid", data.valid_data_paths, data.valid_data_weights, alpha, counts.valid, reader),
+        test=_optional_blend("test", data.test_data_paths, data.test_data_weights, alpha, counts.test, reader),
+        index_keys=reader.index_keys,
     )
 
 
@@ -80,12 +108,19 @@ class _SampleReader:
     seq_length: int
     seed: int
     vocab_size: int
+    preshuffled: bool
+    is_checked: bool
+    """Another process of this machine has looked through datasets and indices, and found `index_keys`."""
+    index_keys: dict[str, str]
 
     def open(self, prefix: str) -> TokenDataset:
         """Opens the documents of a path. Raises DataError when a file is missing or damaged."""
-        return dataset_format(self.impl, Path(prefix)).open(Path(prefix))
+        files = dataset_format(self.impl, Path(prefix))
+        return (files.open_checked if self.is_checked and files.open_checked else files.open)(Path(prefix))
 
-    def dataset(self, tokens: TokenDataset, documents: range, num_samples: int, key: str, remedy: str) -> GPTDataset:
+    def dataset(
+        self, tokens: TokenDataset, documents: range, num_samples: int, key: str, remedy: str
+    ) -> GPTDataset | PreshuffledDataset:
         """Builds the dataset of a range of documents.
 
         Raises DataError, naming the configuration key, when they hold less than one sample.
@@ -96,11 +131,14 @@ class _SampleReader:
                 f"{key}: too small. {len(documents):,} documents of {tokens.token_file} hold {num_tokens:,} "
                 f"tokens; one sample needs {self.seq_length + 1:,} (seq_length + 1). {remedy}"
             )
+        if self.preshuffled:
+            return PreshuffledDataset(tokens, documents, self.vocab_size, self.seq_length)
         if self.index_cache_dir is None:
             folder = tokens.prefix.with_name(tokens.prefix.name + "_index_cache")
         else:
             folder = Path(self.index_cache_dir)
-        index = cached_sample_index(
+        asked = f"{tokens.prefix} {documents} {num_samples}"
+        index, self.index_keys[asked] = cached_sample_index(
             tokens.sizes,
             documents,
             num_samples,
@@ -108,6 +146,7 @@ class _SampleReader:
             self.seed,
             folder=folder,
             name=tokens.prefix.name,
+            checked_key=self.index_keys.get(asked),
         )
         return GPTDataset(tokens, index, self.vocab_size, self.seq_length)
 
@@ -118,7 +157,7 @@ def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _S
     ranges = split_documents(shares, len(tokens))
     remedy = "Give it a larger share in `split`, more documents, or a smaller seq_length"
 
-    def part(position: int, name: str, num_samples: int, way_out: str) -> GPTDataset:
+    def part(position: int, name: str, num_samples: int, way_out: str) -> GPTDataset | PreshuffledDataset:
         key = f"split: {split!r}, {name}"
         return reader.dataset(tokens, ranges[position], num_samples, key, remedy + way_out)
 
@@ -127,6 +166,7 @@ def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _S
         train=part(0, "training", counts.train, "."),
         valid=part(1, "validation", counts.valid, unused) if counts.valid and shares[1] else None,
         test=part(2, "test", counts.test, unused) if counts.test and shares[2] else None,
+        index_keys=reader.index_keys,
     )
 
 
@@ -151,22 +191,59 @@ def split_documents(shares: Sequence[float], num_documents: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise([0, *(boundary - error for boundary in boundaries[1:])])]
 
 
+def weights_by_num_documents(num_documents: Sequence[int], alpha: float) -> list[float]:
+    """Returns weights that sum to 1, by NeoX's rule: in proportion to p ** alpha * (1 - p), p the share of documents.
+
+    The steps are NeoX's (megatron/data/data_utils.py, weights_by_num_docs), so that the last digits are too. A single
+    dataset, for which NeoX divides by zero, has weight 1.
+    """
+    if len(num_documents) == 1:
+        return [1.0]
+    total = sum(num_documents)
+    shares = [documents / total for documents in num_documents]
+    raised = _normalized([share**alpha for share in shares])
+    return _normalized([power * (1 - share) for power, share in zip(raised, shares, strict=True)])
+
+
+def _normalized(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
 def _optional_blend(
-    part: str, paths: list[str] | None, weights: list[float] | None, num_samples: int, reader: _SampleReader
-) -> BlendableDataset | None:
-    return _blend(part, paths, weights, num_samples, reader) if paths is not None and num_samples else None
+    part: str,
+    paths: list[str] | None,
+    weights: list[float] | None,
+    alpha: float | None,
+    num_samples: int,
+    reader: _SampleReader,
+) -> SampleDataset | None:
+    return _blend(part, paths, weights, alpha, num_samples, reader) if paths is not None and num_samples else None
 
 
 def _blend(
-    part: str, paths: list[str], weights: list[float] | None, num_samples: int, reader: _SampleReader
-) -> BlendableDataset:
+    part: str,
+    paths: list[str],
+    weights: list[float] | None,
+    alpha: float | None,
+    num_samples: int,
+    reader: _SampleReader,
+) -> SampleDataset:
+    opened = [reader.open(path) for path in paths]
     raw = weights or [1.0] * len(paths)
-    total = sum(raw)
-    shares = [weight / total for weight in raw]
+    if alpha is not None:
+        raw = weights_by_num_documents([len(tokens) for tokens in opened], alpha)
+    shares = _normalized(raw)
     remedy = f"Leave it out of {part}_data_paths, or choose a smaller seq_length."
     datasets = []
-    for path, share in zip(paths, shares, strict=True):
-        tokens = reader.open(path)
+    for path, tokens, share in zip(paths, opened, shares, strict=True):
         needed = math.ceil(num_samples * share * _BLEND_RESERVE)
         datasets.append(reader.dataset(tokens, range(len(tokens)), needed, f"{part}_data_paths: {path}", remedy))
-    return BlendableDataset(datasets, shares)
+    if isinstance(datasets[0], PreshuffledDataset):
+        if len(datasets) > 1:
+            raise ConfigError(
+                f"{part}_data_paths: {len(datasets)} datasets, but `preshuffled` reads one in the order in which it "
+                "lies. Merge them (tools/datasets/merge_datasets.py), or leave `preshuffled` out to blend documents."
+            )
+        return datasets[0]
+    return BlendableDataset([dataset for dataset in datasets if isinstance(dataset, GPTDataset)], shares)

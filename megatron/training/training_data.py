@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from megatron.data.datasets import Datasets, SampleCounts, build_datasets, sampl
 from megatron.data.micro_batch import MicroBatch, micro_batches, to_inputs_and_labels
 from megatron.data.tokenizer import Tokenizer
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import on_first_rank
+from megatron.mpu.agreement import on_first_rank, on_first_rank_of_each_node
 from megatron.mpu.collectives import sum_over_data_ranks
 from megatron.mpu.context import ParallelContext
 from megatron.training.run_start import RunStart, require_same_data
@@ -87,7 +88,18 @@ def build_training_data(
     """
     counts = _index_counts(config, batch, start)
     sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
-    datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)
+    build = partial(
+        build_datasets,
+        config.data,
+        counts,
+        seq_length=config.model.seq_length,
+        seed=config.training.seed,
+        vocab_size=vocab.padded,
+    )
+    # Reading whole indices takes a while, and the first rank of a machine does it for all of them.
+    mine = on_first_rank_of_each_node(build, int(os.environ.get("LOCAL_RANK", "0")))
+    index_keys = on_first_rank(lambda: None if mine is None else mine.index_keys)
+    datasets = mine or build(index_keys=index_keys)
     fingerprint = on_first_rank(lambda: data_fingerprint(config.data, **sizes))
     on_first_rank(
         lambda: require_manifests(config.data, tokenizer_facts(config.data.tokenizer, tokenizer), fingerprint)

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.checkpointing.store.run_state import RunState
-from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.local_path import local_path
@@ -34,6 +33,7 @@ from megatron.data.dataset_manifest import require_manifests, tokenizer_facts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.io.durable import atomic_write
+from tools.command_line import planned_batch_size
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
             f"its length. View steps up to {last}, or add `train_iters=...` as that run will have it."
         )
     tokenizer = build_tokenizer(loaded.run.data.tokenizer)
-    size = global_batch_size(loaded, command)
+    size = planned_batch_size(loaded, command)
     data, seed, seq_length = loaded.run.data, loaded.run.training.seed, loaded.run.model.seq_length
     fingerprint = data_fingerprint(data, seq_length=seq_length, seed=seed)
     require_manifests(data, tokenizer_facts(data.tokenizer, tokenizer), fingerprint)
@@ -87,18 +87,6 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
     if args.output is None and not args.text:
         parser.error("nothing to do: give --output, --text or both")
     return args, parse_command_line(rest)
-
-
-def global_batch_size(loaded: LoadedConfig, command: CommandLine) -> int:
-    """Returns the samples per step. --world-size matters only where the configuration leaves it to the ranks.
-
-    Without it, there is one model replica.
-    """
-    if command.world_size is not None:
-        return loaded.batch(command.world_size).global_batch_size
-    training = loaded.run.training
-    replicas = implied_data_parallel_size(training) or 1
-    return training.train_batch_size or resolve_batch(training, replicas, loaded.origins).global_batch_size
 
 
 def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range) -> Iterator[npt.NDArray[np.int64]]:

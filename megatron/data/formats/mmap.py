@@ -17,7 +17,7 @@ The writer stores one sequence per document; the reader takes what Megatron's an
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,8 +75,11 @@ class IndexedDataset:
     documents start.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        """Opens both files. Raises DataError when one is missing, truncated, damaged or of another format."""
+    def __init__(self, prefix: Path, *, is_checked: bool = False) -> None:
+        """Opens both files. Raises DataError when one is missing, truncated, damaged or of another format.
+
+        The index is read whole for that, unless another process of this machine has done so (`is_checked`).
+        """
         self.prefix = prefix
         self.token_file = data_file(prefix)
         index_path, data_path = index_file(prefix), self.token_file
@@ -94,7 +97,8 @@ class IndexedDataset:
         self.sizes = buffer[_HEADER.size : sizes_end].view(np.int32)
         self._pointers = buffer[sizes_end:pointers_end].view(np.int64)
         self.document_indices = buffer[pointers_end : pointers_end + 8 * num_boundaries].view(np.int64)
-        self._check_positions(data_path)
+        if not is_checked:
+            self._check_positions(data_path)
         self._tokens = _mapped(data_path, self.dtype)
 
     def __len__(self) -> int:
@@ -116,7 +120,9 @@ class IndexedDataset:
         start = int(self._pointers[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
-    def blocks(self, tokens_at_a_time: int = 1 << 22) -> Iterator[tuple[int, npt.NDArray[np.integer], npt.NDArray]]:
+    def blocks(
+        self, tokens_at_a_time: int = 1 << 22
+    ) -> Iterator[tuple[int, npt.NDArray[np.integer], npt.NDArray[np.int64]]]:
         """Yields the first sequence, the tokens and the lengths of consecutive sequences, read into memory.
 
         A block ends before `tokens_at_a_time` tokens, unless it is a single sequence.
@@ -131,9 +137,9 @@ class IndexedDataset:
             yield start, tokens, lengths
             start, position = start + len(lengths), position + count
 
-    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[[Path], IndexedDataset], tuple[Path]]:
         # A loader process started by spawn opens the files itself; pickling a memory map would copy the dataset.
-        return IndexedDataset, (self.prefix,)
+        return open_checked, (self.prefix,)
 
     def _check_positions(self, data_path: Path) -> None:
         """Raises DataError unless each sequence starts where its predecessor ends, up to the end of the data file."""
@@ -153,6 +159,11 @@ class IndexedDataset:
                 f"{data_path}: holds {held:,} bytes where {index_file(self.prefix).name} promises {position:,}. "
                 "One of the two is truncated or from another dataset; copy both again, or tokenize the data again."
             )
+
+
+def open_checked(prefix: Path) -> IndexedDataset:
+    """Opens a dataset whose index another process of this machine has looked through."""
+    return IndexedDataset(prefix, is_checked=True)
 
 
 class IndexedDatasetWriter:
@@ -278,6 +289,7 @@ DATASET_FORMATS.register("mmap")(
         index_suffixes=(_INDEX_SUFFIX,),
         working_suffixes=(_SIZES_SUFFIX,),
         open=IndexedDataset,
+        open_checked=open_checked,
         write=lambda prefix, vocab_size, position: IndexedDatasetWriter(prefix, token_dtype(vocab_size), position),
     )
 )

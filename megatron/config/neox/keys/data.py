@@ -48,8 +48,6 @@ DATA_KEYS: dict[str, TableEntry] = {
         bool,
     ),
     "mmap_warmup": Inert(bool, "only reads the dataset once to fill the page cache"),
-    "weight_by_num_documents": absent_flag("blends take explicit weights", "use train_data_weights"),
-    "weighted_sampler_alpha": Inert(float, "only read with weight_by_num_documents: true, which is refused"),
     "dataset_impl": Rejected("only GPT datasets are implemented", harmless=("gpt2",), accepts=str),
     "pack_impl": Rejected("samples are always packed", harmless=("packed",), accepts=str),
     "allow_chopped": Inert(bool, "only read with a pack_impl other than packed, which is refused"),
