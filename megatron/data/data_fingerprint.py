@@ -39,6 +39,8 @@ def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[st
             )
         for number, path in enumerate(paths):
             facts |= _dataset_facts(f"{part}_data_paths[{number}]", data.impl, Path(path))
+        for number, path in enumerate(getattr(data, f"{part}_label_data_paths") or []):
+            facts |= _dataset_facts(f"{part}_label_data_paths[{number}]", data.impl, Path(path))
     return facts
 
 

@@ -164,12 +164,13 @@ def require_manifests(data: DataConfig, tokenizer: TokenizerFacts, fingerprint: 
 
 
 def dataset_paths(data: DataConfig) -> Iterator[tuple[str, Path]]:
-    """Yields key and prefix of every dataset of tokens that a configuration names."""
+    """Yields key and prefix of every dataset that a configuration names."""
     if data.data_path is not None:
         yield "data_path", Path(data.data_path)
     for part in ("train", "valid", "test"):
-        for number, path in enumerate(getattr(data, f"{part}_data_paths") or []):
-            yield f"{part}_data_paths[{number}]", Path(path)
+        for kind in ("data_paths", "label_data_paths"):
+            for number, path in enumerate(getattr(data, f"{part}_{kind}") or []):
+                yield f"{part}_{kind}[{number}]", Path(path)
 
 
 def parse_manifest(content: Mapping[str, Any]) -> Manifest:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
+
+import numpy as np
 
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.training import TrainingConfig
@@ -86,15 +89,15 @@ def build_datasets(
         index_keys is not None,
         dict(index_keys or {}),
     )
-    alpha = data.weighted_sampler_alpha if data.weight_by_num_documents else None
     if data.data_path is not None:
         return _split_datasets(data.data_path, data.split, counts, reader)
     if data.train_data_paths is None:
         raise ConfigError("data_path: no training data. Give data_path, or train_data_paths and valid_data_paths.")
+    train = _blend(_Part.of(data, "train"), counts.train, reader)
     return Datasets(
-        train=_blend("train", data.train_data_paths, data.train_data_weights, alpha, counts.train, reader),
-        valid=_optional_blend("valid", data.valid_data_paths, data.valid_data_weights, alpha, counts.valid, reader),
-        test=_optional_blend("test", data.test_data_paths, data.test_data_weights, alpha, counts.test, reader),
+        train=train,
+        valid=_blend(_Part.of(data, "valid"), counts.valid, reader) if data.valid_data_paths and counts.valid else None,
+        test=_blend(_Part.of(data, "test"), counts.test, reader) if data.test_data_paths and counts.test else None,
         index_keys=reader.index_keys,
     )
 
@@ -119,7 +122,13 @@ class _SampleReader:
         return (files.open_checked if self.is_checked and files.open_checked else files.open)(Path(prefix))
 
     def dataset(
-        self, tokens: TokenDataset, documents: range, num_samples: int, key: str, remedy: str
+        self,
+        tokens: TokenDataset,
+        documents: range,
+        num_samples: int,
+        key: str,
+        remedy: str,
+        labels: TokenDataset | None = None,
     ) -> GPTDataset | PreshuffledDataset:
         """Builds the dataset of a range of documents.
 
@@ -132,6 +141,8 @@ class _SampleReader:
                 f"tokens; one sample needs {self.seq_length + 1:,} (seq_length + 1). {remedy}"
             )
         if self.preshuffled:
+            if labels is not None:
+                raise ConfigError(f"{key}: label_data_paths belong to documents, and `preshuffled` reads rows.")
             return PreshuffledDataset(tokens, documents, self.vocab_size, self.seq_length)
         if self.index_cache_dir is None:
             folder = tokens.prefix.with_name(tokens.prefix.name + "_index_cache")
@@ -148,7 +159,17 @@ class _SampleReader:
             name=tokens.prefix.name,
             checked_key=self.index_keys.get(asked),
         )
-        return GPTDataset(tokens, index, self.vocab_size, self.seq_length)
+        return GPTDataset(tokens, index, self.vocab_size, self.seq_length, labels)
+
+    def open_labels(self, prefix: str, tokens: TokenDataset) -> TokenDataset:
+        """Opens the labels of `tokens`. Raises DataError when they are of other documents."""
+        labels = self.open(prefix)
+        if not self.is_checked and not np.array_equal(labels.sizes, tokens.sizes):
+            raise DataError(
+                f"{labels.token_file}: has labels of other documents than those of {tokens.token_file}: their lengths "
+                "differ. Both come from one run of preprocess_data.py."
+            )
+        return labels
 
 
 def _split_datasets(data_path: str, split: str, counts: SampleCounts, reader: _SampleReader) -> Datasets:
@@ -210,40 +231,48 @@ def _normalized(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _optional_blend(
-    part: str,
-    paths: list[str] | None,
-    weights: list[float] | None,
-    alpha: float | None,
-    num_samples: int,
-    reader: _SampleReader,
-) -> SampleDataset | None:
-    return _blend(part, paths, weights, alpha, num_samples, reader) if paths is not None and num_samples else None
+@dataclass(frozen=True)
+class _Part:
+    """The datasets of training, validation or test, where each has paths of its own."""
+
+    name: str
+    paths: list[str]
+    label_paths: list[str] | None
+    weights: list[float] | None
+    alpha: float | None
+    """Exponent of weights by the number of documents; None leaves them to `weights`."""
+
+    @classmethod
+    def of(cls, data: DataConfig, name: str) -> Self:
+        return cls(
+            name,
+            getattr(data, f"{name}_data_paths"),
+            getattr(data, f"{name}_label_data_paths"),
+            getattr(data, f"{name}_data_weights"),
+            data.weighted_sampler_alpha if data.weight_by_num_documents else None,
+        )
 
 
-def _blend(
-    part: str,
-    paths: list[str],
-    weights: list[float] | None,
-    alpha: float | None,
-    num_samples: int,
-    reader: _SampleReader,
-) -> SampleDataset:
-    opened = [reader.open(path) for path in paths]
-    raw = weights or [1.0] * len(paths)
-    if alpha is not None:
-        raw = weights_by_num_documents([len(tokens) for tokens in opened], alpha)
+def _blend(part: _Part, num_samples: int, reader: _SampleReader) -> SampleDataset:
+    opened = [reader.open(path) for path in part.paths]
+    labels: list[TokenDataset | None] = [None] * len(opened)
+    if part.label_paths is not None:
+        labels = [reader.open_labels(path, tokens) for path, tokens in zip(part.label_paths, opened, strict=True)]
+    raw = part.weights or [1.0] * len(opened)
+    if part.alpha is not None:
+        raw = weights_by_num_documents([len(tokens) for tokens in opened], part.alpha)
     shares = _normalized(raw)
-    remedy = f"Leave it out of {part}_data_paths, or choose a smaller seq_length."
+    remedy = f"Leave it out of {part.name}_data_paths, or choose a smaller seq_length."
     datasets = []
-    for path, tokens, share in zip(paths, opened, shares, strict=True):
+    for path, tokens, its_labels, share in zip(part.paths, opened, labels, shares, strict=True):
         needed = math.ceil(num_samples * share * _BLEND_RESERVE)
-        datasets.append(reader.dataset(tokens, range(len(tokens)), needed, f"{part}_data_paths: {path}", remedy))
+        key = f"{part.name}_data_paths: {path}"
+        datasets.append(reader.dataset(tokens, range(len(tokens)), needed, key, remedy, its_labels))
     if isinstance(datasets[0], PreshuffledDataset):
         if len(datasets) > 1:
             raise ConfigError(
-                f"{part}_data_paths: {len(datasets)} datasets, but `preshuffled` reads one in the order in which it "
-                "lies. Merge them (tools/datasets/merge_datasets.py), or leave `preshuffled` out to blend documents."
+                f"{part.name}_data_paths: {len(datasets)} datasets, but `preshuffled` reads one in the order in which "
+                "it lies. Merge them (tools/datasets/merge_datasets.py), or leave `preshuffled` out to blend documents."
             )
         return datasets[0]
     return BlendableDataset([dataset for dataset in datasets if isinstance(dataset, GPTDataset)], shares)

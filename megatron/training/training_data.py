@@ -40,6 +40,8 @@ class TrainingData:
     batch: BatchConfig
     context: ParallelContext
     num_workers: int
+    labelled: frozenset[str]
+    """Splits whose datasets have labels of their own."""
     masked_token: int | None
     """Input token whose position does not count in the loss (`eod_mask_loss`); None masks nothing."""
 
@@ -60,7 +62,7 @@ class TrainingData:
             num_workers=self.num_workers,
         )
         batches = map(partial(to_inputs_and_labels, eod_token=self.masked_token), tokens)
-        return batches if self.masked_token is None else self._weighted(batches)
+        return self._weighted(batches) if self.masked_token is not None or split in self.labelled else batches
 
     def _weighted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         # A mean over each micro batch's own positions would weigh a position by how the step is cut up.
@@ -106,7 +108,10 @@ def build_training_data(
     )
     require_same_data(start, fingerprint, config.checkpoint)
     masked_token = tokenizer.eod if config.data.eod_mask_loss else None
-    return TrainingData(datasets, counts, fingerprint, batch, context, config.data.num_workers, masked_token)
+    labelled = frozenset(
+        part for part in ("train", "valid", "test") if getattr(config.data, f"{part}_label_data_paths") is not None
+    )
+    return TrainingData(datasets, counts, fingerprint, batch, context, config.data.num_workers, labelled, masked_token)
 
 
 def _index_counts(config: RunConfig, batch: BatchConfig, start: RunStart) -> SampleCounts:

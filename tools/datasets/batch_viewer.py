@@ -100,7 +100,7 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
     state = resumed_state(run.checkpoint)
     num_samples = sample_counts(run.training, size).train if state is None else state.train_index_samples
     dataset = build_datasets(
-        run.data,
+        run.data.model_copy(update={"train_label_data_paths": None}),
         SampleCounts(train=num_samples, valid=0, test=0),
         seq_length=run.model.seq_length,
         seed=run.training.seed,

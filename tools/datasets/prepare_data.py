@@ -38,8 +38,8 @@ from tokenizers.trainers import BpeTrainer
 from megatron.config.local_path import local_path
 from megatron.config.sections.data import TokenizerConfig
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
+from megatron.data.prepare.batches import TokenizeOptions
 from megatron.data.prepare.documents import Limits, place, texts_of
-from megatron.data.prepare.encode_batch import TokenizeOptions
 from megatron.data.prepare.text_files import TextFile
 from megatron.data.prepare.tokenize_files import Work, dataset_prefix, tokenize_files
 from megatron.data.prepare.tokenizing_pool import TokenizingPool

@@ -3,11 +3,13 @@
     python tools/datasets/preprocess_data.py --input 'pile/*.jsonl.zst' --output-prefix data/pile \\
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json --append-eod --workers 8
     python tools/datasets/preprocess_data.py ... --shard 3/16          on each of 16 machines, each with its number
+    python tools/datasets/preprocess_data.py ... --prompt-key question --completion-key answer
     python tools/datasets/merge_datasets.py --input data/pile_shards --output-prefix data/pile_text_document
 
 Reads .jsonl, .jsonl.gz and .jsonl.zst (one document per line), .txt (one per file), .parquet and datasets that Hugging
 Face's library has saved on disk (one per row): files, folders and patterns. Writes <output-prefix>_<key>_document.bin
-and .idx, and .manifest.json with what they were made of; `data_path` is their path without the ending.
+and .idx, and .manifest.json with what they were made of; `data_path` is their path without the ending. Label datasets
+are for `train_label_data_paths`.
 
 A run that was stopped or killed goes on when the same command is run again, and writes the same bytes. With --shard
 i/n, machine i makes a dataset of each n-th input in <output-prefix>_shards; what is finished is not done again.
@@ -31,10 +33,11 @@ from megatron_tokenformer import run_tool
 from megatron.config.local_path import local_path
 from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
+from megatron.data.prepare.batches import Chat, LabelRule, MaskBefore, PromptCompletion, TokenizeOptions
 from megatron.data.prepare.documents import DEFAULT_MAX_EXPANSION, DEFAULT_MAX_LINE_BYTES, Input, Limits
-from megatron.data.prepare.encode_batch import TokenizeOptions
 from megatron.data.prepare.encoders import EncoderName
 from megatron.data.prepare.inputs import find_inputs
+from megatron.data.prepare.labels import read_chat_template
 from megatron.data.prepare.progress import Tally
 from megatron.data.prepare.tables import HubDataset
 from megatron.data.prepare.tokenize_files import Work, dataset_prefix, tokenize_files
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
                 tallies.append(tokenize_files(given, output_prefix, pool, work))
                 progress.finish(tallies[-1])
                 report_files(options, output_prefix, tallies[-1])
-    report_counts(tallies)
+    report_counts(options, tallies)
     return 0
 
 
@@ -87,7 +90,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     text.add_argument("--hf-dataset", metavar="NAME", help="a dataset of the Hugging Face hub, streamed")
     text.add_argument("--hf-config", metavar="NAME", help="its configuration, where it has several")
     text.add_argument("--hf-split", default="train", metavar="NAME", help="its split (train)")
-    text.add_argument("--jsonl-keys", nargs="+", default=["text"], help="keys or columns; a dataset each (text)")
+    text.add_argument("--jsonl-keys", nargs="+", help="keys or columns; a dataset each (text)")
     text.add_argument("--num-docs", type=int, help="documents in the input, if known, for the progress bar")
     text.add_argument("--max-bad-lines", type=int, default=0, help="malformed documents to leave out (0)")
     text.add_argument(
@@ -110,6 +113,24 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     tokenizer.add_argument("--merge-file", type=local_path, help="merges.txt of GPT2BPETokenizer")
     tokenizer.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's <eod>")
     tokenizer.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the ftfy library")
+    labels = parser.add_argument_group("labels, for finetuning: a second dataset says which tokens the loss counts")
+    labels.add_argument(
+        "--mask-before-token",
+        type=token_ids,
+        metavar="0,1,1270",
+        help="count what follows the first of these token sequences in a document (label_document)",
+    )
+    labels.add_argument("--prompt-key", metavar="KEY", help="key or column of prompts, which do not count")
+    labels.add_argument("--completion-key", metavar="KEY", help="key or column of completions, which do")
+    labels.add_argument(
+        "--chat-template",
+        type=local_path,
+        metavar="FILE",
+        help=".jinja file or tokenizer_config.json; --jsonl-keys (conversation) then holds lists of messages",
+    )
+    labels.add_argument("--generation-role", default="assistant", help="role whose messages count (assistant)")
+    labels.add_argument("--only-last", action="store_true", help="count the last message of a conversation alone")
+    labels.add_argument("--no-mask", action="store_true", help="count every token of conversations")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-prefix", type=local_path, required=True, help="path of the dataset, without _text_document"
@@ -137,7 +158,41 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--max-bad-lines is at least 0, --max-expansion at least 1")
     if args.shard and args.hf_dataset:
         parser.error("--shard divides the files of --input; a streamed dataset is one input")
+    if bool(args.prompt_key) != bool(args.completion_key):
+        parser.error("--prompt-key and --completion-key belong together")
+    if sum(map(bool, (args.mask_before_token, args.prompt_key, args.chat_template))) > 1:
+        parser.error("one of --mask-before-token, --prompt-key and --chat-template decides the labels")
+    args.jsonl_keys = args.jsonl_keys or ["conversation" if args.chat_template else "text"]
+    if len(args.jsonl_keys) > 1 and (args.mask_before_token or args.chat_template):
+        parser.error("--jsonl-keys: labels belong to one key")
     return args
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """Parses token ids with commas between. Raises ArgumentTypeError for anything else."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"expected token ids such as 0,1,1270, not {text!r}")
+    return tuple(map(int, words))
+
+
+def label_rule(args: argparse.Namespace) -> LabelRule | None:
+    """Returns what decides the labels. Raises DataError when the chat template cannot be read."""
+    if args.mask_before_token:
+        return MaskBefore(args.mask_before_token)
+    if args.prompt_key:
+        return PromptCompletion(args.prompt_key, args.completion_key)
+    if args.chat_template:
+        template, variables = read_chat_template(args.chat_template)
+        return Chat(
+            args.jsonl_keys[0],
+            template,
+            variables,
+            args.generation_role,
+            only_last=args.only_last,
+            counts_all=args.no_mask,
+        )
+    return None
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -157,6 +212,7 @@ def options_of(args: argparse.Namespace) -> TokenizeOptions:
         format=args.dataset_impl,
         append_eod=args.append_eod,
         fix_text=args.ftfy,
+        labels=label_rule(args),
         encoder=args.encoder,
     )
 
@@ -198,12 +254,13 @@ def report_files(options: TokenizeOptions, output_prefix: Path, tally: Tally) ->
         print(f"{path}: {tally.written[name]:,} documents, {tokens:,} tokens")
 
 
-def report_counts(tallies: Sequence[Tally]) -> None:
+def report_counts(options: TokenizeOptions, tallies: Sequence[Tally]) -> None:
     """Prints the closing report over all outputs."""
     documents, empty, bad, text_bytes = (
         sum(getattr(tally, name) for tally in tallies) for name in ("documents", "empty", "bad", "text_bytes")
     )
-    tokens = sum(sum(tally.tokens.values()) for tally in tallies)
+    names = [name for name, kind in options.outputs().items() if kind == "tokens"]
+    tokens = sum(tally.tokens[name] for tally in tallies for name in names)
     print(f"{documents:,} documents; left out: {empty:,} empty, {bad:,} malformed")
     if tokens:
         longest = max(tallies, key=lambda tally: tally.longest)

@@ -62,6 +62,16 @@ class DataConfig(Section):
     test_data_weights: list[NonNegative] | None = None
     """Weights of the test datasets; equal when unset."""
 
+    train_label_data_paths: list[PathText] | None = None
+    """Prefixes of the labels of train_data_paths, one for each: the token itself, or -100 where the loss does not
+    count it."""
+
+    valid_label_data_paths: list[PathText] | None = None
+    """Prefixes of the labels of valid_data_paths."""
+
+    test_label_data_paths: list[PathText] | None = None
+    """Prefixes of the labels of test_data_paths."""
+
     weight_by_num_documents: Annotated[
         bool, Key(difference="NeoX divides by zero for a single dataset, whose weight is 1 here")
     ] = False

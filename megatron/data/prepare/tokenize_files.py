@@ -27,8 +27,8 @@ from megatron.data.dataset_manifest import (
     read_manifest,
     tokenizer_facts,
 )
+from megatron.data.prepare.batches import Batch, EncodedBatch, FinishedInput
 from megatron.data.prepare.documents import Input, Limits, place
-from megatron.data.prepare.encode_batch import Batch, EncodedBatch, FinishedInput
 from megatron.data.prepare.encoders import FastEncoderMismatchError
 from megatron.data.prepare.progress import Progress, Tally, progress_file, read_progress, remove_progress
 from megatron.data.prepare.tokenizing_pool import TokenizingPool
@@ -191,7 +191,7 @@ class _Tokenizing:
         for number in range(progress.input, len(self._inputs)):
             source = self._inputs[number]
             after = progress.document if number == progress.input else -1
-            for raw in source.read(self._pool.options.keys, after, work.limits):
+            for raw in source.read(self._pool.options.columns(), after, work.limits):
                 batch.places.append((number, raw.number))
                 batch.contents.append(raw.content)
                 batch.size += len(raw.content) if isinstance(raw.content, bytes) else _row_size(raw.content)
@@ -338,7 +338,7 @@ def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def _row_size(values: Any) -> int:
-    return sum(len(value) for value in (values or {}).values() if isinstance(value, str))
+    return sum(len(value if isinstance(value, str) else repr(value)) for value in (values or {}).values())
 
 
 def _versions() -> dict[str, str]:

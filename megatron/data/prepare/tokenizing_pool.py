@@ -19,7 +19,8 @@ from functools import cache
 from multiprocessing import connection
 from types import TracebackType
 
-from megatron.data.prepare.encode_batch import Batch, BatchEncoder, EncodedBatch, TokenizeOptions
+from megatron.data.prepare.batches import Batch, EncodedBatch, TokenizeOptions
+from megatron.data.prepare.encode_batch import BatchEncoder
 from megatron.errors import EnvironmentSetupError
 
 logger = logging.getLogger(__name__)

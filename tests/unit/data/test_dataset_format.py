@@ -15,7 +15,7 @@ from megatron.data.data_fingerprint import data_fingerprint
 from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, Position, dataset_format
 from megatron.data.datasets import Datasets, SampleCounts, build_datasets
 from megatron.data.formats.mmap import IndexedDataset
-from megatron.data.prepare.encode_batch import TokenizeOptions
+from megatron.data.prepare.batches import TokenizeOptions
 from megatron.data.prepare.text_files import TextFile
 from megatron.data.prepare.tokenize_files import Work, dataset_prefix, tokenize_files
 from megatron.data.prepare.tokenizing_pool import TokenizingPool

@@ -215,3 +215,40 @@ def test_preshuffled_rows_have_one_length_and_one_dataset(rows: Path) -> None:
         writer.add_document(range(SEQ_LENGTH + 3))
     with pytest.raises(DataError, match=rf"row 1 has {SEQ_LENGTH + 3} tokens; .* Set seq_length to {SEQ_LENGTH + 2}"):
         build(DataConfig(train_data_paths=[str(rows)], preshuffled=True), SampleCounts(5, 0, 0))
+
+
+def write_labels(prefix: Path, documents: list[list[int]]) -> str:
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return str(prefix)
+
+
+def test_labels_stand_beside_their_tokens(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "text", 20)
+    labels = write_labels(tmp_path / "label", [[-100] * 4 + [document] * 6 for document in range(20)])
+    data = DataConfig(train_data_paths=[tokens], train_label_data_paths=[labels])
+    plain = build(DataConfig(train_data_paths=[tokens]), SampleCounts(60, 0, 0)).train
+    ours = build(data, SampleCounts(60, 0, 0)).train
+    masked = 0
+    for item in range(60):
+        sample = ours[item]
+        np.testing.assert_array_equal(sample[0], plain[item])
+        counted = sample[1] != -100
+        np.testing.assert_array_equal(sample[1][counted], sample[0][counted])
+        masked += int((~counted).sum())
+    assert masked == pytest.approx(0.4 * 60 * (SEQ_LENGTH + 1), rel=0.2)
+
+
+def test_labels_of_other_documents_are_refused(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "text", 20)
+    for documents, message in (
+        ([[1] * 10] * 19, r"label\.bin: has labels of other documents"),
+        ([[1] * 10] * 19 + [[1] * 9], r"label\.bin: has labels of other documents"),
+        ([[-7] * 10] * 20, r"label\.bin: document \d+ holds the token id -7"),
+        ([[1024] * 10] * 20, r"label\.bin: document \d+ holds the token id 1024"),
+    ):
+        labels = write_labels(tmp_path / "label", documents)
+        data = DataConfig(train_data_paths=[tokens], train_label_data_paths=[labels])
+        with pytest.raises(DataError, match=message):
+            build(data, SampleCounts(10, 0, 0)).train[0]

@@ -13,8 +13,8 @@ from megatron.config.sections.data import TokenizerConfig
 from megatron.data.dataset_manifest import read_manifest
 from megatron.data.formats.mmap import IndexedDataset
 from megatron.data.prepare import encoders
+from megatron.data.prepare.batches import TokenizeOptions
 from megatron.data.prepare.documents import Limits
-from megatron.data.prepare.encode_batch import TokenizeOptions
 from megatron.data.prepare.inputs import find_inputs
 from megatron.data.prepare.tokenize_files import Work, tokenize_files
 from megatron.data.prepare.tokenizing_pool import TokenizingPool
