@@ -17,6 +17,7 @@ import tokenizers
 
 from megatron.data.formats.mmap import data_file, index_file
 from megatron.data.tokenizer import END_OF_DOCUMENT
+from tools.command_line import positive, tool_parser
 
 CHUNK = 25  # documents that NeoX hands to a worker at once
 INDEX_HEADER = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + (8).to_bytes(1, "little")
@@ -53,22 +54,28 @@ def texts(path: str) -> Iterator[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Tokenizes INPUT by TOKENIZER into PREFIX with so many WORKERS."""
-    source, tokenizer, prefix, workers = argv
-    encoder = Encoder(tokenizer)
-    if int(workers) > 1:
-        pool = multiprocessing.get_context("spawn").Pool(int(workers), initializer=encoder.start)
-        documents: Iterator[list[int]] = pool.imap(encoder.encode, texts(source), chunksize=CHUNK)
+    parser = tool_parser(__doc__)
+    parser.add_argument("source", help="text as JSON lines")
+    parser.add_argument("tokenizer", help="tokenizer.json")
+    parser.add_argument("prefix", help="path of the dataset, without its endings")
+    parser.add_argument("workers", type=positive, help="processes")
+    args = parser.parse_args(argv)
+    encoder = Encoder(args.tokenizer)
+    if args.workers > 1:
+        pool = multiprocessing.get_context("spawn").Pool(args.workers, initializer=encoder.start)
+        documents: Iterator[list[int]] = pool.imap(encoder.encode, texts(args.source), chunksize=CHUNK)
     else:
         encoder.start()
-        documents = map(encoder.encode, texts(source))
+        documents = map(encoder.encode, texts(args.source))
+    prefix = Path(args.prefix)
     sizes: list[int] = []
-    with data_file(Path(prefix)).open("wb") as file:
+    with data_file(prefix).open("wb") as file:
         for ids in documents:
             if ids:
                 file.write(np.array(ids, dtype=np.uint16).tobytes(order="C"))
                 sizes.append(len(ids))
     pointers = np.cumsum([0, *sizes[:-1]], dtype=np.int64) * 2
-    with index_file(Path(prefix)).open("wb") as file:
+    with index_file(prefix).open("wb") as file:
         file.write(INDEX_HEADER + len(sizes).to_bytes(8, "little") + (len(sizes) + 1).to_bytes(8, "little"))
         file.write(np.array(sizes, dtype=np.int32).tobytes() + pointers.tobytes())
         file.write(np.arange(len(sizes) + 1, dtype=np.int64).tobytes())

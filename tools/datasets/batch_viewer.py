@@ -28,7 +28,6 @@ from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import CheckpointConfig
-from megatron.data.data_fingerprint import data_fingerprint
 from megatron.data.dataset_manifest import require_manifests, tokenizer_facts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
@@ -49,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
         )
     tokenizer = build_tokenizer(loaded.run.data.tokenizer)
     size = planned_batch_size(loaded, command)
+    from megatron.data.data_fingerprint import data_fingerprint
+
     data, seed, seq_length = loaded.run.data, loaded.run.training.seed, loaded.run.model.seq_length
     fingerprint = data_fingerprint(data, seq_length=seq_length, seed=seed)
     require_manifests(data, tokenizer_facts(data.tokenizer, tokenizer), fingerprint)

@@ -25,6 +25,7 @@ from megatron.io.json_files import read_json_object
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
+_BYTES_AT_A_TIME = 1 << 24
 MALFORMED_NPY = (
     ValueError,
     TypeError,
@@ -93,6 +94,14 @@ def _key(sizes: npt.NDArray[np.integer], documents: range, num_epochs: int, seq_
     return digest.hexdigest()
 
 
+def _write_npy(file: HashingWriter, array: npt.NDArray[np.integer]) -> None:
+    """Writes a contiguous array as np.save does, which would copy it piece by piece for a file that hashes."""
+    np.lib.format.write_array_header_1_0(cast(Any, file), np.lib.format.header_data_from_array_1_0(array))
+    content = array.data.cast("B")
+    for start in range(0, len(content), _BYTES_AT_A_TIME):
+        file.write(content[start : start + _BYTES_AT_A_TIME])
+
+
 class _IndexFiles:
     """The .npy files of one index, a file for each of its arrays, and one with their hashes."""
 
@@ -112,7 +121,7 @@ class _IndexFiles:
         for part, array in vars(index).items():
             with atomic_write(self._path(part)) as temporary, temporary.open("wb") as file:
                 hashing = HashingWriter(file)
-                np.save(cast(Any, hashing), array, allow_pickle=False)
+                _write_npy(hashing, array)
                 hashes[part] = hashing.sha256
         with atomic_write(self.hashes) as temporary:
             temporary.write_text(json.dumps(hashes) + "\n")
