@@ -42,7 +42,7 @@ class BatchEncoder:
     def __call__(self, batch: Batch) -> EncodedBatch:
         """Encodes a batch. Raises FastEncoderMismatchError, or DataError of a damaged tokenizer."""
         if isinstance(self.options.labels, PromptCompletion | Chat):
-            return encode_segments(batch, self.options, self.encoder, self.tokenizer.eod, self._fix)
+            return encode_segments(batch, self.options, self.encoder, self.tokenizer, self._fix)
         keys = self.options.keys
         texts: dict[str, list[str]] = {key: [] for key in keys}
         owners: dict[str, list[int]] = {key: [] for key in keys}

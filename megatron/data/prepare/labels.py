@@ -23,6 +23,7 @@ from megatron.data.prepare.batches import (
 )
 from megatron.data.prepare.documents import RawDocument, checked_text, values_of
 from megatron.data.prepare.encoders import Encoder
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.registry import install_extra, require
@@ -52,11 +53,12 @@ def mask_before(
 
 
 def encode_segments(
-    batch: Batch, options: TokenizeOptions, encoder: Encoder, eod: int, fix: Callable[[str], str] | None
+    batch: Batch, options: TokenizeOptions, encoder: Encoder, tokenizer: Tokenizer, fix: Callable[[str], str] | None
 ) -> EncodedBatch:
     """Encodes prompts and completions, or conversations: each part by itself, as it is at inference.
 
-    Where documents are ended, the ending counts if the last part does.
+    Where documents are ended, the ending counts if the last part does. What the tokenizer puts before every text, such
+    as <s>, stands once before a prompt, and not in conversations, whose template has it.
     """
     bad: list[tuple[Place, str]] = []
     segments: list[Segment] = []
@@ -69,7 +71,11 @@ def encode_segments(
             continue
         segments += parts if fix is None else [(fix(text), counts) for text, counts in parts]
         owners += [number] * len(parts)
+    eod = tokenizer.eod
     tokens, part_lengths = encoder.encode([text for text, _ in segments])
+    goes_on = np.array([isinstance(options.labels, Chat)] * len(owners), dtype=bool)
+    goes_on[1:] |= np.array(owners[1:], dtype=int) == np.array(owners[:-1], dtype=int)
+    tokens, part_lengths = _without_beginning(tokens, part_lengths, goes_on, tokenizer)
     counts = np.array([counts for _, counts in segments], dtype=bool)
     lengths: npt.NDArray[np.integer] = np.bincount(owners, part_lengths, minlength=len(batch.places)).astype(np.int64)
     last_counts = np.zeros(len(batch.places), dtype=bool)
@@ -93,6 +99,28 @@ def encode_segments(
         text_bytes=sum(len(text.encode()) for text, _ in segments),
         longest=(int(lengths[most]), batch.places[kept[most]]) if len(lengths) else (0, (0, 0)),
     )
+
+
+def _without_beginning(
+    tokens: npt.NDArray[np.integer],
+    lengths: npt.NDArray[np.int64],
+    parts: npt.NDArray[np.bool_],
+    tokenizer: Tokenizer,
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]:
+    """Removes what the tokenizer puts before every text from some `parts`.
+
+    Raises DataError for a tokenizer that puts something behind every text.
+    """
+    added = tokenizer.tokenize("")
+    if not added:
+        return tokens, lengths
+    if tokenizer.tokenize("a")[: len(added)] != added:
+        raise DataError("the tokenizer ends every text with a token, so that parts of a document cannot be joined.")
+    starts = (np.cumsum(lengths) - lengths)[parts]
+    kept = np.ones(len(tokens), dtype=bool)
+    for offset in range(len(added)):
+        kept[starts + offset] = False
+    return tokens[kept], lengths - len(added) * parts
 
 
 def _segments(raw: RawDocument, options: TokenizeOptions) -> Iterator[Segment]:

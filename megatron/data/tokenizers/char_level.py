@@ -20,6 +20,7 @@ class CharLevelTokenizer:
         del config  # bytes need no file
         self.vocab_size = _VOCABULARY
         self.eod = _EOD
+        self.bos = None
 
     def vocabulary(self) -> list[tuple[int, str]]:
         return [(byte, f"byte {byte}") for byte in range(256)]

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from megatron.data.formats.mmap import IndexedDataset
 from megatron.data.prepare.labels import mask_before
 from megatron.errors import DataError
+from tests.helpers.tokenizer_files import train_bpe
 from tools.datasets.preprocess_data import main
 from tools.datasets.verify_dataset import main as verify
 
@@ -147,3 +150,29 @@ def test_contradicting_flags(
     with pytest.raises(SystemExit):
         preprocess(tmp_path, [], *words)
     assert message in capsys.readouterr().err
+
+
+def test_a_begin_of_sequence_stands_once(tmp_path: Path) -> None:
+    """The tokenizer's own <s> is before a prompt, not within a document, and not beside that of a chat template."""
+    pytest.importorskip("transformers")
+    tokenizer = train_bpe([AddedToken(name, special=True) for name in ("<|endoftext|>", "<s>")])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    tokenizer.save(str(tmp_path / "llama.json"))
+
+    def tokens(name: str, row: dict[str, Any], *words: str) -> tuple[list[int], list[int]]:
+        (tmp_path / "in.jsonl").write_text(json.dumps(row))
+        given = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out"), "--overwrite"]
+        kind = ["--tokenizer-type", "HFTokenizer", "--vocab-file", str(tmp_path / "llama.json")]
+        assert main([*given, *kind, *words]) == 0
+        label = "label" if name == "text" else f"{name}_label"
+        return read(tmp_path, name)[0], read(tmp_path, label)[0]
+
+    ids, labels = tokens("text", {"q": "fox", "a": "dog"}, "--prompt-key", "q", "--completion-key", "a")
+    fox, dog = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("fox", "dog"))
+    assert ids == [begin, *fox, *dog]
+    assert labels == [MASKED] * (1 + len(fox)) + dog
+    (tmp_path / "chat.jinja").write_text("<s>{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    messages = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    ids, _ = tokens("conversation", {"conversation": messages}, "--chat-template", str(tmp_path / "chat.jinja"))
+    assert ids == [begin, *fox, *dog]
