@@ -177,6 +177,7 @@ def _parameters_are_countable(run: RunConfig) -> Iterator[Finding]:
 
 _FILES = (
     *("data.data_path", "data.train_data_paths", "data.valid_data_paths", "data.test_data_paths"),
+    *("data.train_label_data_paths", "data.valid_label_data_paths", "data.test_label_data_paths"),
     *("data.index_cache_dir", "data.tokenizer.vocab_file", "data.tokenizer.merge_file"),
     *("checkpoint.save", "checkpoint.load", "checkpoint.pretrain_partial_init", "checkpoint.remote_cache_dir"),
     *("monitor.log_dir", "monitor.tensorboard_dir", "generation.sample_input_file", "generation.sample_output_file"),
@@ -349,6 +350,10 @@ def _dataset_lists(run: RunConfig) -> Iterator[Finding]:
             yield Finding(
                 f"data.{part}_data_paths", f"expected 1 to {_MOST_DATASETS} paths, and these are {len(paths)}"
             )
+        labels = getattr(run.data, f"{part}_label_data_paths")
+        if labels is not None and len(labels) != len(paths or ()):
+            count = len(paths or ())
+            yield Finding(f"data.{part}_label_data_paths", f"has {len(labels)} paths for {count} {part}_data_paths")
         if weights is None:
             continue
         if paths is None or len(weights) != len(paths):

@@ -19,6 +19,8 @@ def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[st
     the file is. Raises DataError when a file cannot be read.
     """
     facts = {"seq_length": str(seq_length), "seed": str(seed)} | tokenizer_fingerprint(data.tokenizer)
+    if data.preshuffled:
+        facts["preshuffled"] = "true"
     if data.data_path is not None:
         facts["split"] = _numbers(split_shares(data.split))
         facts |= _dataset_facts("data_path", data.impl, Path(data.data_path))
@@ -26,9 +28,15 @@ def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[st
         paths: list[str] = getattr(data, f"{part}_data_paths") or []
         weights: list[float] | None = getattr(data, f"{part}_data_weights")
         if paths:
-            facts[f"{part}_data_weights"] = _numbers(weights or [1.0] * len(paths))
+            facts[f"{part}_data_weights"] = (
+                f"by number of documents, alpha {data.weighted_sampler_alpha:.12g}"
+                if data.weight_by_num_documents
+                else _numbers(weights or [1.0] * len(paths))
+            )
         for number, path in enumerate(paths):
             facts |= _dataset_facts(f"{part}_data_paths[{number}]", data.impl, Path(path))
+        for number, path in enumerate(getattr(data, f"{part}_label_data_paths") or []):
+            facts |= _dataset_facts(f"{part}_label_data_paths[{number}]", data.impl, Path(path))
     return facts
 
 

@@ -54,12 +54,38 @@ class HashingWriter:
         """Returns the digest of what was written so far."""
         return self._digest.hexdigest()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Hashes and writes `data`; returns the number of bytes written."""
+        self.add(data)
+        return self.file.write(data)
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Hashes `data`, which the file holds already."""
         self._digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
 
     def flush(self) -> None:
         """Hands what is buffered to the operating system."""
         self.file.flush()
+
+
+class HashingReader:
+    """Hashes what is read from a file on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        """Read so far [bytes]."""
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Returns the digest of what was read so far."""
+        return self._digest.hexdigest()
+
+    def read(self, size: int) -> bytes:
+        """Reads and hashes at most `size` bytes."""
+        data = self.file.read(size)
+        self._digest.update(data)
+        self.size += len(data)
+        return data

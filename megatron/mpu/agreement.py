@@ -43,6 +43,24 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return] # what work() returned, sent as an object
 
 
+def on_first_rank_of_each_node(work: Callable[[], T], local_rank: int) -> T | None:
+    """Runs `work` where `local_rank` is 0, and returns its result there; None elsewhere, when all are done. Collective.
+
+    A UserError or OSError of one of them is raised on every rank.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    if local_rank == 0:
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            failure = error
+    for other in gather_objects(failure):
+        if other is not None:
+            raise other
+    return result
+
+
 def on_first_rank_meanwhile(
     work: Callable[[], T], waiting: Callable[[], object] = lambda: None, every: float = 2.0
 ) -> T:
