@@ -119,9 +119,12 @@ def help_text() -> str:
 
 
 def find_script(word: str) -> Path:
-    """Returns a script by its path, or by its name alone: then from any folder, and always the one beside this file."""
-    own = Path(__file__).resolve().with_name(Path(word).name)
-    script = own if Path(word) == Path(own.name) and own.is_file() else Path(word)
+    """Returns a script by its path, or by its name alone: then from any folder, and always this checkout's own."""
+    script = Path(word)
+    if script == Path(script.name):
+        beside = Path(__file__).resolve().parent
+        own = [folder / word for folder in (beside, beside / "tools") if (folder / word).is_file()]
+        script = own[0] if own else script
     if not script.is_file():
         raise ConfigError(f"{script}: no such script. deepy.py runs train.py, validate.py, generate.py or eval.py.")
     return script

@@ -1,4 +1,4 @@
-"""The command line that deepy.py, train.py, validate.py, generate.py and eval.py share."""
+"""The command line that deepy.py, train.py, generate.py, eval.py and tools/validate.py share."""
 
 from __future__ import annotations
 

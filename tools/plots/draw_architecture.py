@@ -28,7 +28,7 @@ from tools.command_line import tool_parser
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "docs" / "architecture.svg"
 PACKAGE = "megatron"
-SCRIPTS = ("deepy.py  train.py  validate.py  eval.py  generate.py  tools/", "Commands: what a user types.")
+SCRIPTS = ("deepy.py  train.py  eval.py  generate.py  tools/", "Commands: what a user types.")
 FLOOR_COLOURS = ("#f3ece1", "#e4eef6")
 BOX, ROOM, EDGE, BATCH = "#ffffff", "#f7f7f5", "#4a4a4a", "#c2410c"
 LETTERS_PER_UNIT = 1.8

@@ -59,9 +59,10 @@ class ForkedCommands:
             self.calls.append("import")
             return convert_hf_to_neox.main(words)
         name = words[0].removesuffix(".py")
+        module = "tools.validate" if name == "validate" else name
         self.calls.append(f"{name} {Path(words[1]).stem}")
         before = (kill_at, (self.step,)) if len(self.calls) == self.killed else (None, ())
-        return run_ranks(Path(words[1]), *words[2:], script=name, before=before[0], arguments=before[1]).code
+        return run_ranks(Path(words[1]), *words[2:], script=module, before=before[0], arguments=before[1]).code
 
 
 class UntilValidated(ForkedCommands):

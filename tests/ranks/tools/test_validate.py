@@ -24,7 +24,7 @@ KEYS: dict[str, Any] = {"eval_iters": 2, "train_batch_size": 8, "mask_padded_voc
 
 def measured(folder: Path, config: Path, *words: str, ranks: int = 1) -> dict[str, Any]:
     output = folder / f"{len(list(folder.glob('*.json')))}.json"
-    finished = run_ranks(config, *words, f"eval_output={output}", ranks=ranks, script="validate")
+    finished = run_ranks(config, *words, f"eval_output={output}", ranks=ranks, script="tools.validate")
     assert finished.code == 0, finished.output
     found: dict[str, Any] = json.loads(output.read_text())
     assert f"validation loss {found['loss']:.4f}" in finished.output
@@ -78,6 +78,6 @@ def test_what_cannot_be_measured(tmp_path: Path, dataset: Path) -> None:
     }
     for words, message in cases.items():
         load = [] if words.startswith("load") else [f"load={checkpoint.path}"]
-        finished = run_ranks(config, *words.split(), *load, script="validate")
+        finished = run_ranks(config, *words.split(), *load, script="tools.validate")
         assert finished.code in (1, 2) and message in finished.output, finished.output
         assert "Traceback" not in finished.output
