@@ -39,8 +39,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.first = context.tensor_rank * logits_BSv.shape[-1]
         ctx.num_valid = num_valid
-        local_BS, elsewhere_BS = _local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
-        x_BSv = _softmax_inputs(logits_BSv, ctx.first, num_valid)
+        local_BS, elsewhere_BS = local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
+        x_BSv = softmax_inputs(logits_BSv, ctx.first, num_valid)
         largest_BS = max_over_ranks(x_BSv.amax(-1), context)
         at_label_BS = x_BSv.gather(-1, local_BS.unsqueeze(-1)).squeeze(-1).sub_(largest_BS)
         at_label_BS.masked_fill_(elsewhere_BS, 0.0)
@@ -54,22 +54,22 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None, None]:
         logits_BSv, labels_BS, log_normalizer_BS = ctx.saved_tensors
-        local_BS, elsewhere_BS = _local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
-        x_BSv = _softmax_inputs(logits_BSv, ctx.first, ctx.num_valid)
+        local_BS, elsewhere_BS = local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
+        x_BSv = softmax_inputs(logits_BSv, ctx.first, ctx.num_valid)
         softmax_BSv = (x_BSv - log_normalizer_BS.unsqueeze(-1)).exp_()
         one_BS1 = (~elsewhere_BS).to(softmax_BSv.dtype).unsqueeze(-1)
         softmax_BSv.scatter_add_(-1, local_BS.unsqueeze(-1), -one_BS1)
         return softmax_BSv.mul_(grad_BS.unsqueeze(-1)).to(logits_BSv.dtype), None, None, None
 
 
-def _local_labels(labels_BS: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+def local_labels(labels_BS: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
     """Returns the row of each label in this rank's share, 0 where another rank holds it, and a mask of those."""
     local_BS = labels_BS - first
     elsewhere_BS = (local_BS < 0) | (local_BS >= rows)
     return local_BS.masked_fill(elsewhere_BS, 0), elsewhere_BS
 
 
-def _softmax_inputs(logits_BSv: Tensor, first: int, num_valid: int | None) -> Tensor:
+def softmax_inputs(logits_BSv: Tensor, first: int, num_valid: int | None) -> Tensor:
     """Returns the logits in float32 or float64, with -inf where a row is padding that stays out of the softmax."""
     x_BSv = logits_BSv.to(torch.promote_types(logits_BSv.dtype, torch.float32))
     last = first + x_BSv.shape[-1]

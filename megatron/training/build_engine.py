@@ -43,7 +43,14 @@ def require_hardware(config: RunConfig) -> Speedups:
             "fp16 needs a GPU, and torch sees none. On a CPU use `precision: bfloat16` or `precision: fp32` in place "
             "of the `fp16` block."
         )
-    return choose_speedups(config.speedups, config.training.precision, config.training.optimizer, on_gpu=on_gpu)
+    tokens = config.model.param_tokens
+    return choose_speedups(
+        config.speedups,
+        config.training.precision,
+        config.training.optimizer,
+        on_gpu=on_gpu,
+        theta=None if tokens is None else tokens.theta,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ def build_engine(
 
     speedups = require_hardware(config)
     logger.info("speed-ups: %s", speedups)
+    for line in speedups.missed:
+        logger.info(line)
     # PipelineModule and its engine print to standard output what only their authors need.
     with contextlib.redirect_stdout(io.StringIO()):
         module = build_pipeline(
@@ -81,6 +90,7 @@ def build_engine(
             context,
             seed=config.training.seed,
             checkpointed=config.training.checkpoint_activations,
+            fused_cross_entropy=speedups.fused_cross_entropy,
         )
         apply_speedups(module, speedups)
         optimizer = build_optimizer(module, config.training.optimizer, speedups.optimizer)
