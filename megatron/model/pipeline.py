@@ -35,7 +35,9 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
     """This rank's pipeline stage: token ids [B, S] to logits [B, S, V/tp], of which the loss takes the mean.
 
     With `fused_cross_entropy` the last stage returns the head's input and matrix in place of their product, the logits,
-    and the loss multiplies them a few rows at a time. Between stages goes one tensor, the residual stream [B, S or S/tp, D].
+    and the loss multiplies them a few rows at a time.
+
+    Between stages goes one tensor, the residual stream [B, S or S/tp, D].
 
     Recomputation is done here, by torch.utils.checkpoint without reentrance, and DeepSpeed's own stays off
     (activation_checkpoint_interval 0): that one counts layers from the stage's first, so at intervals above 1 it

@@ -104,8 +104,6 @@ def choose_speedups(
     )
 
 
-
-
 def apply_speedups(model: nn.Module, speedups: Speedups) -> None:
     """Puts the chosen kernels into every module of `model` that has a place for them, and compiles its layers."""
     functions = {operation: backend.load() for operation, backend in speedups.kernels.items()}

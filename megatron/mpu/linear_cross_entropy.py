@@ -8,6 +8,7 @@ Shape letters: see megatron/README.md; v counts this rank's share V/tp of the vo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from megatron.mpu.context import ParallelContext
 from megatron.mpu.cross_entropy import local_labels, softmax_inputs
 
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**29}
-"""Wide logits of one chunk, by device [bytes]: small enough for a CPU's cache to help, large enough to fill a GPU and to
-add up the gradient of the head's matrix in a few rounds."""
+"""Wide logits of one chunk, by device [bytes]: small enough for a CPU's cache to help, large enough to fill a GPU and
+to add up the gradient of the head's matrix in a few rounds."""
 FP16_SCALE = 2.0**-4
 """Keeps a chunk's sums for the head's matrix within fp16: 4,096 rows of 16 x 65,504 / 4,096 = 255 do not overflow."""
 
@@ -63,7 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         x_RD, labels_R, weights_R = x_BSD.flatten(0, 1), labels_BS.flatten(), weights_BS.flatten()
         wide = torch.promote_types(x_RD.dtype, torch.float32)
-        first, scale = context.tensor_rank * len(weight_vD), FP16_SCALE if x_RD.dtype == torch.float16 else 1.0
+        first = context.tensor_rank * len(weight_vD)
+        # The mean's divisor goes into the logits' gradient before that is rounded; in fp16, whose range is too small,
+        # all of it but a power of two, by which the results can be multiplied without rounding them again.
+        scale = 1.0 / len(x_RD)
+        if x_RD.dtype == torch.float16:
+            scale = math.frexp(scale)[0] * FP16_SCALE
         dx_RD = torch.empty_like(x_RD) if with_gradient else None
         dw_vD = torch.zeros_like(weight_vD, dtype=wide) if with_gradient else None
         loss = torch.zeros((), dtype=torch.float64, device=x_RD.device)
@@ -84,7 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(dz_Rv, weight_vD, out=dx_RD[chunk])
             if dz_Rv.dtype == wide:
                 dw_vD.addmm_(dz_Rv.T, x_RD[chunk])
-            else:
+            elif dz_Rv.is_cuda:
+                dw_vD += torch.mm(dz_Rv.T, x_RD[chunk], out_dtype=wide)
+            else:  # torch has no such product on CPUs
                 dw_vD += dz_Rv.T @ x_RD[chunk]
         ctx.factor = 1.0 / (scale * len(x_RD))
         ctx.shape, ctx.weight_dtype = x_BSD.shape, weight_vD.dtype
@@ -101,9 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (dx_RD * factor).view(ctx.shape), scaled_vD, None, None, None, None, None
 
 
-def _losses(
-    z_Rv: Tensor, local_R: Tensor, elsewhere_R: Tensor, context: ParallelContext
-) -> tuple[Tensor, Tensor]:
+def _losses(z_Rv: Tensor, local_R: Tensor, elsewhere_R: Tensor, context: ParallelContext) -> tuple[Tensor, Tensor]:
     """Computes the loss of each row and the sum of its exponentials, over all ranks; z becomes the exponentials.
 
     These are relative to the largest logit of the row.

@@ -45,6 +45,7 @@ class Traffic:
 @contextmanager
 def counted_traffic() -> Iterator[Traffic]:
     """Counts kernels, and the bytes that their programs load and store: elements outside a mask cost nothing."""
+    from torch.utils._python_dispatch import _disable_current_modes
     from triton.runtime import interpreter
 
     traffic, builder = Traffic(), interpreter.InterpreterBuilder
@@ -52,7 +53,8 @@ def counted_traffic() -> Iterator[Traffic]:
 
     def counted_launch(executor: Any, *args: object, **options: object) -> object:
         traffic.launches += 1
-        return launch(executor, *args, **options)
+        with _disable_current_modes():  # the interpreter copies tensors by torch's operations
+            return launch(executor, *args, **options)
 
     def size(pointers: Any, mask: Any) -> int:
         return int(np.count_nonzero(mask.data)) * pointers.get_element_ty().primitive_bitwidth // 8

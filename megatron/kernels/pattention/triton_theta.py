@@ -42,9 +42,7 @@ class TritonTheta:
     """(g, a, projection, factor, other_factor) -> da, where the projection is that row sum divided by scale_base."""
 
 
-TRITON_THETAS: Registry[TritonTheta] = Registry(
-    "Theta in Triton", package="megatron.kernels.pattention.triton_thetas"
-)
+TRITON_THETAS: Registry[TritonTheta] = Registry("Theta in Triton", package="megatron.kernels.pattention.triton_thetas")
 
 
 def sum_over_ranks(sums: Tensor, rows: RowReduction) -> Tensor:

@@ -26,9 +26,7 @@ class _Rotation(torch.autograd.Function):
     """The gradient of a rotation is the rotation back; nothing but the angles is saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_BS1r, sin_BS1r)
         return _launch(q_BSHE, k_BSHE, cos_BS1r, sin_BS1r, back=False)
 
@@ -38,9 +36,7 @@ class _Rotation(torch.autograd.Function):
         return *_launch(dq_BSHE, dk_BSHE, *ctx.saved_tensors, back=True), None, None
 
 
-def _launch(
-    q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor, *, back: bool
-) -> tuple[Tensor, Tensor]:
+def _launch(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     batch, length, heads, features = q_BSHE.shape
     inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BSHE, k_BSHE)]
     outputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]

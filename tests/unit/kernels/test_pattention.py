@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from megatron.kernels.pattention.backends.reference import pattention_reference
 from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.kernels.pattention.theta import THETAS, RowReduction
-from tests.helpers.kernel_backends import all_backends, assert_near, fast_backends, load_backend, outputs_and_gradients, seeded
+from tests.helpers.kernel_backends import (
+    all_backends,
+    assert_near,
+    fast_backends,
+    load_backend,
+    outputs_and_gradients,
+    seeded,
+)
 from tests.helpers.triton_interpreter import one_launch_at_a_time
 
 VECTORS = np.load(Path(__file__).parent / "pattention.npz", allow_pickle=False)

@@ -27,9 +27,7 @@ def test_backend_computes_the_definition(
 ) -> None:
     """Queries as parts of a larger tensor, as fused projections give them; keys contiguous."""
     backend = load_backend(ROTARY, name)
-    q3, k, probe_q, probe_k = backend.prepared(
-        seeded((2, 5, heads, 3, features), *[(2, 5, heads, features)] * 3)
-    )
+    q3, k, probe_q, probe_k = backend.prepared(seeded((2, 5, heads, 3, features), *[(2, 5, heads, features)] * 3))
     cos, sin = (table.to(backend.device) for table in tables(2 if several_tables else 1, 5, rotated))
 
     def joined(rotated_pair: tuple[Tensor, Tensor]) -> Tensor:

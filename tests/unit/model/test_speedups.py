@@ -154,10 +154,12 @@ def test_a_named_backend_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert (chosen.kernels["pattention"], chosen.kernels["rotary"]) == (PATTENTION["reference"], ROTARY["reference"])
     monkeypatch.setitem(sys.modules, "triton", stand_in("triton"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(EnvironmentSetupError, match="pattention: triton: Triton compiles for GPUs, and torch sees none"):
+    with pytest.raises(
+        EnvironmentSetupError, match="pattention: triton: Triton compiles for GPUs, and torch sees none"
+    ):
         choose_speedups(SpeedupsConfig(pattention="triton"), BF16, ADAMW, on_gpu=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(EnvironmentSetupError, match="pattention: compile: .* there is no 'no-such-compiler'"):
+    with pytest.raises(EnvironmentSetupError, match=r"pattention: compile: .* there is no 'no-such-compiler'"):
         choose_speedups(SpeedupsConfig(pattention="compile"), BF16, ADAMW, on_gpu=False)
 
 

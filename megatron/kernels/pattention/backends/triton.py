@@ -17,8 +17,8 @@ def obstacle(machine: Machine) -> str | None:
     thetas = variant_names("megatron.kernels.pattention.triton_thetas")
     if machine.theta is not None and machine.theta not in thetas:
         return (
-            f"norm_activation_type {machine.theta!r} has no formulas in Triton, only {', '.join(thetas)} have. Use eager "
-            "or compile."
+            f"norm_activation_type {machine.theta!r} has no formulas in Triton, only {', '.join(thetas)} have. Use "
+            "eager or compile."
         )
     return triton_obstacle(machine)
 

@@ -1,0 +1,69 @@
+"""Compiles Pattention's row kernels to machine code of GPUs that need not be there; prints a line of JSON for each.
+
+    python -m tests.helpers.compile_ahead_of_time '[[90, "softmax", 768]]' '[[true, true]]'
+
+The arguments are (compute capability, Theta, parameter tokens), and what a pass does: (takes the row's sums, uses them).
+A line is the case, the resources that the machine code uses, and whether it loads 128 bits at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron.kernels.pattention.triton_passes import backward_rows, forward_rows, launch_sizes
+from megatron.kernels.pattention.triton_theta import TRITON_THETAS
+
+PASSES = {
+    forward_rows: (("a_ptr", "h_ptr"), ("sums_ptr",), ("ACCUMULATE", "WEIGHTS"), ("start",)),
+    backward_rows: (("g_ptr", "a_ptr", "h_ptr"), ("statistic_ptr", "sums_ptr"), ("PRODUCT", "GRADIENT"), ("weights",)),
+}
+"""Kernel -> its pointers to bf16, those to fp32, the functions that make up its two parts, and what it always has."""
+
+
+def compiled(kernel: Any, theta: Any, part: tuple[bool, bool], num_tokens: int, capability: int) -> Any:
+    """Returns the compiled kernel for bf16 scores, as it is launched for rows of `num_tokens`."""
+    scores, statistics, names, always = PASSES[kernel]
+    block, warps = launch_sizes(num_tokens)
+    fixed = {"FACTORS": theta.factors, "WIDE": tl.float32, "WHOLE": num_tokens <= block, "BLOCK": block}
+    fixed |= {name.upper(): getattr(theta, name) for name in always}
+    fixed |= {name: getattr(theta, name.lower()) if wanted else None for name, wanted in zip(names, part, strict=True)}
+    pointers = dict.fromkeys(scores, "*bf16") | dict.fromkeys(statistics, "*fp32")
+    signature = pointers | {"num_tokens": "i32", "scale_base": "i32"} | dict.fromkeys(fixed, "constexpr")
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "num_tokens")},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def resources(binary: Any) -> str:
+    """Returns registers, stack and local memory, as NVIDIA's cuobjdump, which comes with Triton, names them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(cases: list[tuple[int, str, int]], parts: list[tuple[bool, bool]]) -> None:
+    """Compiles every part of both passes in every case."""
+    for (capability, name, num_tokens), part, kernel in itertools.product(cases, parts, PASSES):
+        binary = compiled(kernel, TRITON_THETAS[name], part, num_tokens, capability)
+        wide_loads = ".v4.b32" in binary.asm["ptx"]
+        print(json.dumps([capability, name, num_tokens, kernel.__name__, part, resources(binary), wide_loads]))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
