@@ -1,4 +1,4 @@
-"""Whether torch.compile finds the compilers that it needs on this machine."""
+"""Conditions for torch.compile on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether Triton can compile its kernels on this machine. Nothing here imports it."""
+"""Conditions for Triton on this machine, without importing it."""
 
 from __future__ import annotations
 

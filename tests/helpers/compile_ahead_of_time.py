@@ -2,7 +2,7 @@
 
     python -m tests.helpers.compile_ahead_of_time '[[90, "softmax", 768]]' '[[true, true]]'
 
-The arguments are (compute capability, Theta, parameter tokens), and what a pass does: (takes the row's sums, uses them).
+The arguments are (compute capability, Theta, parameter tokens), and what a pass does: (takes row sums, uses them).
 A line is the case, the resources that the machine code uses, and whether it loads 128 bits at a time.
 """
 

@@ -59,7 +59,7 @@ def closed_form_pattention(passes_of: Callable[[str], RowPasses]) -> PattentionF
         rows: RowReduction,
         recompute_scores: bool = False,
     ) -> Tensor:
-        """The scores of all projections are one matrix product."""
+        """Computes the scores of all projections in one matrix product; see `PattentionFunction`."""
         x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
         passes = passes_of(theta)
         if torch.is_grad_enabled():

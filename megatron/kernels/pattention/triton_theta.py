@@ -52,7 +52,7 @@ def sum_over_ranks(sums: Tensor, rows: RowReduction) -> Tensor:
 
 @triton.jit
 def length_factor(sum_of_squares, scale_base):
-    """sqrt(scale_base / sum_of_squares), and 0 for a row that vanishes: below the smallest normal number."""
+    """Computes sqrt(scale_base / sum_of_squares), and 0 for a row whose sum is below the smallest normal number."""
     if sum_of_squares.dtype == tl.float64:
         vanishes = sum_of_squares < 2.2250738585072014e-308
     else:
@@ -63,11 +63,11 @@ def length_factor(sum_of_squares, scale_base):
 
 @triton.jit
 def gelu(u):
-    """The exact GeLU, u Phi(u)."""
+    """Computes the exact GeLU, u Phi(u)."""
     return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
 
 
 @triton.jit
 def gelu_derivative(u):
-    """Phi(u) + u phi(u)."""
+    """Computes Phi(u) + u phi(u)."""
     return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327

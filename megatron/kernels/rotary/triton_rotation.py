@@ -16,9 +16,7 @@ from torch.autograd.function import once_differentiable
 
 def rotate(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates queries and keys [B, S, H, E]."""
-    rotated: tuple[Tensor, Tensor] = _Rotation.apply(  # type: ignore[no-untyped-call]
-        q_BSHE, k_BSHE, cos_BS1r, sin_BS1r
-    )
+    rotated: tuple[Tensor, Tensor] = _Rotation.apply(q_BSHE, k_BSHE, cos_BS1r, sin_BS1r)
     return rotated
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,3 +270,36 @@ def test_without_an_input_gradient_the_tokens_still_get_theirs(name: str) -> Non
     single(name)(x, key, value, "l2_norm_gelu", 16).backward(probe)
     assert key.grad is not None
     assert x.grad is None
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_compiled_passes_are_traced(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile makes of them is left to the full tests; here its graphs run as they are.
+
+    Without other ranks each pass is one graph for all shapes; a sum over ranks stays outside of graphs.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+    rows = RowReduction(sum=lambda values: 2 * values, max=lambda values: values) if split else RowReduction()
+
+    def as_it_is(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def results(name: str, length: int) -> list[Tensor]:
+        *leaves, probe = seeded((2, length, 8), (12, 8), (12, 6), (1, 2, length, 6))
+        function = functions[name]
+        return outputs_and_gradients(
+            lambda leaves: function(
+                leaves[0], [leaves[1]], [leaves[2]], theta="l2_norm_gelu", scale_base=12, rows=rows
+            ),
+            leaves,
+            probe,
+        )
+
+    functions = {name: PATTENTION[name].load() for name in ("compile", "eager")}
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
+        for length in (3, 5, 7):
+            assert_near(results("compile", length), results("eager", length), 1e-12)
+    assert split or len(graphs) == 2

@@ -49,7 +49,7 @@ class _Uncompiled:
     def __init__(self, reduction: object) -> None:
         self.reduction = reduction
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, row_values: Tensor) -> Tensor:
         reduced: Tensor = self.reduction(row_values)  # type: ignore[operator]
         return reduced
