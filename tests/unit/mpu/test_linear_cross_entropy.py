@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
-from torch.profiler import ProfilerActivity, profile
 
 from megatron.model.loss import CausalLMLoss, FusedCausalLMLoss
 from megatron.mpu import linear_cross_entropy
 from megatron.mpu.context import ParallelContext
 from tests.helpers.kernel_backends import assert_near, seeded
+from tools.benchmarks.peak_memory import peak_bytes
 
 Loss = FusedCausalLMLoss | CausalLMLoss
 Targets = tuple[Tensor, Tensor]
@@ -125,23 +125,12 @@ def test_fp16_sums_of_the_heads_matrix_do_not_overflow() -> None:
     torch.testing.assert_close(gradient[0], torch.full((4,), -200 * 7 / 8 * 0.7).half(), rtol=2e-3, atol=0)
 
 
-def peak_bytes(loss: Loss, x: Tensor, weight: Tensor, targets: Targets) -> int:
-    """Most that forward and backward pass hold at a time, beyond what was there, as torch's profiler counts it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        results(loss, x, weight, targets)
-    held = peak = 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def test_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 rows by 2,000 ids in 16 chunks: both gradients twice (ours, and as leaves'), and a chunk's wide logits."""
     monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 64 * 2000 * 4)
     x, weight = seeded((2, 500, 16), (2000, 16), dtype=torch.float32)
     targets = (torch.randint(2000, (2, 500)), torch.ones(2, 500))
     logits, factors = 1000 * 2000 * 4, (1000 + 2000) * 16 * 4
-    assert peak_bytes(CausalLMLoss(None, SINGLE), x, weight, targets) > 2 * logits
-    assert peak_bytes(FusedCausalLMLoss(None, SINGLE), x, weight, targets) < 3 * factors + 3 * 64 * 2000 * 4
+    assert peak_bytes(lambda: results(CausalLMLoss(None, SINGLE), x, weight, targets)) > 2 * logits
+    in_chunks = peak_bytes(lambda: results(FusedCausalLMLoss(None, SINGLE), x, weight, targets))
+    assert in_chunks < 3 * factors + 3 * 64 * 2000 * 4
