@@ -5,8 +5,8 @@
 
 Tests the kernels as the GPU compiles them, trains 150M and 1.5B with and without each speed-up beside a loop in plain
 torch, and times kernels against torch.compile and their limits. Needs no dataset, no tokenizer and no network. Writes
-GPU_DATE.md, .json and .log to tools/benchmarks/results/, or to --output. What has not ended when the time is up is ended,
-and listed with the rest that was not run. --plan prints the commands and what each decides, and needs no GPU.
+GPU_DATE.md, .json and .log to tools/benchmarks/results/, or to --output. What still runs when the time is up is ended,
+and what was not run is listed. --plan prints the commands and what each decides, and needs no GPU.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {results['device']}, {results['date']}",
         "",
-        f"{results['devices']} x {results['device']} of {results['memory_gib']} GiB, CUDA {results['cuda']}, {versions}, "
-        f"commit {results['commit']}. Trained on one of them. MFU counts causal FLOPs, without recomputation.",
+        f"{results['devices']} x {results['device']} of {results['memory_gib']} GiB, CUDA {results['cuda']}, "
+        f"{versions}, commit {results['commit']}. One of them trains. MFU counts causal FLOPs, without recomputation.",
         "",
         "| what | result | figures | decides |",
         "|---|---|---|---|",

@@ -120,7 +120,8 @@ def test_gradients_are_those_of_finite_differences(theta: str, name: str) -> Non
     backend = load_backend(PATTENTION, name)
     if backend.dtype != torch.float64:
         pytest.skip("finite differences need float64")
-    inputs = [t.requires_grad_() for t in seeded((1, 3, 4), (6, 4), (6, 4), (6, 5), (6, 5))]
+    drawn = seeded((1, 3, 4), (6, 4), (6, 4), (6, 5), (6, 5))
+    inputs = [t.requires_grad_() for t in backend.prepared(drawn)]
 
     def function(x: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
         return backend.function(x, [k1, k2], [v1, v2], theta=theta, scale_base=4, rows=RowReduction())
