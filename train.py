@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.training.pretrain import pretrain
 
     batch = loaded.batch(int(os.environ["WORLD_SIZE"]))
-    return pretrain(loaded.run, batch, loaded.run_folder, loaded.name)
+    return pretrain(loaded.run, batch, loaded.run_folder, loaded.given)
 
 
 if __name__ == "__main__":

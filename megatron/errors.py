@@ -1,12 +1,13 @@
 """Errors that a user can act on: each message says what is wrong, where, why, and what to do."""
 
+import atexit
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NoReturn
 
@@ -89,23 +90,65 @@ def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
     So is Ctrl-C, in one line, whatever was made of it on its way: libraries turn an interrupt of their import into
     other errors, and ranks fail when a peer has gone. A second one ends the process where the first has not.
     """
+    try:
+        code = _exit_code(main)
+    except BaseException as error:
+        if not is_rank():
+            raise
+        code = _uncaught(error)
+    if is_rank():
+        _end_rank(code)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int]) -> int:
     interrupt = _Interrupt()
     try:
         try:
-            code = main()
+            return main()
         except UserError as error:
             # Here, where an interrupt is still caught.
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            code = error.exit_code
+            return error.exit_code
     except BaseException as error:
         if not (interrupt.has_come or isinstance(error, KeyboardInterrupt)):
             raise
-        code = INTERRUPTED
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         said_by_another = isinstance(error, SystemExit) and error.code == INTERRUPTED
         if not said_by_another and _speaks_for_all():
             print("interrupted", file=sys.stderr)
-    sys.exit(code)
+        return INTERRUPTED
+
+
+def is_rank() -> bool:
+    """Tells whether this process is a rank of a run, as its environment says, once it is prepared."""
+    return "WORLD_SIZE" in os.environ
+
+
+def _uncaught(error: BaseException) -> int:
+    """Does what Python does with an exception that nobody has caught; returns the exit code."""
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _end_rank(code: int) -> NoReturn:
+    """Ends a rank: calls what is registered for the exit, and leaves Python's own teardown out.
+
+    Threads of gloo live as long as anything refers to their group, and drop the tensors of its last collective when
+    they get to it, which takes Python's lock. Up to Python 3.13, a thread that asks for it during the teardown is
+    unwound through C++, which ends the process by SIGABRT ("terminate called without an active exception") after a run
+    that went well.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # of a reader that has gone
+            stream.flush()
+    os._exit(code)
 
 
 def end_at_once_when_stopped() -> None:

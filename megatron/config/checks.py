@@ -426,6 +426,10 @@ def _evaluation_output(run: RunConfig) -> Iterator[Finding]:
 def _prompts(run: RunConfig) -> Iterator[Finding]:
     if run.generation.text_gen_type == "input-file" and run.generation.sample_input_file is None:
         yield Finding("generation.text_gen_type", "needs sample_input_file")
+    if (run.generation.text_gen_type == "prompt") != (run.generation.prompt is not None):
+        yield Finding(
+            "generation.prompt", "goes with `text_gen_type: prompt`, which it implies where the type is not given"
+        )
     files = run.generation.sample_input_file, run.generation.sample_output_file
     if None not in files and len({str(Path(str(file)).resolve()) for file in files}) == 1:
         yield Finding("generation.sample_output_file", "would overwrite the prompts; name another file")

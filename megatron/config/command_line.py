@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.effective_config import effective_text, summary
-from megatron.config.load_config import LoadedConfig, load_config, print_warnings
+from megatron.config.load_config import LoadedConfig, files_of, load_config, print_warnings
 from megatron.config.local_path import local_path, url_remedy
 from megatron.config.merge_files import split_words
 
@@ -24,6 +24,9 @@ SCRIPTS = {
     "eval.py": "Scores checkpoints on tasks of lm-eval.",
 }
 """Scripts that deepy.py starts on ranks, and what each does."""
+
+TRAINING_SCRIPT = "train.py"
+"""The script that goes on with a run; each other one reads its checkpoints."""
 
 EVALUATION_FLAGS = {
     "--eval_results_prefix": "eval_results_prefix",
@@ -66,7 +69,7 @@ def command_parser(script: str | None = None) -> argparse.ArgumentParser:
     prog = f"python deepy.py {script or 'SCRIPT.py'}"
     parser = argparse.ArgumentParser(
         prog,
-        usage=f"{prog} [-d DIR] a.yml b.yml key=value ... [flags]",
+        usage=f"{prog} [-d DIR] a.yml b.yml key=value ... [flags]\n       {prog} RUN_FOLDER key=value ... [flags]",
         description=SCRIPTS.get(script or ""),
         allow_abbrev=False,
         epilog="configs/README.md explains every key. Paths are as seen from the current folder.",
@@ -84,7 +87,7 @@ def command_parser(script: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
     parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
     parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
-    parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files, then overrides")
+    parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files or a run, overrides")
     several = "; several, or all, for eval.py" if script in {None, "eval.py"} else ""
     parser.add_argument("--iteration", nargs="+", metavar="N", help=f"step of the checkpoint to load{several}")
     _add_evaluation_flags(parser, shown=script in {None, "eval.py"})
@@ -95,8 +98,9 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
     """Parses `[-d DIR] a.yml b.yml key=value ... [--check] [--world-size N] [--print-effective-config]` and the
     flags of evaluation, each of which is an override by another name.
 
-    As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. Exits with code 2 and a usage
-    line when the arguments make no sense.
+    As in NeoX, DIR goes before every file and `.yml` is added to names without a suffix. The folder of a run may stand
+    in place of the files: the configuration that it keeps is then the default. Exits with code 2 and a usage line when
+    the arguments make no sense; raises ConfigError for a folder that keeps no configuration.
     """
     parser = command_parser(script)
     options = parser.parse_intermixed_args(argv)
@@ -104,12 +108,13 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
     for name in names:
         if url_remedy(name):
             parser.error(f"{name}: expected a YAML file on this machine{url_remedy(name)}")
-    files = [options.conf_dir / _with_suffix(name) for name in names]
-    if not files:
-        parser.error("at least one YAML file is needed; it stands before --eval_tasks")
+    if not names:
+        parser.error("a YAML file or a run's folder is needed; it stands before --eval_tasks")
     overrides += _evaluation_overrides(options)
+    paths = [_path_of(options.conf_dir / name) for name in names]
+    files, implied = files_of(paths, overrides, trains=script == TRAINING_SCRIPT)
     return CommandLine(
-        tuple(files), tuple(overrides), options.check, options.world_size, options.print_effective_config
+        tuple(files), (*implied, *overrides), options.check, options.world_size, options.print_effective_config
     )
 
 
@@ -182,5 +187,9 @@ def _ranks(text: str) -> int:
     return count
 
 
-def _with_suffix(name: str) -> str:
-    return name if name.endswith(SUFFIXES) else f"{name}.yml"
+def _path_of(name: Path) -> Path:
+    """Returns the YAML file that a name means, as in NeoX, or else the folder of that name."""
+    if name.name.endswith(SUFFIXES):
+        return name
+    file = name.with_name(f"{name.name}.yml")
+    return name if name.is_dir() and not file.exists() else file

@@ -14,6 +14,7 @@ from megatron.config.grow_checks import growth_comes_too_late
 from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
+from megatron.config.run_yaml import GivenConfiguration, is_kept, run_folder_at, run_yaml_text
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.config.yaml.problems import Given, Origin, report
@@ -34,11 +35,13 @@ class LoadedConfig:
     might count on with the reason, the others by name."""
     inert: tuple[str, ...]
     """All keys without effect, and why."""
+    given: GivenConfiguration
+    """What was given, for the run to keep."""
 
     @property
     def name(self) -> str:
-        """Returns the name of the first YAML, which says what is trained; those after it say where, and on what."""
-        return self.sources[0].stem
+        """Returns the name by which figures call the run."""
+        return self.given.name
 
     @property
     def run_folder(self) -> Path:
@@ -66,13 +69,32 @@ class LoadedConfig:
 
 def load_words(words: Sequence[str]) -> LoadedConfig:
     """Loads the configuration of `a.yml b.yml key=value`, given as one list, and prints its warnings."""
-    files, overrides = split_words(words)
-    for file in files:
-        if remedy := url_remedy(file):
-            raise ConfigError(f"{file}: expected a YAML file on this machine{remedy}.")
-    loaded = load_config([Path(file) for file in files], overrides)
+    names, overrides = split_words(words)
+    for name in names:
+        if remedy := url_remedy(name):
+            raise ConfigError(f"{name}: expected a YAML file on this machine{remedy}.")
+    files, implied = files_of([Path(name) for name in names], overrides)
+    loaded = load_config(files, [*implied, *overrides])
     print_warnings(loaded)
     return loaded
+
+
+def files_of(names: Sequence[Path], overrides: Sequence[str], *, trains: bool = False) -> tuple[list[Path], list[str]]:
+    """Returns the YAML files of a command that may name the folder of a run, and the overrides that this implies.
+
+    `trains` says that the command goes on with the run; any other reads its checkpoints. Raises ConfigError for a
+    folder without a configuration, and for a folder beside other names.
+    """
+    folders = [run_folder_at(name) for name in names]
+    if not any(folders):
+        return list(names), []
+    folder = folders[0]
+    if folder is None or len(names) > 1:
+        raise ConfigError(
+            f"{' '.join(map(str, names))}: a run's folder stands alone, as it keeps a whole configuration; give what "
+            "is to differ as key=value."
+        )
+    return [folder.file], folder.overrides(trains=trains, given=overrides)
 
 
 def print_warnings(loaded: LoadedConfig) -> None:
@@ -91,11 +113,13 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> LoadedC
     gathered = gather(sources, overrides)
     if gathered.problems:
         raise ConfigError(report(gathered.problems, sources))
-    return load_given(gathered.given, sources, gathered.notices)
+    return load_given(gathered.given, sources, gathered.notices, overrides)
 
 
-def load_given(given: Mapping[str, Given], sources: Sequence[Path], notices: Sequence[str] = ()) -> LoadedConfig:
-    """Translates and checks keys that have been gathered, with `notices` of that.
+def load_given(
+    given: Mapping[str, Given], sources: Sequence[Path], notices: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> LoadedConfig:
+    """Translates and checks keys that have been gathered from `sources` and `overrides`, with `notices` of that.
 
     Raises ConfigError with everything that is wrong.
     """
@@ -110,7 +134,14 @@ def load_given(given: Mapping[str, Given], sources: Sequence[Path], notices: Seq
         sources=tuple(sources),
         warnings=(*notices, *translation.warnings, *_named(translation.ignored)),
         inert=tuple(translation.inert),
+        given=GivenConfiguration(_name(sources), run_yaml_text(given, sources, overrides)),
     )
+
+
+def _name(sources: Sequence[Path]) -> str:
+    """Returns the name of the first YAML, which says what is trained; those after it say where, and on what."""
+    first = sources[0]
+    return first.resolve().parent.name if is_kept(first) else first.stem
 
 
 def _named(ignored: Sequence[str]) -> list[str]:

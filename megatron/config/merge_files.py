@@ -19,6 +19,10 @@ from megatron.config.yaml.yaml_files import MAX_KEY, LocatedValue, read_value, r
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
 """Form of an override on the command line."""
 
+FURTHER_STEPS = re.compile(r"train[-_]iters=\+(?P<steps>[1-9][0-9]{0,11})")
+"""Form of an override that asks for so many steps more; YAML would read it as so many in all."""
+DECAY_SHARE = "lr_decay_fraction"
+
 COMMAND_LINE = Origin("command line")
 
 
@@ -61,6 +65,9 @@ def gather(files: Sequence[Path], overrides: Sequence[str]) -> Gathered:
 
 def _override(override: str, gathered: Gathered) -> None:
     """Lets an override take the place of what the files and earlier overrides say of its keys."""
+    if further := FURTHER_STEPS.fullmatch(override):
+        _train_further(override, int(further["steps"]), gathered)
+        return
     for item in _parse_override(override):
         if isinstance(item, Problem):
             gathered.problems.append(item)
@@ -75,6 +82,25 @@ def _override(override: str, gathered: Gathered) -> None:
             gathered.given.pop(item.key, None)
         else:
             gathered.given[item.key] = item
+
+
+def _train_further(override: str, steps: int, gathered: Gathered) -> None:
+    """Adds steps to those that the files ask for; the schedule of the learning rate stays as long as it was."""
+    asked = gathered.given.get("train_iters")
+    if asked is None or type(asked.value) is not int:
+        gathered.problems.append(
+            Problem(f"command line {override}", "needs a train_iters in the files to add to", COMMAND_LINE)
+        )
+    elif gathered.given.get(DECAY_SHARE) is not None:
+        message = f"{DECAY_SHARE} makes the schedule a share of train_iters; give lr_decay_iters in its place"
+        gathered.problems.append(Problem(f"command line {override}", message, COMMAND_LINE))
+    else:
+        total = Given("train_iters", asked.value + steps, COMMAND_LINE)
+        gathered.given["train_iters"] = total
+        gathered.notices.append(f"{asked.origin} train_iters: {asked.value:,}, and {steps:,} more: {total.value:,}")
+        decay = gathered.given.get("lr_decay_iters")
+        if decay is None or decay.value is None:
+            gathered.given["lr_decay_iters"] = Given("lr_decay_iters", asked.value, asked.origin)
 
 
 def _add(found: Iterator[Given | Problem], given: dict[str, Given], problems: list[Problem]) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, PositiveInt, ValidationError
 
 from megatron.config.model_size import count_parameters
+from megatron.config.section import Section
 from megatron.config.sections.growth import ModelSizes
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import DataError
@@ -152,13 +154,26 @@ class _Row:
     record: Mapping[str, Any]
 
 
+class _GrowthRow(Section):
+    """The row of a growth in metrics.jsonl; which other keys it has does not matter."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    iteration: int
+    before: ModelSizes
+    after: ModelSizes
+    parameters_before: PositiveInt
+    parameters_after: PositiveInt
+    training_flops: float | None = None
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run's folder, as far as it can be read."""
 
     folder: Path
     records: Sequence[Mapping[str, Any]]
-    events: Sequence[Mapping[str, Any]]
+    events: Sequence[_GrowthRow]
     """Its growths, in its course and where it has loaded a smaller model."""
     damaged: Sequence[str]
     parameters: int
@@ -178,18 +193,18 @@ class _Run:
     @property
     def first_parameters(self) -> int:
         """Returns the parameters that it or what it has loaded began with."""
-        return int(self.events[0]["parameters_before"]) if self.events else self.parameters
+        return self.events[0].parameters_before if self.events else self.parameters
 
     @property
     def last_parameters(self) -> int:
         """Returns the parameters that it ends with."""
-        return int(self.events[-1]["parameters_after"]) if self.events else self.parameters
+        return self.events[-1].parameters_after if self.events else self.parameters
 
     @property
     def start(self) -> int:
         """Returns a step that is not before its start, and before all that it has recorded."""
         first = int(self.records[0]["iteration"])
-        grown = [int(event["iteration"]) for event in self.events if int(event["iteration"]) < first]
+        grown = [event.iteration for event in self.events if event.iteration < first]
         return grown[0] if grown else first - 1
 
     def rows(self, before: _Row | None) -> list[_Row]:
@@ -200,8 +215,8 @@ class _Run:
         """Returns its growths with the costs of what was there before them."""
         found = []
         for event in self.events:
-            row = self._row(event, before)
-            models = [ModelSizes.model_validate(event[side]).in_model(self.model) for side in ("before", "after")]
+            row = self._row(event.model_dump(), before)
+            models = [sizes.in_model(self.model) for sizes in (event.before, event.after)]
             small, large = (count_parameters(model, 0) for model in models)
             found.append(GrowthEvent(row.step, row.tokens, row.flops, large / small))
         return found
@@ -229,6 +244,7 @@ def _read_run(folder: Path) -> _Run:
     records = [row for row in rows if "event" not in row]
     if not records:
         raise DataError(f"{file}: no rows that can be read.")
+    growths = [_growth(file, row) for row in rows if row.get("event") == "growth"]
     try:
         description = read_json_object(described)
         config = description["config"]
@@ -236,7 +252,7 @@ def _read_run(folder: Path) -> _Run:
         return _Run(
             folder=folder,
             records=records,
-            events=[row for row in rows if row.get("event") == "growth"],
+            events=growths,
             damaged=damaged,
             parameters=description["parameters"],
             model=model,
@@ -249,6 +265,19 @@ def _read_run(folder: Path) -> _Run:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{described}: damaged, or written by another version ({error}).") from error
+
+
+def _growth(file: Path, row: Mapping[str, Any]) -> _GrowthRow:
+    try:
+        return _GrowthRow.model_validate(row)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        # Without it, what the run has cost and how large its model is would be wrong.
+        raise DataError(
+            f"{file}: the growth of iteration {row['iteration']} is damaged ({key}: {wrong['msg']}), and without it "
+            "the cost of the run is unknown. Repair the line, or leave this run out."
+        ) from error
 
 
 def _series(rows: Sequence[_Row], metric: str) -> Series:

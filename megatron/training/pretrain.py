@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpointing.states.same_model import described_model, require_same_vocabulary
+from megatron.config.run_yaml import NOTHING_GIVEN, GivenConfiguration
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
@@ -40,10 +41,10 @@ from megatron.training.training_data import build_training_data
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configuration: str = "") -> int:
+def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, given: GivenConfiguration = NOTHING_GIVEN) -> int:
     """Trains as configured on the ranks that the environment announces; returns the exit code.
 
-    `configuration` is the name by which figures are to call the run. The code is 0 after the last step,
+    `given` is the configuration as the run is to keep it. The code is 0 after the last step,
     STOPPED_ON_REQUEST when a signal or a limit has ended the run after saving it, and 1 when the run was stopped and
     has nowhere to save.
     Raises SystemExit with STOPPED_ON_REQUEST where a signal comes before the first step. Raises EnvironmentSetupError,
@@ -59,7 +60,7 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, configurat
             stop.early.connect()
             on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             with run_lease(config.checkpoint, run_folder, stop) as lease:
-                ending = pretrain_in_group(config, batch, run_folder, stop, lease, configuration)
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease, given)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -75,7 +76,7 @@ def pretrain_in_group(
     run_folder: Path,
     stop: StopRequest | None = None,
     lease: RunLease | None = None,
-    configuration: str = "",
+    given: GivenConfiguration = NOTHING_GIVEN,
 ) -> Ending:
     """Trains on the ranks of the process group that exists already.
 
@@ -98,7 +99,7 @@ def pretrain_in_group(
                 start = grow_start(config, start, parallel)
             logger.info("%s", start)
             adopted = adopt_schedule(config, start)
-            run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), configuration)
+            run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), given)
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
         with open_training_context(run, progress) as context:
@@ -126,7 +127,7 @@ def assemble(
     start: RunStart,
     stop: StopRequest,
     lease: RunLease | None = None,
-    configuration: str = "",
+    given: GivenConfiguration = NOTHING_GIVEN,
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end, or to its growth. Collective."""
     next_growth = config.grow if config.grow is not None and config.grow.happens_in_training else None
@@ -152,7 +153,8 @@ def assemble(
         start.growth,
         next_growth,
         start.run_id,
-        describe_run(config, batch, vocab, run_folder.name, configuration),
+        describe_run(config, batch, vocab, run_folder.name, given.name),
+        given,
         folder=run_folder,
         lease=lease or RunLease(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.checkpointing.store.run_state import RunState
+from megatron.config.run_yaml import RUN_YAML, GivenConfiguration, write_run_yaml
 from megatron.config.sections.grow import GrowConfig
 from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
@@ -34,6 +36,8 @@ from megatron.training.training_data import TrainingData
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainingRun:
@@ -57,6 +61,8 @@ class TrainingRun:
     """The run that its checkpoints belong to."""
     description: dict[str, Any]
     """Content of run.json."""
+    given: GivenConfiguration
+    """Configuration as the run is to keep it, in run.yml."""
     folder: Path
     """Folder of run.json and metrics."""
     lease: RunLease
@@ -67,6 +73,18 @@ class TrainingRun:
         """Returns the work of a step, forward and backward, without recomputation [FLOP]."""
         flops: float = self.description["flops_per_token"] * self.description["tokens_per_step"]
         return flops
+
+    def describe(self) -> None:
+        """Writes run.json into the run's folder, and run.yml there and beside the checkpoints.
+
+        Raises EnvironmentSetupError where a file cannot be written.
+        """
+        write_description(self.description, self.folder)
+        if not self.given.text:
+            return
+        for folder in {Path(folder).resolve() for folder in (self.folder, self.config.checkpoint.save or self.folder)}:
+            if not write_run_yaml(self.given.text, folder):
+                logger.warning("%s: somebody's own file, which stays as it is", folder / RUN_YAML)
 
 
 @dataclass(frozen=True)
@@ -102,9 +120,9 @@ class TrainingContext:
 
 @contextmanager
 def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[TrainingContext]:
-    """Opens the metric writers and writes run.json, on rank 0, starts the clock, and closes the writers at the end.
+    """Opens the metric writers and describes the run, on rank 0, starts the clock, and closes the writers at the end.
 
-    Collective. Raises what `build_monitor` and `write_description` raise, on all ranks.
+    Collective. Raises what `build_monitor` and `TrainingRun.describe` raise, on all ranks.
     """
     description, training = run.description, run.config.training
     opened: list[Monitor] = []
@@ -123,7 +141,7 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
 
     on_first_rank(open_monitor)
     with opened[0] if opened else Monitor() as monitor:
-        run.lease.restore = partial(write_description, description, run.folder)
+        run.lease.restore = run.describe
         on_first_rank(run.lease.restore)
         peak = peak_flops(description["device"], training.precision.dtype)
         throughput = Throughput(

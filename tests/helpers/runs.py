@@ -174,11 +174,7 @@ def _rank(
         main = importlib.import_module(script).main
         if before is not None:
             before(*arguments)
-        try:
-            exit_on_user_error(lambda: main(argv))
-        finally:
-            # multiprocessing ends its processes without what other Python processes do at their end.
-            atexit._run_exitfuncs()
+        exit_on_user_error(lambda: main(argv))
 
 
 _started: list[RunningRanks] = []

@@ -16,6 +16,7 @@ from megatron_tokenformer import run_tool
 
 from megatron.config.load_config import load_words
 from megatron.config.local_path import local_path
+from megatron.config.run_yaml import RUN_YAML
 from megatron.errors import CheckpointError
 from megatron.registry import install_extra, require
 from tools.ckpts.export_flags import add_export_flags
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     for package in ("transformers", "huggingface_hub"):
         require(package, "upload.py", install_extra("hf"))
-    if args.config_file is None:
+    if args.config_file is None and (args.branch is not None or not (args.folder / RUN_YAML).is_file()):
         upload_export(args)
     else:
         upload_checkpoints(args)
@@ -40,7 +41,8 @@ def upload_export(args: argparse.Namespace) -> None:
 
     if not (args.folder / LAST_FILE).is_file():
         raise CheckpointError(
-            f"{args.folder} is no exported folder: it has no {LAST_FILE}. For a run's folder, give its --config_file."
+            f"{args.folder} is no exported folder: it has no {LAST_FILE}. For checkpoints without {RUN_YAML}, give "
+            "--config_file."
         )
     branch = args.branch or MAIN
     if args.dry_run:
@@ -56,7 +58,7 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
     from megatron.hf.export_checkpoint import ExportOptions
     from megatron.hf.upload import planned_branches, repository, upload_run
 
-    run = load_words(args.config_file).run
+    run = load_words(args.config_file or [str(args.folder)]).run
     checkpoints = readable_checkpoints(args.folder)
     if not checkpoints:
         raise CheckpointError(f"{args.folder} holds no checkpoints. Name a run's folder.")
@@ -72,11 +74,11 @@ def upload_checkpoints(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Parses folder, repository and branch as in NeoX, and the options of an export."""
     parser = tool_parser(__doc__)
-    parser.add_argument("folder", type=local_path, help="an exported folder, or with --config_file a run's folder")
+    parser.add_argument("folder", type=local_path, help="an exported folder, or a run's folder")
     parser.add_argument("repo", help="repository, as in my-org/my-model; made if it is not there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("branch", nargs="?", help="branch for an exported folder (main)")
-    add_config_file(which, "the run's YAML files")
+    add_config_file(which, "the YAML files of a run that has kept none")
     add_export_flags(parser)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and reach for no network")

@@ -38,6 +38,7 @@ from megatron.config.local_path import local_path
 from megatron.errors import STOPPED_ON_REQUEST, DataError
 from megatron.io.durable import atomic_write
 from megatron.io.json_files import read_json_object
+from megatron.io.lease import LEASE_FILE, leased
 from megatron.launch.local import FORWARDED_SIGNALS
 from megatron.monitor.format_quantities import format_duration
 from megatron.monitor.metrics_file import METRICS_FILE, sound_records
@@ -52,7 +53,10 @@ DONE, FAILED = "done", "failed"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the cells that are not done; returns the exit code."""
+    """Runs the cells that are not done; returns the exit code.
+
+    Raises CheckpointError while another process runs the same matrix in the same folder.
+    """
     args = parse_args(argv)
     experiment = Experiment(args.matrix, args.folder)
     table = ResultsTable(experiment)
@@ -62,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
     runner = Runner(experiment, table, args.jobs, args.only)
     for number in FORWARDED_SIGNALS:
         signal.signal(number, runner.stop)
-    return runner.run()
+    # Another matrix may share the folder, and the data in it; this one's cells and results have one writer.
+    with leased(experiment.work, "run_matrix.py", file=experiment.work / f".{args.matrix.stem}{LEASE_FILE}"):
+        return runner.run()
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -220,6 +226,8 @@ class Runner:
         with log.open("wb") as output:
             # A command that has outlived a killed runner holds this lock by its standard output, and is waited for.
             fcntl.flock(output, fcntl.LOCK_EX)
+            if self._stopped.is_set():
+                return Outcome(ready, None, {})
             shutil.rmtree(ready.folder, ignore_errors=True)
         code = 0
         for words in ready.commands:

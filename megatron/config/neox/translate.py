@@ -200,8 +200,10 @@ def _contradicted_switches(given: Mapping[str, Given], translation: Translation)
 def _complete(translation: Translation) -> None:
     """Settles what follows from other settings where NeoX's default would not do."""
     settings = translation.settings
-    if "generation.sample_input_file" in settings:
-        settings.setdefault("generation.text_gen_type", Setting("input-file"))
+    for source, kind in {"prompt": "prompt", "sample_input_file": "input-file"}.items():
+        given = settings.get(f"generation.{source}")
+        if given is not None and given.value is not None:
+            settings.setdefault("generation.text_gen_type", Setting(kind))
     if "model.architecture" in translation.refused:
         return
     architecture = settings.setdefault("model.architecture", Setting(DEFAULT_ARCHITECTURE)).value

@@ -14,8 +14,13 @@ from megatron.config.section import Key, Section
 class GenerationConfig(Section):
     """Sampling of text: prompts, distribution, lengths, records."""
 
-    text_gen_type: Literal["unconditional", "input-file", "interactive"] = "unconditional"
-    """Where prompts come from: nowhere, sample_input_file, or the terminal (without one, standard input)."""
+    text_gen_type: Annotated[
+        Literal["unconditional", "prompt", "input-file", "interactive"], Key(difference="NeoX has no `prompt`")
+    ] = "unconditional"
+    """Where prompts come from: nowhere, `prompt`, sample_input_file, or the terminal (without one, standard input)."""
+
+    prompt: Annotated[str | None, Key(difference="not a NeoX key")] = None
+    """The prompt (prompt); it and the text that follows are printed as they are, unless records are asked for."""
 
     temperature: NonNegative = 0.0
     """Divides the logits before sampling; 0 decodes greedily."""

@@ -120,6 +120,30 @@ def read_value(text: str) -> tuple[LocatedValue, list[Problem]]:
     return _Document(None).value(text)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what PyYAML would read as something else, and what this module would."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Tells that every value is written where it stands."""
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Represents a text, in quotes where it looks like another value."""
+        # Both readers choose the type of a plain scalar by their patterns, in which one may see more than the other.
+        kind = _RESOLVER.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        is_plain = kind == f"{_TAG}str" and text.isprintable()
+        return self.represent_scalar(f"{_TAG}str", text, style=None if is_plain else '"')
+
+
+_RESOLVER = _Resolver()
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def dump_yaml(keys: Mapping[str, Any]) -> str:
+    """Writes keys as text that `read_yaml` reads as the same values, and so does NeoX."""
+    return yaml.dump(dict(keys), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def write_new_yaml(path: Path, header: str, keys: Mapping[str, Any]) -> None:
     """Writes `header` and `keys` to `path`, which --write-config names.
 
@@ -127,7 +151,7 @@ def write_new_yaml(path: Path, header: str, keys: Mapping[str, Any]) -> None:
     """
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(header + yaml.safe_dump(dict(keys), sort_keys=False))
+            file.write(header + dump_yaml(keys))
     except FileExistsError as error:
         raise ConfigError(f"--write-config {path}: it exists. Give it as --config_file, or name another.") from error
     except OSError as error:

@@ -5,6 +5,7 @@ Rank 0 reads prompts and writes records; every data-parallel rank continues a sh
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -80,7 +81,7 @@ def generate_text(config: RunConfig, context: ParallelContext) -> None:
             if interactive and sys.stdin.isatty():
                 converse(generator, pool, file)
             else:
-                write_records(generator, pool, file or sys.stdout)
+                write_records(generator, pool, file)
         if config.generation.sample_output_file is not None:
             print(f"written: {config.generation.sample_output_file}", file=sys.stderr)
 
@@ -173,9 +174,10 @@ def continuation_text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]
     return whole.removeprefix(before) if whole.startswith(before) else tokenizer.detokenize(tokens)
 
 
-def write_records(generator: TextGenerator, pool: RankPool, file: TextIO) -> None:
+def write_records(generator: TextGenerator, pool: RankPool, file: TextIO | None) -> None:
     """Continues the configured prompts, a batch for each data-parallel rank at a time; writes a line per sample.
 
+    Without a file, records are printed; of the one `prompt`, the text itself, unless logits are asked for, too.
     From standard input, each prompt is answered before the next one is read.
     """
     config = generator.config
@@ -188,12 +190,26 @@ def write_records(generator: TextGenerator, pool: RankPool, file: TextIO) -> Non
         total, size = f" of {len(prompts) * size}", generator.batch_size * pool.context.data_size
     requests = chain.from_iterable(generator.requests(prompt, number) for number, prompt in enumerate(prompts))
     report = PeriodicReport(logger.info, SECONDS_BETWEEN_REPORTS)
+    show = print_text if file is None and config.prompt is not None and not config.return_logits else None
     done = 0
     while chunk := list(islice(requests, size)):
         for record in pool.request("write", chunk):
-            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+            if show is not None:
+                show(record)
+            else:
+                print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
         done += len(chunk)
         report("%d%s samples", done, total)
+
+
+def print_text(record: Record) -> None:
+    """Prints a prompt with the text that follows it, and beside it what else there is to know."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal may not have all letters of a text.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(record["context"] + record["text"], flush=True)
+    if record["message"] is not None:
+        print(f"({record['message']})", file=sys.stderr)
 
 
 def converse(generator: TextGenerator, pool: RankPool, file: TextIO | None) -> None:

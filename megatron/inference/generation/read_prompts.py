@@ -12,13 +12,15 @@ from megatron.errors import ConfigError, DataError
 
 
 def configured_prompts(config: GenerationConfig) -> Iterator[str]:
-    """Yields one empty prompt, those of the file, or those of standard input until it ends.
+    """Yields one empty prompt, that of the configuration, those of the file, or those of standard input until it ends.
 
     A prompt is the text before `prompt_end`, spaces included; two ends in a row have an empty prompt between them.
     Raises DataError for a file that cannot be read or holds no prompt.
     """
     if config.text_gen_type == "unconditional":
         yield ""
+    elif config.prompt is not None:
+        yield config.prompt
     elif config.text_gen_type == "input-file":
         prompts = _split(_read(config.sample_input_file), config.prompt_end)
         if not prompts:

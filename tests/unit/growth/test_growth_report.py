@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -323,3 +324,22 @@ def test_what_is_no_run_is_refused(curves: CurveWriter, tmp_path: Path) -> None:
     described.write_text(json.dumps({"config": {}}))
     with pytest.raises(DataError, match=r"run\.json: damaged"):
         read(run)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"before": {"qkv": "24", "num_layers": 2}}, "before.qkv"),
+        ({"after": None}, "after: "),
+        ({"parameters_after": None}, "parameters_after"),
+        ({"training_flops": []}, "training_flops"),
+    ],
+)
+def test_a_damaged_growth_is_named(damage: dict[str, Any], words: str, curves: CurveWriter, tmp_path: Path) -> None:
+    file = Path(curves.write("run", SMALL, power_law(3.0), range(10, 101, 10))) / "metrics.jsonl"
+    sizes = {"qkv": 24, "proj": 24, "ffn": 48, "num_layers": 2}
+    event = {"iteration": 50, "event": "growth", "before": sizes, "after": sizes}
+    event |= {"parameters_before": 34_880, "parameters_after": 34_880} | damage
+    file.write_text(file.read_text() + json.dumps(event) + "\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl: the growth of iteration 50 is damaged \({words}"):
+        read(str(file.parent))

@@ -209,7 +209,7 @@ def test_ctrl_c_stops_a_text_and_then_the_conversation(trained: Path, settings: 
     time.sleep(0.5)
     session.type(CTRL_C)
     assert "[stopped by the user]" in session.read_until("Context prompt >>> ")
-    time.sleep(1.0)  # readline misses a signal between its prompt and the wait for a key
+    time.sleep(3.0)  # readline misses a signal between its prompt and the wait for a key
     session.type(CTRL_C)
     code, rest = session.end()
     assert code == 0 and "Traceback" not in rest, rest

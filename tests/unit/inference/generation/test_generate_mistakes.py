@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import generate
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.errors import exit_on_user_error
+from megatron.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,6 @@ def test_mistakes_are_explained(
     words: str,
     tokenformer: Checkpoint,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty.txt").touch()
     places = {"TOKENIZER": "tokenizer.json", "EMPTY": "empty.txt"}
@@ -42,10 +42,9 @@ def test_mistakes_are_explained(
     tokenizer.write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
     config = tokenformer.path.parents[1] / "run.yml"
     arguments = [str(config), *settings]
-    with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(lambda: generate.main(arguments))
-    assert ended.value.code == code
-    assert words in capsys.readouterr().err
+    with pytest.raises(UserError, match=re.escape(words)) as ended:
+        generate.main(arguments)
+    assert ended.value.exit_code == code
 
 
 def test_the_file_of_samples_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import yaml
 
 from megatron.config.load_config import load_config
 from megatron.config.model_size import training_flops
-from megatron.errors import ConfigError
+from megatron.errors import CheckpointError, ConfigError
+from megatron.io.lease import leased
 from tests.helpers.forkserver import ROOT
 from tools.experiments import run_matrix
 from tools.experiments.matrix import Experiment, ReadyCell, Result
@@ -162,6 +164,18 @@ def test_a_cell_that_fails_is_named_and_tried_again(folder: Folder, capsys: pyte
     del folder.groups["grown"]["keys"]["log_interval"]
     assert folder.run() == 0
     assert folder.started() == SMALL + GROWN
+
+
+def test_a_second_start_names_the_first_and_takes_nothing_from_it(folder: Folder) -> None:
+    assert folder.run("--only", "small") == 0
+    work = folder.path / "work"
+    with (
+        leased(work, "run_matrix.py", file=work / ".matrix.lease"),
+        pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .*run_matrix\.py"),
+    ):
+        folder.run()
+    assert folder.started() == SMALL
+    assert (work / "cells" / "small-lr0.004").is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.full)])
