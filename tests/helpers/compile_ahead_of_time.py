@@ -1,9 +1,10 @@
-"""Compiles Pattention's row kernels to machine code of GPUs that need not be there; prints a line of JSON for each.
+"""Compiles Triton's kernels to machine code of GPUs that need not be there; prints a line of JSON for each.
 
     python -m tests.helpers.compile_ahead_of_time '[[90, "softmax", 768]]' '[[true, true]]'
 
 The arguments are (compute capability, Theta, parameter tokens), and what a pass does: (takes row sums, uses them).
-A line is the case, the resources that the machine code uses, and whether it loads 128 bits at a time.
+A line is the case, the resources that the machine code uses, and whether it loads 128 bits at a time. Where the Theta
+is called rotary, the case is a rotation of heads of as many features instead, of which a quarter is rotated.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from triton.compiler import ASTSource
 
 from megatron.kernels.pattention.triton_passes import backward_rows, forward_rows, launch_sizes
 from megatron.kernels.pattention.triton_theta import TRITON_THETAS
+from megatron.kernels.rotary.triton_rotation import rotate_rows
 
 PASSES = {
     forward_rows: (("a_ptr", "h_ptr"), ("sums_ptr",), ("ACCUMULATE", "WEIGHTS"), ("start",)),
@@ -48,6 +50,32 @@ def compiled(kernel: Any, theta: Any, part: tuple[bool, bool], num_tokens: int, 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
+def compiled_rotation(features: int, capability: int) -> Any:
+    """Returns the compiled rotation of 12 bf16 heads."""
+    tensors = dict.fromkeys(("q_ptr", "k_ptr", "new_q_ptr", "new_k_ptr"), "*bf16")
+    tables = dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+    sizes = (
+        "length",
+        "heads",
+        "features",
+        "half",
+        "q_batch",
+        "q_position",
+        "q_head",
+        "k_batch",
+        "k_position",
+        "k_head",
+    )
+    fixed = {"ONE_TABLE": True, "BACK": True, "WIDE": tl.float32, "HEADS": 16}
+    fixed |= {"HALF": triton.next_power_of_2(features // 8), "KEPT": triton.next_power_of_2(features - features // 4)}
+    source = ASTSource(
+        rotate_rows,
+        tensors | tables | dict.fromkeys(sizes, "i32") | dict.fromkeys(fixed, "constexpr"),
+        constexprs={(rotate_rows.arg_names.index(name),): value for name, value in fixed.items()},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
 def resources(binary: Any) -> str:
     """Returns registers, stack and local memory, as NVIDIA's cuobjdump, which comes with Triton, names them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -59,7 +87,11 @@ def resources(binary: Any) -> str:
 
 def main(cases: list[tuple[int, str, int]], parts: list[tuple[bool, bool]]) -> None:
     """Compiles every part of both passes in every case."""
-    for (capability, name, num_tokens), part, kernel in itertools.product(cases, parts, PASSES):
+    for capability, _, features in (case for case in cases if case[1] == "rotary"):
+        usage = resources(compiled_rotation(features, capability))
+        print(json.dumps([capability, "rotary", features, rotate_rows.__name__, [], usage, True]))
+    of_pattention = [case for case in cases if case[1] != "rotary"]
+    for (capability, name, num_tokens), part, kernel in itertools.product(of_pattention, parts, PASSES):
         binary = compiled(kernel, TRITON_THETAS[name], part, num_tokens, capability)
         wide_loads = ".v4.b32" in binary.asm["ptx"]
         print(json.dumps([capability, name, num_tokens, kernel.__name__, part, resources(binary), wide_loads]))

@@ -36,6 +36,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--skip", nargs="*", default=[], metavar="NAME", help="contenders to leave out, such as compile or reference"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure the cases whose names hold this")
     return parser.parse_known_args(argv)
 
 
@@ -61,7 +62,7 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "hidden_size": config.model.hidden_size,
         "rounds": args.rounds,
-        "cases": [measure(case, args.rounds) for case in cases.all()],
+        "cases": [measure(case, args.rounds) for case in cases.all() if args.only in case.name],
     }
 
 
