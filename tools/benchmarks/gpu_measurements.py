@@ -1,4 +1,4 @@
-"""What is to be measured on a GPU, most important first: commands, what each decides, and what is read from reports."""
+"""Measurements on a GPU, most important first: commands, what each decides, and what is read from their reports."""
 
 from __future__ import annotations
 

@@ -240,4 +240,5 @@ def published_pattention(x: Tensor, key: Tensor, value: Tensor, theta: str) -> T
         weights = F.gelu(scores / scores.norm(p=2, dim=-1, keepdim=True) * root)
     else:
         weights = EagerPasses(theta).theta.definition(scores, scores.shape[-1])
-    return weights @ value
+    y: Tensor = weights @ value
+    return y
