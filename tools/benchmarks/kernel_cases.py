@@ -136,7 +136,7 @@ class Cases:
         functions, left_out = self.backends(PATTENTION)
         makers: dict[str, Any] = {"eager": EagerPasses}
         if "compile" in functions:
-            from megatron.kernels.pattention.backends.compile import CompiledPasses
+            from megatron.kernels.pattention.compiled_passes import CompiledPasses
 
             makers["compile"] = CompiledPasses
         if "triton" in functions:
