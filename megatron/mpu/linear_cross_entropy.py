@@ -73,27 +73,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_RD = torch.empty_like(x_RD) if with_gradient else None
         dw_vD = torch.zeros_like(weight_vD, dtype=wide) if with_gradient else None
         loss = torch.zeros((), dtype=torch.float64, device=x_RD.device)
-        rows = max(CHUNK_BYTES[x_RD.device.type] // (len(weight_vD) * wide.itemsize), 1)
+        rows = min(max(CHUNK_BYTES[x_RD.device.type] // (len(weight_vD) * wide.itemsize), 1), len(x_RD))
+        # One for all chunks: fresh memory costs a CPU more than the arithmetic on it.
+        buffer_Rv = x_RD.new_empty((rows, len(weight_vD)))
         for begin in range(0, len(x_RD), rows):
             chunk = slice(begin, begin + rows)
-            z_Rv = softmax_inputs(x_RD[chunk] @ weight_vD.T, first, num_valid)
-            local_R, elsewhere_R = local_labels(labels_R[chunk], first, len(weight_vD))
-            losses_R, total_R = _losses(z_Rv, local_R, elsewhere_R, context)
-            loss += (losses_R * weights_R[chunk]).sum(dtype=torch.float64)
-            if dx_RD is None or dw_vD is None:
+            part_RD, part_weights_R = x_RD[chunk], weights_R[chunk]
+            logits_Rv = torch.mm(part_RD, weight_vD.T, out=buffer_Rv[: len(part_RD)])
+            losses_R, dlogits_Rv = _losses_and_gradient(
+                logits_Rv,
+                local_labels(labels_R[chunk], first, len(weight_vD)),
+                part_weights_R * scale if with_gradient else None,
+                (first, num_valid),
+                context,
+            )
+            loss += (losses_R * part_weights_R).sum(dtype=torch.float64)
+            if dlogits_Rv is None or dx_RD is None or dw_vD is None:
                 continue
-            # Now the exponentials become the gradient of the logits.
-            z_Rv.mul_((weights_R[chunk] * scale / total_R).to(wide).unsqueeze(-1))
-            one_R1 = (weights_R[chunk] * scale).to(wide).masked_fill(elsewhere_R, 0.0).unsqueeze(-1)
-            z_Rv.scatter_add_(-1, local_R.unsqueeze(-1), -one_R1)
-            dz_Rv = z_Rv.to(x_RD.dtype)
-            torch.mm(dz_Rv, weight_vD, out=dx_RD[chunk])
-            if dz_Rv.dtype == wide:
-                dw_vD.addmm_(dz_Rv.T, x_RD[chunk])
-            elif dz_Rv.is_cuda:
-                dw_vD += torch.mm(dz_Rv.T, x_RD[chunk], out_dtype=wide)
+            torch.mm(dlogits_Rv, weight_vD, out=dx_RD[chunk])
+            if dlogits_Rv.dtype == wide:
+                dw_vD.addmm_(dlogits_Rv.T, part_RD)
+            elif dlogits_Rv.is_cuda:
+                dw_vD += torch.mm(dlogits_Rv.T, part_RD, out_dtype=wide)
             else:  # torch has no such product on CPUs
-                dw_vD += dz_Rv.T @ x_RD[chunk]
+                dw_vD += dlogits_Rv.T @ part_RD
         ctx.factor = 1.0 / (scale * len(x_RD))
         ctx.shape, ctx.weight_dtype = x_BSD.shape, weight_vD.dtype
         ctx.save_for_backward(dx_RD, dw_vD)
@@ -104,18 +107,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_RD, dw_vD = ctx.saved_tensors
         factor = grad * ctx.factor
-        scaled_vD = torch.empty_like(dw_vD, dtype=ctx.weight_dtype)
+        # In place where the formats agree and nobody can ask for a second pass: this is the largest tensor of all.
+        in_place = dw_vD.dtype == ctx.weight_dtype and not torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled_vD = dw_vD if in_place else torch.empty_like(dw_vD, dtype=ctx.weight_dtype)
         torch.mul(dw_vD, factor, out=scaled_vD)
         return (dx_RD * factor).view(ctx.shape), scaled_vD, None, None, None, None, None
 
 
-def _losses(z_Rv: Tensor, local_R: Tensor, elsewhere_R: Tensor, context: ParallelContext) -> tuple[Tensor, Tensor]:
-    """Computes the loss of each row and the sum of its exponentials, over all ranks; z becomes the exponentials.
+def _losses_and_gradient(
+    logits_Rv: Tensor,
+    labels: tuple[Tensor, Tensor],
+    factors_R: Tensor | None,
+    valid: tuple[int, int | None],
+    context: ParallelContext,
+) -> tuple[Tensor, Tensor | None]:
+    """Computes the loss of each row and, in the memory of the logits, its gradient times the row's factor.
 
-    These are relative to the largest logit of the row.
+    `labels` are those of `local_labels`; `valid` is this rank's first row of the vocabulary, and the number of rows in
+    the softmax. Without factors there is no gradient.
     """
+    local_R, elsewhere_R = labels
+    z_Rv = softmax_inputs(logits_Rv, *valid)
     largest_R = max_over_ranks(z_Rv.amax(-1), context)
     z_Rv.sub_(largest_R.unsqueeze(-1))
     at_label_R = z_Rv.gather(-1, local_R.unsqueeze(-1)).squeeze(-1).masked_fill_(elsewhere_R, 0.0)
     total_R, at_label_R = sum_over_ranks(torch.stack((z_Rv.exp_().sum(-1), at_label_R)), context).unbind()
-    return total_R.log() - at_label_R, total_R
+    losses_R = total_R.log() - at_label_R
+    if factors_R is None:
+        return losses_R, None
+    # Exponentials become probabilities, and these the gradient of the logits.
+    z_Rv.mul_((factors_R / total_R).to(z_Rv.dtype).unsqueeze(-1))
+    at_label_R1 = factors_R.to(z_Rv.dtype).masked_fill(elsewhere_R, 0.0).unsqueeze(-1)
+    z_Rv.scatter_add_(-1, local_R.unsqueeze(-1), -at_label_R1)
+    return losses_R, z_Rv if z_Rv is logits_Rv else logits_Rv.copy_(z_Rv)

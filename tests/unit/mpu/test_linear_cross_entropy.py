@@ -126,11 +126,11 @@ def test_fp16_sums_of_the_heads_matrix_do_not_overflow() -> None:
 
 
 def test_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 rows by 2,000 ids in 16 chunks: both gradients twice (ours, and as leaves'), and a chunk's wide logits."""
+    """1,000 rows by 2,000 ids in 16 chunks: leaves, their gradients, and a chunk's wide logits; no copies of these."""
     monkeypatch.setitem(linear_cross_entropy.CHUNK_BYTES, "cpu", 64 * 2000 * 4)
     x, weight = seeded((2, 500, 16), (2000, 16), dtype=torch.float32)
     targets = (torch.randint(2000, (2, 500)), torch.ones(2, 500))
     logits, factors = 1000 * 2000 * 4, (1000 + 2000) * 16 * 4
     assert peak_bytes(lambda: results(CausalLMLoss(None, SINGLE), x, weight, targets)) > 2 * logits
     in_chunks = peak_bytes(lambda: results(FusedCausalLMLoss(None, SINGLE), x, weight, targets))
-    assert in_chunks < 3 * factors + 3 * 64 * 2000 * 4
+    assert in_chunks < 2.5 * factors + 1.5 * 64 * 2000 * 4
