@@ -3,6 +3,8 @@
 # make test     run the tests (make test-full: the whole of every big matrix; ARGS="tests/unit -k loss": some of them)
 # make test-transformers  run transformers' own common tests on the modelling file of exports, and on GPTNeoX
 # make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
+# make docs     write again what is generated: the tables of keys, the schema, the figure of the floors
+# make site     build the documentation, to be read without a network: build/site/docs/index.html
 SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,7 +13,7 @@ PY := $(VENV)/bin/python
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: demo test test-full test-transformers checks format docs clean
+.PHONY: demo test test-full test-transformers checks format docs site clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.installed
@@ -40,6 +42,10 @@ checks: $(VENV)/dev.installed
 format: $(VENV)/dev.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+site: $(VENV)/dev.installed
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going --conf-dir docs . build/site
+	@echo "build/site/docs/index.html"
 
 docs: $(VENV)/base.installed
 	$(PY) tools/generate_config_docs.py

@@ -54,7 +54,9 @@ def _group(item: pytest.Item) -> str:
         return str(item.path)
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     models = {getattr(parameter, "model", parameter) for parameter in parameters if not isinstance(parameter, dict)}
-    return "layouts of pythia" if "pythia" in models else "layouts of tokenformer"
+    return next(
+        (f"layouts of {model}" for model in ("pythia", "gpt2", "llama") if model in models), "layouts of tokenformer"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +92,22 @@ def pythia(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
 
     return make_checkpoint(write_yaml(tmp_path_factory.mktemp("pythia"), MODELS["pythia"]))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A GPT-2's checkpoint of one rank, float32; tests only read it."""
+    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
+
+    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("gpt2"), MODELS["gpt2"]))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A LLaMA's checkpoint of one rank, float32; tests only read it."""
+    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
+
+    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("llama"), MODELS["llama"]))
 
 
 @pytest.fixture(scope="session")

@@ -82,9 +82,10 @@ Without them it is the large one, and `load` names a checkpoint of the small one
 a chain of runs.
 
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
-accumulation follows for any number of ranks. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains,
-and the first stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains
-`demo.yml`.
+accumulation follows for any number of ranks. `gpt2/` holds GPT-2's four sizes, `inheritune/` the models that the
+Inheritune paper trains, its references and those of fewer layers, `llama/` OpenLLaMA 3B, its first half, and one for a
+laptop. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains, and the first stages that they begin
+with. `data/` and `clusters/` hold what differs between users. `make demo` trains `demo.yml`.
 """
 
 
@@ -190,7 +191,7 @@ def _mapped_rows(keys: Mapping[str, Entry]) -> Iterator[tuple[str, ...]]:
     for key, entry in keys.items():
         if isinstance(entry, MapsTo):
             meaning, unit = _without_unit(_meaning(key, entry))
-            default, difference = _shown_default(key, entry), _difference(entry)
+            default, difference = _shown_default(key, entry), _difference(key, entry)
             yield f"`{key}`", describe(_schema(entry)), unit, default, meaning, difference
 
 
@@ -214,8 +215,10 @@ def _meaning(key: str, entry: MapsTo) -> str:
     return re.sub(r"\bNone\b", "unset", fields()[entry.path].meaning)
 
 
-def _difference(entry: MapsTo) -> str:
-    """Returns the key's difference from NeoX, and the architectures that have another default."""
+def _difference(key: str, entry: MapsTo) -> str:
+    """Returns the key's difference from NeoX, and the architectures that have another default of a value of its own."""
+    if key != fields()[entry.path].key:
+        return entry.difference
     facts = {name: ARCHITECTURES[name] for name in ARCHITECTURES}
     own = {name: each.defaults.get(entry.path.removeprefix("model.")) for name, each in facts.items()}
     defaults = [f"{show(value)} by default for {name}" for name, value in own.items() if value is not None]

@@ -26,7 +26,8 @@ class FixedValue:
 class ArchitectureFacts:
     """Facts of one architecture. Fields of the model are named by their path in `ModelConfig`.
 
-    An architecture reads every field of the model but those in `fixed`, and no optional section but its own.
+    An architecture reads every field of the model but those in `fixed` and those that are another's own, and no
+    optional section but its own.
     """
 
     layer_matrices: Callable[[ModelConfig], int]
@@ -44,11 +45,29 @@ class ArchitectureFacts:
     split_sizes: tuple[str, ...] = ()
     """Sizes that the tensor-parallel ranks share evenly."""
 
+    activations: tuple[str, ...] = ("gelu", "gelu_tanh")
+    """Activations that its MLP can have."""
+
     defaults: Mapping[str, YamlValue] = field(default_factory=dict)
-    """Defaults that differ from those of the section."""
+    """Defaults that differ from those of the section, where the YAML names the architecture."""
+
+    derived: Mapping[str, Callable[[Mapping[str, YamlValue]], YamlValue]] = field(default_factory=dict)
+    """Defaults that follow from other keys, also where the YAML names no architecture: from all that were given, flat.
+    None where those do not tell."""
 
     fixed: Mapping[str, FixedValue] = field(default_factory=dict)
     """Fields that have one value only."""
+
+    own_fields: tuple[str, ...] = ()
+    """Fields that no other architecture reads; elsewhere they have their default."""
+
+    is_implied_by: Callable[[Mapping[str, YamlValue]], bool] = lambda keys: False
+    """Tells whether NeoX's keys, in a YAML that names no architecture, describe this one. All defaults are NeoX's
+    then."""
+
+    prompts_begin_with_bos: bool = False
+    """Whether prompts begin with the begin-of-sequence token of a tokenizer that has one, as its counterpart in
+    transformers reads them."""
 
     sections: Mapping[str, str] = field(default_factory=dict)
     """Optional sections of the model that it requires, and what they describe; other architectures refuse them."""
@@ -75,7 +94,14 @@ def owners_of(section: str) -> list[str]:
     return [name for name in ARCHITECTURES if section in ARCHITECTURES[name].sections]
 
 
-def attention_types() -> dict[str, str]:
-    """Returns the architecture that each attention type of NeoX's `attention_config` stands for, NeoX's own last."""
-    names = sorted(ARCHITECTURES, key=lambda name: name == DEFAULT_ARCHITECTURE)
-    return {kind: name for name in names for kind in ARCHITECTURES[name].attention_types}
+def attention_types() -> dict[str, list[str]]:
+    """Returns the architectures that each attention type of NeoX's `attention_config` may be of, NeoX's own first."""
+    names = sorted(ARCHITECTURES, key=lambda name: name != DEFAULT_ARCHITECTURE)
+    kinds = dict.fromkeys(kind for name in names for kind in ARCHITECTURES[name].attention_types)
+    return {kind: [name for name in names if kind in ARCHITECTURES[name].attention_types] for kind in kinds}
+
+
+def implied_architecture(keys: Mapping[str, YamlValue]) -> str:
+    """Returns the architecture of a YAML with these keys of NeoX's that names none."""
+    implied = (name for name in ARCHITECTURES if ARCHITECTURES[name].is_implied_by(keys))
+    return next(implied, DEFAULT_ARCHITECTURE)

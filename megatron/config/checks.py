@@ -63,6 +63,32 @@ def _heads(run: RunConfig) -> Iterator[Finding]:
         )
 
 
+def _key_value_heads(run: RunConfig) -> Iterator[Finding]:
+    """Requires whole groups of query heads, and whole heads of keys and values on every tensor-parallel rank."""
+    heads, shared, ranks = run.model.num_attention_heads, run.model.num_kv_heads, run.parallel.model_parallel_size
+    if shared is None:
+        return
+    if heads % shared:
+        nearest = _nearest(divisors(heads), shared)
+        message = f"does not divide num_attention_heads {heads}, which share them; nearest valid value: {nearest}"
+        yield Finding("model.num_kv_heads", message)
+    elif shared % ranks and heads % ranks == 0:
+        wrong = f"is above num_kv_heads {shared}" if ranks > shared else f"does not divide num_kv_heads {shared}"
+        sizes = [size for size in divisors(shared) if heads % size == 0]
+        yield Finding(
+            "parallel.model_parallel_size",
+            f"{wrong}, and each rank holds whole heads of keys and values; nearest valid value: "
+            f"{_nearest(sizes, ranks)}",
+        )
+
+
+def _activation(run: RunConfig) -> Iterator[Finding]:
+    name = run.model.architecture
+    known = ARCHITECTURES[name].activations
+    if run.model.activation not in known and "activation" not in ARCHITECTURES[name].fixed:
+        yield Finding("model.activation", f"the architecture {name} has {' and '.join(known)} alone")
+
+
 def _rotary_dimensions(run: RunConfig) -> Iterator[Finding]:
     model = run.model
     if model.pos_emb != "rotary" or model.hidden_size % model.num_attention_heads:
@@ -79,7 +105,10 @@ def _rotary_dimensions(run: RunConfig) -> Iterator[Finding]:
 def _positions(run: RunConfig) -> Iterator[Finding]:
     length, longest = run.model.seq_length, run.model.max_position_embeddings
     if length > longest:
-        yield Finding("model.seq_length", f"is above max_position_embeddings {longest}; raise that, or shorten this")
+        learned = ", which are the positions that the model learns" if run.model.pos_emb == "learned" else ""
+        yield Finding(
+            "model.seq_length", f"is above max_position_embeddings {longest}{learned}; raise that, or shorten this"
+        )
 
 
 def _padded_vocabulary(run: RunConfig) -> Iterator[Finding]:
@@ -96,13 +125,17 @@ def _fixed_by_architecture(run: RunConfig) -> Iterator[Finding]:
     for path, fixed in ARCHITECTURES[run.model.architecture].fixed.items():
         if attrgetter(path)(run.model) != fixed.value:
             yield Finding(f"model.{path}", fixed.reason)
+    for name in ARCHITECTURES:
+        for path in ARCHITECTURES[name].own_fields if name != run.model.architecture else ():
+            if attrgetter(path)(run.model) != ModelConfig.model_fields[path].default:
+                yield Finding(f"model.{path}", f"belongs to architecture: {name}, and this is {run.model.architecture}")
 
 
 def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
     model, ranks = run.model, run.parallel.model_parallel_size
     for path in ARCHITECTURES[model.architecture].split_sizes:
         size = attrgetter(path)(model)
-        if size % ranks:
+        if size is not None and size % ranks:
             nearest = nearest_multiple(size, ranks)
             yield Finding(f"model.{path}", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
     if run.parallel.sequence_parallel and model.seq_length % ranks:
@@ -439,6 +472,8 @@ def _prompts(run: RunConfig) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _heads,
+    _key_value_heads,
+    _activation,
     _rotary_dimensions,
     _positions,
     _padded_vocabulary,

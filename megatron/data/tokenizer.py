@@ -16,6 +16,10 @@ from megatron.io.checkout import hint_at_checkout
 from megatron.registry import Registry
 
 END_OF_DOCUMENT = "<|endoftext|>"
+ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>")
+"""Names of the end-of-document token, in the order in which they are looked for: GPT-2's and NeoX's, then LLaMA's."""
+BEGINS_OF_SEQUENCE = ("<s>", "<|begin_of_text|>")
+"""Names of the begin-of-sequence token, LLaMA's first."""
 
 
 class Tokenizer(Protocol):
@@ -28,6 +32,10 @@ class Tokenizer(Protocol):
     @property
     def eod(self) -> int:
         """Returns the id of the end-of-document token."""
+
+    @property
+    def bos(self) -> int | None:
+        """Returns the id of the begin-of-sequence token; None for a tokenizer without one."""
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, without an end-of-document token."""
@@ -84,6 +92,6 @@ def configured_file(name: str | None, key: str, config: TokenizerConfig, content
 def no_end_of_document(path: Path) -> DataError:
     """Returns the error about a tokenizer that lacks the end-of-document token."""
     return DataError(
-        f"{path}: the tokenizer has no {END_OF_DOCUMENT} token, which marks the end of a document. Use a tokenizer "
-        "that has one, or add it to this one as a special token."
+        f"{path}: the tokenizer has no {END_OF_DOCUMENT} token, which marks the end of a document, nor "
+        f"{' or '.join(ENDS_OF_DOCUMENT[1:])}. Use a tokenizer that has one, or add it to this one as a special token."
     )

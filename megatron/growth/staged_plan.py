@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpointing.states.same_model import FREE_MODEL_FIELDS
+from megatron.checkpointing.states.same_model import free_model_fields
 from megatron.config.load_config import LoadedConfig, load_given
 from megatron.config.merge_files import flatten, gather
 from megatron.config.sections.growth import ModelSizes
@@ -334,7 +334,8 @@ def _cannot_follow(before: Stage, after: Stage) -> Iterator[Problem]:
 
 def _other_model(before: Stage, after: Stage) -> Iterator[Problem]:
     theirs, ours = (stage.loaded.run.model.model_dump() for stage in (before, after))
-    fixed = {f"model.{name}" for name in ours if name not in FREE_MODEL_FIELDS | GROWING_FIELDS}
+    free = free_model_fields(after.loaded.run.model) | GROWING_FIELDS
+    fixed = {f"model.{name}" for name in ours if name not in free}
     if theirs["param_tokens"] is not None and ours["param_tokens"] is not None:
         fixed.add("model.param_tokens.theta")
     yield from _differing(before, after, fixed, "growth adds parameter tokens and layers, and keeps everything else")

@@ -18,8 +18,8 @@ from megatron.checkpointing.states.read_states import read_states
 from megatron.checkpointing.states.same_model import described_model, model_differences
 from megatron.checkpointing.states.tensor_folder import write_shards
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
+from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture
@@ -74,13 +74,21 @@ def export_checkpoint(checkpoint: Checkpoint, run: RunConfig, output: Path, opti
     with new_folder(output) as folder:
         write_shards(folder, weights.under_their_names(), options.max_shard_bytes)
         if options.tokenizer:
-            write_tokenizer(folder, run.data.tokenizer, model.max_position_embeddings)
-            _set_token_ids(config, run.data.tokenizer)
+            write_tokenizer(folder, run.data.tokenizer, model)
+            _set_token_ids(config, PromptTokenizer(build_tokenizer(run.data.tokenizer), model))
         _write_config(folder, config, architecture)
         _generation_config(config, range(checkpoint.state.vocab_size, rows)).save_pretrained(folder)
         publication = options.published_as or Publication(output.name)
         dtype = str(weights.dtype).removeprefix("torch.")
-        card = model_card(checkpoint, publication, dtype, rows, has_tokenizer=options.tokenizer)
+        card = model_card(
+            checkpoint,
+            publication,
+            dtype,
+            rows,
+            title=architecture.title,
+            remote_code=config.is_remote_code(),
+            has_tokenizer=options.tokenizer,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         tokens = fixed_tokens(checkpoint.state.vocab_size, model.seq_length)
         return logit_difference(folder, tokens, weights.logits(tokens), rows)
@@ -91,7 +99,7 @@ class ExportedWeights:
 
     def __init__(self, checkpoint: Checkpoint, architecture: HFArchitecture, options: ExportOptions, rows: int) -> None:
         self.checkpoint = checkpoint
-        self.names = architecture.names
+        self.architecture = architecture
         self.rows = rows
         first = next(read_states(checkpoint, optimizer=False))
         stored = next(iter(first.parameters.values())).weight.dtype
@@ -104,8 +112,10 @@ class ExportedWeights:
 
     def under_their_names(self) -> Iterator[dict[str, Tensor]]:
         """Yields the weights of `layers` under the names of transformers."""
+        model, names = self.checkpoint.config.model, self.architecture.names
         for layer in self.layers():
-            yield {self.names.to_theirs(name): weight.contiguous() for name, weight in layer.weights().items()}
+            theirs = self.architecture.to_their_tensors(model, layer.weights())
+            yield {names.to_theirs(name): weight.contiguous() for name, weight in theirs.items()}
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Computes our float32 logits [B, S, rows] of the exported weights."""
@@ -127,9 +137,8 @@ class ExportedWeights:
         return rounded
 
 
-def _set_token_ids(config: PretrainedConfig, tokenizer: TokenizerConfig) -> None:
-    eod = build_tokenizer(tokenizer).eod
-    config.bos_token_id = config.eos_token_id = eod
+def _set_token_ids(config: PretrainedConfig, tokenizer: PromptTokenizer) -> None:
+    config.bos_token_id, config.eos_token_id = tokenizer.start, tokenizer.tokenizer.eod
 
 
 def _write_config(folder: Path, config: PretrainedConfig, architecture: HFArchitecture) -> None:

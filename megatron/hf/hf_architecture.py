@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron.checkpointing.states.name_map import NameMap
@@ -56,7 +57,16 @@ def default_rope(config: PretrainedConfig) -> tuple[float, float]:
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
         raise ConfigError(f"rope_parameters: rope_type {rope['rope_type']!r}; only 'default' is known here.")
-    return rope["partial_rotary_factor"], rope["rope_theta"]
+    return rope.get("partial_rotary_factor", 1.0), rope["rope_theta"]
+
+
+TensorChange = Callable[[ModelConfig, Mapping[str, Tensor]], dict[str, Tensor]]
+"""(model, tensors of a layer by our global name) -> the same layer's, by our global name."""
+
+
+def unchanged(model: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors as they are."""
+    return dict(tensors)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,13 @@ class HFArchitecture:
     to_settings: Callable[[PretrainedConfig], dict[str, Any]]
     """Returns the fields of ModelConfig that their configuration decides, by dotted path. Raises ConfigError for a
     model that we cannot express."""
+    title: str
+    """Name and source of the architecture, for the card of a model."""
+    to_their_tensors: TensorChange = unchanged
+    """Makes theirs of our tensors where they differ in more than their names: turned, in another order, or zeros for
+    what our model does not have. Changes meta tensors too, from which names and shapes of a folder follow."""
+    to_our_tensors: TensorChange = unchanged
+    """Undoes `to_their_tensors`. Raises CheckpointError for numbers that our model has no place for."""
 
 
 HF_ARCHITECTURES: Registry[HFArchitecture] = Registry(

@@ -16,6 +16,7 @@ HEADER = """# {folder} as a configuration of this trainer. The model is as its c
 # After tools/ckpts/convert_hf_to_neox.py, train on with `load: <output_dir>` and `finetune: true`.
 """
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 TOKENIZER_KEYS = ("tokenizer_type", "vocab_file", "merge_file")
 
 TO_FILL_IN: dict[str, Any] = {
@@ -59,7 +60,12 @@ def _named_tokenizer(overrides: Sequence[str]) -> dict[str, str]:
 
 
 def _own_tokenizer(folder: Path) -> dict[str, str]:
-    tokenizer = folder.absolute() / "tokenizer.json"
+    """Names tokenizer.json, or what older folders hold in its place: GPT-2's two files, or LLaMA's tokenizer.model."""
+    tokenizer, vocabulary, merges, pieces = (folder.absolute() / name for name in TOKENIZER_FILES)
+    if not tokenizer.is_file() and vocabulary.is_file() and merges.is_file():
+        return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": str(vocabulary), "merge_file": str(merges)}
+    if not tokenizer.is_file() and pieces.is_file():
+        return {"tokenizer_type": "SPMTokenizer", "vocab_file": str(pieces)}
     if not tokenizer.is_file():
         raise DataError(
             f"{folder} holds no tokenizer.json. Copy its tokenizer there, or name one after the YAML, as in "

@@ -1,35 +1,48 @@
-"""A Hugging Face folder of TokenFormer or GPTNeoX to a checkpoint of ours, which has proved to compute the same."""
+"""A Hugging Face folder of a known model to a checkpoint of ours, which has proved to compute the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
+from megatron.checkpointing.convert.imported_weights import (
+    VOCABULARY,
+    imported_vocabulary,
+    require_finite,
+    with_configured_rows,
+)
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
-from megatron.checkpointing.states.name_map import our_names
-from megatron.checkpointing.states.parameter_layout import ParallelSizes, layer_layouts
+from megatron.checkpointing.states.name_map import NameMap, our_names
+from megatron.checkpointing.states.parameter_layout import LayerLayout, ParallelSizes, layer_layouts
 from megatron.checkpointing.states.read_states import read_weights
-from megatron.checkpointing.states.tensor_folder import open_folder
+from megatron.checkpointing.states.tensor_folder import TensorFolder, open_folder
 from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
-from megatron.hf.hf_architecture import HF_ARCHITECTURES, read_field
+from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture, read_field
 from megatron.hf.logit_check import fixed_tokens, logit_difference
 from megatron.io.durable import new_folder
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.model.causal_lm import VocabSize, build_local
 
+LIBRARY_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    # Of configurations that check the types of their fields, such as GPT-2's; a class of its own.
+    StrictDataclassError,
+)
 FREE_SETTINGS = frozenset({"max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std"})
-"""What a folder's configuration says and the importing run may change."""
+"""What a folder's configuration says and the importing run may change; learned positions have their number."""
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -74,8 +87,8 @@ def _library_errors(path: Path) -> Iterator[None]:
     """Raises CheckpointError for what transformers and its classes raise where a field is of a foreign type."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
+    except LIBRARY_ERRORS as error:
+        reason = " ".join((str(error) or repr(error)).split("\n")[:2])
         raise CheckpointError(f"{path} cannot be used: {type(error).__name__}: {reason}. Copy it again.") from error
 
 
@@ -97,9 +110,10 @@ def import_folder(folder: Path, run: RunConfig, output: Path) -> float:
         model.load_state_dict(weights, strict=True, assign=True)
         with torch.no_grad():
             logits = model.eval()(tokens)
-        rows = min(vocab.padded, read_config(folder).vocab_size)
+        config = read_config(folder)
+        rows, names = min(vocab.padded, config.vocab_size), HF_ARCHITECTURES[config.model_type].names
         with _library_errors(folder):
-            return logit_difference(folder, tokens, logits, rows=rows)
+            return logit_difference(folder, tokens, logits, rows, names.without_weights)
 
 
 def hf_vocabulary(folder: Path, run: RunConfig) -> VocabSize:
@@ -122,38 +136,78 @@ def read_hf_states(folder: Path, run: RunConfig) -> Iterator[LayerState]:
     unknown tensors, DataError without the configured tokenizer.
     """
     vocab = hf_vocabulary(folder, run)
-    names = HF_ARCHITECTURES[read_config(folder).model_type].names
+    architecture = HF_ARCHITECTURES[read_config(folder).model_type]
     tensors = open_folder(folder, allow_unsafe=run.checkpoint.allow_unsafe_load)
     if run.model.num_layers > len(tensors.files):
         raise CheckpointError(
             f"{folder}: {len(tensors.files)} tensors cannot be the {run.model.num_layers:,} layers of its config.json."
         )
     layouts = layer_layouts(run.model, vocab)
-    expected = [layout.global_name(local) for layout in layouts for local in layout.parameters]
-    theirs = our_names(names, tensors.files, expected, str(folder))
+    shapes = {layout.name: _their_shapes(layout, architecture, run.model) for layout in layouts}
+    files = _without_tied_head(folder, tensors, architecture.names) if run.model.tie_embeddings else tensors.files
+    theirs = our_names(architecture.names, files, chain.from_iterable(shapes.values()), str(folder))
     for layout in layouts:
-        wanted = {local: theirs[layout.global_name(local)] for local in layout.parameters}
-        found = tensors.read(wanted.values())
-        for name, tensor in found.items():
-            require_finite(tensor, f"{folder}: {name}")
-        weights = {}
-        for local, name in wanted.items():
-            spec = layout.parameters[local]
+        found = tensors.read(theirs[name] for name in shapes[layout.name])
+        named = {}
+        for name, shape in shapes[layout.name].items():
+            tensor = found[theirs[name]]
+            require_finite(tensor, f"{folder}: {theirs[name]}")
             try:
-                weights[local] = with_configured_rows(layout.global_name(local), found[name], spec, vocab)
+                named[name] = _with_rows(name, tensor, layout, vocab)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder}: {error}") from error
-            if tuple(weights[local].shape) != spec.full_shape:
-                shape = tuple(found[name].shape)
+            if named[name].shape != shape:
                 raise CheckpointError(
-                    f"{folder}: {name} has shape {shape}; the configuration describes {spec.full_shape}."
+                    f"{folder}: {theirs[name]} has shape {tuple(tensor.shape)}; the configuration describes "
+                    f"{tuple(shape)}."
                 )
-        yield LayerState(layout.name, {local: ParameterState(weight) for local, weight in weights.items()})
+        try:
+            ours = architecture.to_our_tensors(run.model, named)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        weights = {local: ParameterState(ours[layout.global_name(local)]) for local in layout.parameters}
+        yield LayerState(layout.name, weights)
+
+
+def _their_shapes(layout: LayerLayout, architecture: HFArchitecture, model: ModelConfig) -> dict[str, torch.Size]:
+    """Returns the shapes of a layer's tensors as the folder has them, by our global name."""
+    specs = layout.parameters.items()
+    ours = {layout.global_name(local): torch.empty(spec.full_shape, device="meta") for local, spec in specs}
+    return {name: tensor.shape for name, tensor in architecture.to_their_tensors(model, ours).items()}
+
+
+def _with_rows(name: str, tensor: Tensor, layout: LayerLayout, vocab: VocabSize) -> Tensor:
+    if name not in VOCABULARY:
+        return tensor
+    return with_configured_rows(name, tensor, layout.parameters[name.removeprefix(f"{layout.name}.")], vocab)
+
+
+def _without_tied_head(folder: Path, tensors: TensorFolder, names: NameMap) -> list[str]:
+    """Lists the tensors of a folder whose head is tied, but for the copy of the embedding that some save for it.
+
+    Raises CheckpointError when it is no copy.
+    """
+    spelled: dict[str | None, str] = {}
+    for name in tensors.files:
+        with suppress(KeyError):
+            spelled[names.to_ours(name)] = name
+    copy, embedding = spelled.get("head.weight"), spelled.get("embedding.word_embeddings.weight")
+    if copy is None or embedding is None:
+        return list(tensors.files)
+    both = tensors.read([copy, embedding])
+    if not torch.equal(both[copy], both[embedding]):
+        raise CheckpointError(
+            f"{folder}: {copy} differs from {embedding}, to which config.json ties it. Copy the folder again, or set "
+            "tie_word_embeddings to false there."
+        )
+    return [name for name in tensors.files if name != copy]
 
 
 def _require_same_model(folder: Path, settings: dict[str, Any], model: ModelConfig) -> None:
     norms = {model.norm, model.final_norm or model.norm}
     free = FREE_SETTINGS if "rmsnorm" in norms else FREE_SETTINGS | {"rms_norm_epsilon"}
+    if model.pos_emb == "learned":
+        free -= {"max_position_embeddings"}
     ours = {path: _setting(model, path) for path in settings.keys() - free}
     differences = [
         f"{path}: folder {settings[path]!r}, configuration {ours[path]!r}"

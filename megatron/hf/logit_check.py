@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -20,13 +21,18 @@ def fixed_tokens(vocab_size: int, max_length: int) -> Tensor:
     return torch.randint(vocab_size, (NUM_SEQUENCES, min(max_length, MAX_LENGTH)), generator=generator)
 
 
-def logit_difference(folder: Path, tokens_BS: Tensor, our_logits_BSV: Tensor, rows: int) -> float:
+def logit_difference(
+    folder: Path, tokens_BS: Tensor, our_logits_BSV: Tensor, rows: int, without_weights: re.Pattern[str] | None = None
+) -> float:
     """Compares the folder's float32 logits with ours [B, S, V] for the first `rows` tokens of the vocabulary.
 
     Returns the largest difference, relative to the largest of ours where that is above 1. Raises CheckpointError when a
-    weight is missing, left over or of another shape there, or the difference is above TOLERANCE.
+    weight is missing, left over or of another shape there, or the difference is above TOLERANCE. Tensors whose names
+    match `without_weights` may be left over.
     """
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if without_weights is not None:
+        found["unexpected_keys"] = [name for name in found["unexpected_keys"] if not without_weights.fullmatch(name)]
     wrong = {what: sorted(map(str, names)) for what, names in found.items() if names and what != "error_msgs"}
     if wrong:
         raise CheckpointError(f"{folder}: transformers does not find the weights that it expects: {wrong}.")

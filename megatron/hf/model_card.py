@@ -42,14 +42,21 @@ class Publication:
 
 
 def model_card(
-    checkpoint: Checkpoint, publication: Publication, dtype: str, vocab_rows: int, *, has_tokenizer: bool
+    checkpoint: Checkpoint,
+    publication: Publication,
+    dtype: str,
+    vocab_rows: int,
+    *,
+    title: str,
+    remote_code: bool,
+    has_tokenizer: bool,
 ) -> str:
     """Writes the card of an export, its weights in `dtype`, of a vocabulary of `vocab_rows` rows.
 
-    Its snippet runs as it stands, where the name of the publication can be found.
+    `title` names the architecture; with `remote_code`, the folder holds the file that defines it. The card's snippet
+    runs as it stands, where the name of the publication can be found.
     """
     run, state = checkpoint.config, checkpoint.state
-    tokenformer = run.model.architecture == "tokenformer"
     facts = _model_facts(run, vocab_rows, state.vocab_size) | _training_facts(run, state.consumed_train_samples)
     facts |= {"Checkpoint": f"step {state.iteration:,}", "Format of the weights": dtype}
     rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
@@ -57,11 +64,10 @@ def model_card(
     if publication.revision is not None:
         where += f", revision={json.dumps(publication.revision)}"
     usage = USAGE if has_tokenizer else USAGE_WITHOUT_TOKENIZER
-    kind = "TokenFormer (arXiv:2410.23168)" if tokenformer else "GPT-NeoX (arXiv:2204.06745)"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {run.model.architecture}\n---\n\n"
-        f"# {publication.name}\n\nA {kind} language model.\n\n"
-        f"{usage.format(where=where, remote_code=', trust_remote_code=True' if tokenformer else '')}\n\n"
+        f"# {publication.name}\n\nA {title} language model.\n\n"
+        f"{usage.format(where=where, remote_code=', trust_remote_code=True' if remote_code else '')}\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
 

@@ -55,7 +55,7 @@ def layer_entries(model: ModelConfig, vocab: VocabSize, context: ParallelContext
         shard_size(model.seq_length, context, "seq_length under sequence_parallel")
     modules: list[tuple[type[nn.Module], tuple[Any, ...]]] = [
         (TokenEmbedding, (model, vocab.padded, context)),
-        *[(TransformerLayer, (model, context))] * model.num_layers,
+        *[(TransformerLayer, (model, context, index)) for index in range(model.num_layers)],
         (NORMS[model.final_norm or model.norm], (model, context)),
         (TiedHead if model.tie_embeddings else Head, (model, vocab.padded, context)),
     ]
@@ -104,7 +104,7 @@ class LocalCausalLM(nn.Module):
         """Computes the head's input [B, S, D] from token ids; with a cache, they follow the tokens that it has seen."""
         if cache is not None:
             cache.begin(tokens_BS.shape[1])
-        x_BSD: Tensor = self.embedding(tokens_BS)
+        x_BSD: Tensor = self.embedding(tokens_BS, cache)
         for index, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD) if cache is None else layer(x_BSD, cache.layers[index])
         normalized_BSD: Tensor = self.final_norm(x_BSD)
@@ -124,7 +124,7 @@ class LocalCausalLM(nn.Module):
         return KeyValueCache(
             num_layers=len(self.layers),
             batch=batch,
-            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
             capacity=capacity,
             head_size=attention.head_size,
             dtype=weight.dtype,

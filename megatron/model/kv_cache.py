@@ -16,7 +16,7 @@ from megatron.model.positions import RotaryEmbedding, RotaryTables
 
 
 class KeyValueCache:
-    """The cache of all layers, in memory that is reserved at once: 2 L B H C E numbers.
+    """The cache of all layers, in memory that is reserved at once: 2 L B G C E numbers.
 
     Rows of unequal length are padded on the left: `padding_B` is the number of leading columns of each row that hold
     no token. Nothing ever attends to them, and positions count from the first token of the row. A forward pass calls
@@ -28,18 +28,19 @@ class KeyValueCache:
         *,
         num_layers: int,
         batch: int,
-        num_heads: int,
+        num_kv_heads: int,
         capacity: int,
         head_size: int,
         dtype: torch.dtype,
         device: torch.device,
         padding_B: Tensor | None = None,
     ) -> None:
-        """Reserves the memory. `num_heads` are those of this rank."""
-        shape = (num_layers, batch, num_heads, capacity, head_size)
-        self.keys_LBHCE = torch.empty(shape, dtype=dtype, device=device)
-        self.values_LBHCE = torch.empty(shape, dtype=dtype, device=device)
+        """Reserves the memory. `num_kv_heads` are those of this rank."""
+        shape = (num_layers, batch, num_kv_heads, capacity, head_size)
+        self.keys_LBGCE = torch.empty(shape, dtype=dtype, device=device)
+        self.values_LBGCE = torch.empty(shape, dtype=dtype, device=device)
         self.padding_B1 = None if padding_B is None or not padding_B.any() else padding_B.to(device).unsqueeze(1)
+        self.least_padding = 0 if padding_B is None else int(padding_B.min())
         self.seen = 0
         self.positions_BS = torch.empty(0, dtype=torch.long, device=device)
         self.mask_B1ST: Tensor | None = None
@@ -49,7 +50,12 @@ class KeyValueCache:
     @property
     def capacity(self) -> int:
         """Returns the columns that there is room for [tokens]."""
-        return self.keys_LBHCE.shape[3]
+        return self.keys_LBGCE.shape[3]
+
+    @property
+    def longest(self) -> int:
+        """Returns the length of the longest sequence so far, without its padding [tokens]."""
+        return self.seen - self.least_padding
 
     def begin(self, num_new: int) -> None:
         """Makes room for `num_new` columns, and finds their positions [B or 1, S] and the columns that they attend to.
@@ -58,7 +64,7 @@ class KeyValueCache:
         """
         if self.seen + num_new > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens; {self.seen + num_new} are needed")
-        columns_S = torch.arange(self.seen, self.seen + num_new, device=self.keys_LBHCE.device)
+        columns_S = torch.arange(self.seen, self.seen + num_new, device=self.keys_LBGCE.device)
         self.seen += num_new
         self.rotary_tables = None
         if self.padding_B1 is None:
@@ -78,14 +84,15 @@ class KeyValueCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keeps some rows of the batch alone: their indices, ascending."""
-        for buffer_LBHCE in (self.keys_LBHCE, self.values_LBHCE):
+        for buffer_LBGCE in (self.keys_LBGCE, self.values_LBGCE):
             # In place, since there may be no memory for a second buffer.
             for to, row in enumerate(rows):
                 if to != row:
-                    buffer_LBHCE[:, to, :, : self.seen] = buffer_LBHCE[:, row, :, : self.seen]
-        self.keys_LBHCE, self.values_LBHCE = self.keys_LBHCE[:, : len(rows)], self.values_LBHCE[:, : len(rows)]
+                    buffer_LBGCE[:, to, :, : self.seen] = buffer_LBGCE[:, row, :, : self.seen]
+        self.keys_LBGCE, self.values_LBGCE = self.keys_LBGCE[:, : len(rows)], self.values_LBGCE[:, : len(rows)]
         if self.padding_B1 is not None:
             self.padding_B1 = self.padding_B1[list(rows)]
+            self.least_padding = int(self.padding_B1.min())
 
 
 class LayerCache:
@@ -101,16 +108,23 @@ class LayerCache:
             self.cache.rotary_tables = rotary.tables(self.cache.positions_BS)
         return self.cache.rotary_tables
 
-    def attend(self, q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, causal_attention: CausalAttention) -> Tensor:
+    def attend(
+        self,
+        q_BSHE: Tensor,
+        k_BSGE: Tensor,
+        v_BSGE: Tensor,
+        causal_attention: CausalAttention,
+        scale: float | None = None,
+    ) -> Tensor:
         """Keeps the new keys and values, and attends from the new tokens to all that were seen: [B, S, H, E].
 
-        `causal_attention` is used where nothing was seen before and there is no padding.
+        `causal_attention` is used where nothing was seen before and there is no padding. `scale` as there.
         """
-        cache, num_new = self.cache, k_BSHE.shape[1]
+        cache, num_new = self.cache, k_BSGE.shape[1]
         before, seen = cache.seen - num_new, cache.seen
-        keys_BHCE, values_BHCE = cache.keys_LBHCE[self.index], cache.values_LBHCE[self.index]
-        keys_BHCE[:, :, before:seen] = k_BSHE.transpose(1, 2)
-        values_BHCE[:, :, before:seen] = v_BSHE.transpose(1, 2)
+        keys_BGCE, values_BGCE = cache.keys_LBGCE[self.index], cache.values_LBGCE[self.index]
+        keys_BGCE[:, :, before:seen] = k_BSGE.transpose(1, 2)
+        values_BGCE[:, :, before:seen] = v_BSGE.transpose(1, 2)
         if before == 0 and cache.mask_B1ST is None:
-            return causal_attention(q_BSHE, k_BSHE, v_BSHE, 0.0)
-        return cached_attention(q_BSHE, keys_BHCE[:, :, :seen], values_BHCE[:, :, :seen], cache.mask_B1ST)
+            return causal_attention(q_BSHE, k_BSGE, v_BSGE, 0.0, scale)
+        return cached_attention(q_BSHE, keys_BGCE[:, :, :seen], values_BGCE[:, :, :seen], cache.mask_B1ST, scale)

@@ -21,15 +21,16 @@ class TransformerLayer(nn.Module):
     """Pre-norm sublayers that add to the residual stream [B, S or S/tp, D].
 
     Sequential: x += attention(norm(x)), then x += mlp(norm(x)). Parallel residual (GPT-J, GPT-NeoX): both sublayers
-    read the same x. Hidden dropout applies to each sublayer's output.
+    read the same x. Hidden dropout applies to each sublayer's output. `layer_index` counts the layers of the whole
+    model from 0.
     """
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+    def __init__(self, model: ModelConfig, context: ParallelContext, layer_index: int) -> None:
         super().__init__()
         spec = ARCHITECTURES[model.architecture](model)
         self.parallel_residual = model.parallel_residual
         self.input_layernorm = spec.norm(model, context)
-        self.attention = spec.attention(model, context)
+        self.attention = spec.attention(model, context, layer_index)
         self.post_attention_layernorm = spec.norm(model, context)
         self.mlp = spec.mlp(model, context)
         self.dropout = HiddenDropout(model.hidden_dropout, context)

@@ -25,8 +25,8 @@ class TransformerLayerSpec:
 
     norm: Builder
     """Before attention and before the feed-forward sublayer."""
-    attention: Callable[[ModelConfig, ParallelContext], SelfAttention]
-    """Causal self-attention, residual stream in and out."""
+    attention: Callable[[ModelConfig, ParallelContext, int], SelfAttention]
+    """Causal self-attention of the layer at an index of the whole model; residual stream in and out."""
     mlp: Builder
     """Feed-forward sublayer, residual stream in and out."""
 

@@ -1,4 +1,4 @@
-"""Two-matrix feed-forward sublayer."""
+"""Feed-forward sublayers: of two matrices, and gated ones of three."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.config.architectures.llama import feed_forward_width
 from megatron.config.sections.model import ModelConfig
 from megatron.model.init_methods import input_initializer, output_initializer
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.mpu.layers import ColumnParallelLinear, RowParallelLinear, column_parallel_outputs
 from megatron.registry import Registry
 
 ACTIVATIONS: Registry[Callable[[Tensor], Tensor]] = Registry("activation")
@@ -31,4 +32,23 @@ class MLP(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         y_BSD: Tensor = self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x_BSD)))
+        return y_BSD
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), with ffn_hidden_size features inside; residual stream in and out.
+
+    y = (silu(x W_g^T + b_g) * (x W_u^T + b_u)) W_d^T + b_d
+    """
+
+    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
+        super().__init__()
+        width, inside, bias = model.hidden_size, feed_forward_width(model), model.use_bias_in_mlp
+        self.gate = ColumnParallelLinear(width, inside, bias, input_initializer(model), context)
+        self.up = ColumnParallelLinear(width, inside, bias, input_initializer(model), context)
+        self.down = RowParallelLinear(inside, width, bias, output_initializer(model), context)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        gate_BSN, up_BSN = column_parallel_outputs(x_BSD, [self.gate, self.up])
+        y_BSD: Tensor = self.down(F.silu(gate_BSN) * up_BSN)
         return y_BSD

@@ -21,7 +21,10 @@ NORMS: Registry[type[nn.Module]] = Registry("norm")
 
 @NORMS.register("layernorm")
 class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; biased variance."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; biased variance.
+
+    Without `use_bias_in_norms` nothing is added.
+    """
 
     def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
         super().__init__()
@@ -30,10 +33,13 @@ class LayerNorm(nn.Module):
         self.context = context
         shape = (model.hidden_size,)
         self.weight = new_parameter(shape, ones, context, what="norm scale", decays=False)
-        self.bias = new_parameter(shape, zeros, context, what="norm bias", decays=False)
+        self.bias = (
+            new_parameter(shape, zeros, context, what="norm bias", decays=False) if model.use_bias_in_norms else None
+        )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        weight_D, bias_D = (residual_weight(parameter, self.context) for parameter in (self.weight, self.bias))
+        weight_D = residual_weight(self.weight, self.context)
+        bias_D = None if self.bias is None else residual_weight(self.bias, self.context)
         return self.normalize(x_BSD, weight_D.shape, weight_D, bias_D, self.epsilon)
 
 

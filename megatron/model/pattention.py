@@ -81,8 +81,8 @@ class PattentionMLP(Pattention):
 class PattentionSelfAttention(SelfAttention):
     """Self-attention whose query, key, value and output projections are Pattentions."""
 
-    def __init__(self, model: ModelConfig, context: ParallelContext) -> None:
-        super().__init__(model, context)
+    def __init__(self, model: ModelConfig, context: ParallelContext, layer_index: int) -> None:
+        super().__init__(model, context, layer_index)
         tokens = param_tokens(model)
         self.query, self.key, self.value = (
             Pattention(model, tokens.qkv, tokens.qkv_scale_base, context) for _ in range(3)

@@ -5,6 +5,8 @@ Shape letters: see megatron/README.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +30,13 @@ class ColumnParallelLinear(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return F.linear(collectives.from_residual(x_BSD, self.context), self.weight, self.bias)
+        return column_parallel_outputs(x_BSD, [self])[0]
+
+
+def column_parallel_outputs(x_BSD: Tensor, layers: Sequence[ColumnParallelLinear]) -> list[Tensor]:
+    """Computes the outputs [B, S, N] of several layers of one input, for which the ranks exchange it once."""
+    whole_BSD = collectives.from_residual(x_BSD, layers[0].context)
+    return [F.linear(whole_BSD, layer.weight, layer.bias) for layer in layers]
 
 
 class RowParallelLinear(nn.Module):

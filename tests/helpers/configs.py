@@ -55,6 +55,24 @@ PYTHIA: dict[str, Any] = TINY | {
     "init_method": "small_init",
 }
 
+GPT2: dict[str, Any] = TINY | {
+    "architecture": "gpt2",
+    # Three, so that two pipeline stages do not have the same number of them.
+    "num_layers": 3,
+    "pos_emb": "learned",
+    "rotary_pct": 1.0,
+    "scale_attn_by_inverse_layer_idx": True,
+    "output_layer_init_method": "scaled_normal",
+}
+LLAMA: dict[str, Any] = TINY | {
+    "architecture": "llama",
+    "num_kv_heads": 2,
+    "ffn_hidden_size": 88,
+    "rotary_pct": 1.0,
+    "rms_norm_epsilon": 1e-6,
+    "no_weight_tying": True,
+}
+
 
 def write_dataset(prefix: Path) -> Path:
     """300 documents whose bytes are predictable enough to learn from, end-of-document 0; returns `prefix`."""

@@ -15,7 +15,7 @@ from megatron.loaded_model.sampling import SamplingSettings
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import local_shard, parameter_spec
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 CONTEXT_LENGTH = 48
 EOD = 0
@@ -25,6 +25,8 @@ MODELS: dict[str, ModelConfig] = {
     "tokenformer untied": tiny_tokenformer(
         seq_length=CONTEXT_LENGTH, max_position_embeddings=CONTEXT_LENGTH, tie_embeddings=False
     ),
+    "llama": tiny_llama(seq_length=CONTEXT_LENGTH, max_position_embeddings=CONTEXT_LENGTH, num_kv_heads=2),
+    "gpt2": tiny_gpt2(seq_length=CONTEXT_LENGTH, max_position_embeddings=CONTEXT_LENGTH),
     "pythia": tiny_pythia(seq_length=CONTEXT_LENGTH, max_position_embeddings=CONTEXT_LENGTH),
     "pythia tied": tiny_pythia(seq_length=CONTEXT_LENGTH, max_position_embeddings=CONTEXT_LENGTH, tie_embeddings=True),
 }

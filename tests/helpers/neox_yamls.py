@@ -101,6 +101,8 @@ _LLAMA = {
     "scaled-upper-triang-masked-softmax-fusion": True,
 }
 _SILU = {"mlp_type": "llama", "activation": "silu"}
+_SWIGLU = {"activation": "swiglu", "mlp_multiple_of": 256}
+_70B = {"num_kv_heads": 8, "intermediate_size": 86_016, "attention-config": [[["flash"], 80]]}
 _BF16 = {"precision": "bfloat16", "fp32_allreduce": True, "bf16": {"enabled": True}}
 
 
@@ -133,6 +135,31 @@ def _mamba(layers: int, hidden: int) -> dict[str, Any]:
     keys = _sized(layers, hidden, 12, norm="rmsnorm", rms_norm_epsilon=1e-5, **mamba, **initial)
     return _without(keys, "pos-emb", "no-weight-tying", "gpt_j_residual")
 
+
+def _llama2(layers: int, hidden: int, heads: int, **others: Any) -> dict[str, Any]:
+    return _llama(layers, hidden, heads, **_SWIGLU, **others)
+
+
+LLAMAS: dict[str, tuple[dict[str, Any], int, int, int]] = {
+    "llama/7B.yml": (_llama(32, 4096, 32, **_SILU), 11_008, 32, 6_738_415_616),
+    "llama/30B.yml": (_llama(60, 6656, 52, **_SILU), 17_920, 52, 32_528_943_616),
+    "llama2/7B.yml": (_llama2(32, 4096, 32, intermediate_size=32_768), 11_008, 32, 6_738_415_616),
+    "llama2/13B.yml": (_llama2(40, 5120, 40, intermediate_size=41_472), 13_824, 40, 13_015_864_320),
+    "llama2/70B.yml": (_llama2(80, 8192, 64, **_70B), 28_672, 8, 68_976_648_192),
+    "codellama/34B.yml": (
+        _without(
+            _llama(
+                48, 8192, 64, **_SILU, **_BF16, attention_type="groupedquery", num_kv_heads=8, rotary_emb_base=10**6
+            ),
+            "fp16",
+        ),
+        22_016,
+        8,
+        33_743_970_304,
+    ),
+}
+"""Models of LLaMA's kind, with the width of their MLP, their heads of keys and values, and their parameters with 32,000
+rows of vocabulary, as published with the weights."""
 
 _125M = _sized(12, 768, 12) | {"fp16": {"enabled": True, **_SCALER}}
 _MOE = {
@@ -173,6 +200,7 @@ LOADABLE: dict[str, dict[str, Any]] = {
     "pythia/2-8B.yml": _pythia(32, 2560, 32, log_grad_norm=True),
     "pythia/6-9B.yml": _pythia(32, 4096, 32, **{"model-parallel-size": 2}),
     "pythia/12B.yml": _pythia(36, 5120, 40, **{"model-parallel-size": 4, "log_grad_norm": True}),
+    **{name: keys for name, (keys, *_) in LLAMAS.items()},
 }
 """What NeoX's models are that exist here; each loads beside LOCAL_SETUP."""
 
@@ -215,32 +243,19 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
         _125M | {"profile": True, "memory_profiling": True},
         "profile: true: known to NeoX, not supported here",
     ),
-    "llama/7B.yml": (
-        _llama(32, 4096, 32, **_SILU),
-        "mlp_type: llama: known to NeoX, not supported here with this value: gated MLPs such as llama's are not "
-        "implemented; only regular is accepted",
-    ),
     "llama/13B.yml": (
         _llama(40, 5120, 40, **{"model-parallel-size": 2}, **_SILU),
         "make_vocab_size_divisible_by 1; nearest valid value: 1, or give padded_vocab_size, or pad as NeoX does on so "
         "many ranks, with make_vocab_size_divisible_by: 2",
     ),
-    "llama2/7B.yml": (
-        _llama(32, 4096, 32, activation="swiglu", intermediate_size=32_768, mlp_multiple_of=256),
-        "activation: swiglu: swiglu is not implemented",
-    ),
-    "llama2/70B.yml": (
-        _llama(80, 8192, 64, **_SILU, num_kv_heads=8, intermediate_size=28_672),
-        "num_kv_heads: 8: known to NeoX, not supported here: grouped-query attention is not implemented",
+    "llama2/70B-tp16.yml": (
+        _llama2(80, 8192, 64, **_70B, padded_vocab_size=32_000) | {"model-parallel-size": 16},
+        "16: is above num_kv_heads 8, and each rank holds whole heads of keys and values; nearest valid value: 8",
     ),
     "llemma/7B.yml": (
         _without(_llama(32, 4096, 32, **_SILU, **_BF16, decay_lr_to=0.033, warmup_iters=500), "fp16", "warmup"),
         "warmup_iters: 500: known to NeoX, not supported here: the warmup is not given in steps; use warmup, its share "
         "of lr_decay_iters",
-    ),
-    "llemma/34B.yml": (
-        _without(_llama(48, 8192, 64, **_SILU, **_BF16, attention_type="groupedquery", num_kv_heads=8), "fp16"),
-        "attention_type: groupedquery: known to NeoX, not supported here: grouped-query attention is not implemented",
     ),
     "mistral/7B.yml": (
         _llama(32, 4096, 32, **_SILU, num_kv_heads=8, intermediate_size=14_336, sliding_window_width=4096),

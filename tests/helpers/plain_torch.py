@@ -35,7 +35,9 @@ class PlainRun:
         weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
         first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        forward = {"tokenformer": tokenformer, "gpt_neox": pythia}[self.settings["architecture"]]
+        forward = {"tokenformer": tokenformer, "gpt_neox": pythia, "gpt2": gpt2, "llama": llama}[
+            self.settings["architecture"]
+        ]
         limit = self.settings["gradient_clipping"]
         for step in range(self.steps):
             tokens = torch.stack([next(samples) for _ in range(self.batch)])
@@ -83,9 +85,14 @@ def rotate(x: Tensor, width: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Causal attention over [B, S, H, hd]."""
+    """Causal attention over [B, S, H, hd], its positions rotary."""
     width = int(q.shape[-1] * settings["rotary_pct"])
-    scores = torch.einsum("bihd,bjhd->bhij", rotate(q, width), rotate(k, width)) / math.sqrt(q.shape[-1])
+    return weigh(rotate(q, width), rotate(k, width), v, math.sqrt(q.shape[-1]))
+
+
+def weigh(q: Tensor, k: Tensor, v: Tensor, divisor: float) -> Tensor:
+    """Causal attention over [B, S, H, hd] by scores that are divided."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / divisor
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(future, -math.inf).softmax(-1), v).flatten(2)
 
@@ -111,26 +118,74 @@ def tokenformer(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> T
 
 
 def pythia(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
-    heads = settings["num_attention_heads"]
     x = weights["embedding.word_embeddings.weight"][tokens]
     for i in range(settings["num_layers"]):
-        own = {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
-
-        def linear(x: Tensor, name: str, own: Weights = own) -> Tensor:
-            return x @ own[f"{name}.weight"].T + own[f"{name}.bias"]
-
-        h = layer_norm(x, own["input_layernorm.weight"], own["input_layernorm.bias"])
-        q, k, v = linear(h, "attention.query_key_value").unflatten(-1, (heads, 3 * x.shape[-1] // heads)).chunk(3, -1)
-        attention = linear(attend(q, k, v, settings), "attention.dense")
-        h = layer_norm(x, own["post_attention_layernorm.weight"], own["post_attention_layernorm.bias"])
-        u = linear(h, "mlp.dense_h_to_4h")
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-        x = x + attention + linear(u, "mlp.dense_4h_to_h")
+        own = of_layer(weights, i)
+        q, k, v = heads_of(x, own, settings)
+        attention = linear(attend(q, k, v, settings), "attention.dense", own)
+        x = x + attention + mlp(x, own)
     return logits(weights, x)
 
 
+def gpt2(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Positions are added once, sublayers are sequential, and the scores of layer i are divided by i + 1 if asked."""
+    positions = weights["embedding.position_embeddings.weight"]
+    x = weights["embedding.word_embeddings.weight"][tokens] + positions[: tokens.shape[1]]
+    for i in range(settings["num_layers"]):
+        own = of_layer(weights, i)
+        q, k, v = heads_of(x, own, settings)
+        depth = i + 1 if settings["scale_attn_by_inverse_layer_idx"] else 1
+        x = x + linear(weigh(q, k, v, depth * math.sqrt(q.shape[-1])), "attention.dense", own)
+        x = x + mlp(x, own)
+    return logits(weights, x)
+
+
+def of_layer(weights: Weights, i: int) -> Weights:
+    return {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
+
+
+def linear(x: Tensor, name: str, own: Weights) -> Tensor:
+    return x @ own[f"{name}.weight"].T + own[f"{name}.bias"]
+
+
+def heads_of(x: Tensor, own: Weights, settings: dict[str, Any]) -> tuple[Tensor, ...]:
+    """q, k and v [B, S, H, hd] of the layer's input."""
+    heads = settings["num_attention_heads"]
+    h = layer_norm(x, own["input_layernorm.weight"], own["input_layernorm.bias"])
+    return linear(h, "attention.query_key_value", own).unflatten(-1, (heads, 3 * x.shape[-1] // heads)).chunk(3, -1)
+
+
+def mlp(x: Tensor, own: Weights) -> Tensor:
+    h = layer_norm(x, own["post_attention_layernorm.weight"], own["post_attention_layernorm.bias"])
+    u = linear(h, "mlp.dense_h_to_4h", own)
+    u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+    return linear(u, "mlp.dense_4h_to_h", own)
+
+
+def llama(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
+    def rms_norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + settings["rms_norm_epsilon"]).sqrt() * weights[f"{name}.weight"]
+
+    heads = settings["num_attention_heads"]
+    sharing = heads // settings["num_kv_heads"]
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    for i in range(settings["num_layers"]):
+        h = rms_norm(x, f"layers.{i}.input_layernorm")
+        q, k, v = (h @ weights[f"layers.{i}.attention.{name}.weight"].T for name in ("query", "key", "value"))
+        q, k, v = (y.unflatten(-1, (-1, x.shape[-1] // heads)) for y in (q, k, v))
+        k, v = (torch.stack([y[:, :, head // sharing] for head in range(heads)], dim=2) for y in (k, v))
+        x = x + attend(q, k, v, settings) @ weights[f"layers.{i}.attention.dense.weight"].T
+        h = rms_norm(x, f"layers.{i}.post_attention_layernorm")
+        gate, up = (h @ weights[f"layers.{i}.mlp.{name}.weight"].T for name in ("gate", "up"))
+        x = x + (gate / (1 + torch.exp(-gate)) * up) @ weights[f"layers.{i}.mlp.down.weight"].T
+    return project(weights, rms_norm(x, "final_norm"))
+
+
 def logits(weights: Weights, x: Tensor) -> Tensor:
-    x = layer_norm(x, weights["final_norm.weight"], weights["final_norm.bias"])
+    return project(weights, layer_norm(x, weights["final_norm.weight"], weights["final_norm.bias"]))
+
+
+def project(weights: Weights, x: Tensor) -> Tensor:
     head = weights["head.weight"] if "head.weight" in weights else weights["embedding.word_embeddings.weight"]
     return x @ head.T
 

@@ -21,7 +21,7 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import DTYPES, local_shard, parameter_spec
-from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.configs import GPT2, LLAMA, PYTHIA, TOKENFORMER
 
 VOCAB = VocabSize(actual=512, padded=600)
 """CharLevelTokenizer's ids, padded to a multiple of 100."""
@@ -29,6 +29,8 @@ VOCAB = VocabSize(actual=512, padded=600)
 MODELS: dict[str, dict[str, Any]] = {
     **{theta: TOKENFORMER | {"norm_activation_type": theta} for theta in ("l2_norm_gelu", "gelu_l2_norm", "softmax")},
     "pythia": PYTHIA,
+    "gpt2": GPT2,
+    "llama": LLAMA,
 }
 
 

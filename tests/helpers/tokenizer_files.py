@@ -50,3 +50,20 @@ def write_tokenizers(folder: Path) -> Path:
         )
         (folder / f"{name}.model").write_bytes(written.getvalue())
     return folder
+
+
+def write_sentencepiece(file: Path) -> Path:
+    """Writes a SentencePiece model as LLaMA's is, byte-pair encoding that falls back to bytes; returns its path."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=written,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    file.write_bytes(written.getvalue())
+    return file

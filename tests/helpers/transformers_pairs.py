@@ -13,7 +13,7 @@ from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.kernels.pattention.theta import THETAS
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 UNEQUAL = {"qkv": 24, "proj": 16, "ffn": 40}
 
@@ -32,6 +32,15 @@ VARIANTS: dict[str, ModelConfig] = {
     "no_positions": tiny_tokenformer(pos_emb="none"),
     "parallel_residual": tiny_tokenformer(parallel_residual=True, rotary_pct=1.0, rotary_emb_base=500.0),
     "pythia": tiny_pythia(),
+    "gpt2": tiny_gpt2(),
+    "gpt2_unscaled_erf_untied": tiny_gpt2(
+        scale_attn_by_inverse_layer_idx=False, activation="gelu", tie_embeddings=False
+    ),
+    "gpt2_no_biases": tiny_gpt2(use_bias_in_attn_linear=False, use_bias_in_mlp=False, use_bias_in_norms=False),
+    "llama": tiny_llama(),
+    "llama_tied_biases_one_shared_head": tiny_llama(
+        tie_embeddings=True, num_kv_heads=1, use_bias_in_attn_linear=True, use_bias_in_mlp=True
+    ),
     "pythia_tied_erf": tiny_pythia(tie_embeddings=True, activation="gelu", parallel_residual=False),
     "pythia_no_attention_bias": tiny_pythia(use_bias_in_attn_linear=False, rotary_pct=1.0, rotary_emb_base=500.0),
 }
@@ -53,15 +62,15 @@ def same_in_transformers(ours: LocalCausalLM, model: ModelConfig, **settings: An
     architecture = HF_ARCHITECTURES[model.architecture]
     config = architecture.to_config(model, VOCAB.padded)
     theirs = architecture.model_class._from_config(config, **settings)
+    # GPTNeoX calls the head's module otherwise than its tensor in a folder.
+    head = architecture.names.to_theirs("head.")
     their_parameters = {
-        architecture.names.also_read[0][1] + name.removeprefix("lm_head.")
-        if architecture.names.also_read and name.startswith("lm_head.")
-        else name: parameter
+        name.replace("lm_head.", head) if name.startswith("lm_head.") else name: parameter
         for name, parameter in theirs.named_parameters()
     }
     with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            their_parameters.pop(architecture.names.to_theirs(name)).copy_(parameter)
+        for name, tensor in architecture.to_their_tensors(model, dict(ours.named_parameters())).items():
+            their_parameters.pop(architecture.names.to_theirs(name)).copy_(tensor)
     assert not their_parameters
     return theirs
 

@@ -26,6 +26,7 @@ from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
 from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.run_config import RunConfig
+from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import build_tokenizer
 from megatron.registry import install_extra, require
 from tools.benchmarks.benchmark_command import benchmark_parser, write_report
@@ -102,8 +103,9 @@ def our_adapter(model: LoadedModel, batch_size: int) -> Callable[..., Any]:
     def score(method: str, rows: Sequence[Any], longest: int | None) -> list[Any]:
         return compute_in_batches(rows, lambda row: len(row.tokens), limit, partial(score_batch, model))
 
+    tokenizer = PromptTokenizer(build_tokenizer(BYTES), model.config)
     return HarnessModel(
-        score, build_tokenizer(BYTES), model.context_length, limit.sequences, ResponseCache(None)
+        score, tokenizer, model.context_length, limit.sequences, ResponseCache(None)
     )._loglikelihood_tokens
 
 
@@ -114,7 +116,7 @@ def their_adapter(model: Any, config: RunConfig, batch_size: int) -> Callable[..
     from megatron.hf.tokenizer_files import write_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder), BYTES, config.model.max_position_embeddings)
+        write_tokenizer(Path(folder), BYTES, config.model)
         adapter = HFLM(pretrained=model, tokenizer=folder, batch_size=batch_size, max_length=config.model.seq_length)
     scored: Callable[..., Any] = torch.inference_mode()(adapter._loglikelihood_tokens)
     return scored

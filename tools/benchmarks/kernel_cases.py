@@ -217,7 +217,7 @@ class Cases:
         calls = {
             "whole logits": by(lambda x, w: CausalLMLoss(None, single)(F.linear(x, w), targets)),
             "in chunks": by(lambda x, w: FusedCausalLMLoss(None, single)((x, w), targets)),
-            "torch's linear_cross_entropy": by(lambda x, w: F.linear_cross_entropy(x[0], w, labels[0])),
+            "torch's linear_cross_entropy, unchunked": by(lambda x, w: F.linear_cross_entropy(x[0], w, labels[0])),
         }
         return Case("head and loss", "whole logits", calls, flops=6.0 * self.rows * width * self.vocab_rows)
 

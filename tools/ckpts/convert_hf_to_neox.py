@@ -1,4 +1,4 @@
-"""Turns a Hugging Face folder of TokenFormer or GPTNeoX (Pythia) into a checkpoint.
+"""Turns a Hugging Face folder of TokenFormer, GPTNeoX (Pythia), GPT-2 or LLaMA into a checkpoint.
 
     python tools/ckpts/convert_hf_to_neox.py --input_dir exports/150M --config_file configs/tokenformer/150M.yml \\
         --output_dir runs/imported
@@ -7,8 +7,9 @@
 
 Writes <output_dir>/global_step0 and latest: weights alone, in the folder's number format. Train on with `load` and
 `finetune: true`, in any layout. --write-config derives the YAML from the folder instead of reading one; where a folder
-holds no tokenizer.json, name one: `--write-config new.yml tokenizer_type=... vocab_file=...`. At the end the logits of
-the checkpoint are compared with those of transformers; when anything fails, no output folder is left.
+holds no tokenizer.json, vocab.json and merges.txt, or tokenizer.model, name one: `--write-config new.yml
+tokenizer_type=... vocab_file=...`. At the end the logits of the checkpoint are compared with those of transformers;
+when anything fails, no output folder is left.
 """
 
 from __future__ import annotations

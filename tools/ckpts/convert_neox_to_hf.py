@@ -7,8 +7,9 @@
 A run's folder has its configuration, and a place for exports: runs/150M/huggingface/global_step143000.
 
 Any tensor- and pipeline-parallel layout. TokenFormer folders carry their modelling code; load them with
-trust_remote_code=True, or import megatron.hf first. Pythia becomes GPTNeoXForCausalLM. At the end transformers loads
-the folder and its logits are compared with ours; when they differ, or anything else fails, no folder is left.
+trust_remote_code=True, or import megatron.hf first. Pythia becomes GPTNeoXForCausalLM, GPT-2 GPT2LMHeadModel, LLaMA
+LlamaForCausalLM. At the end transformers loads the folder and its logits are compared with ours; when they differ, or
+anything else fails, no folder is left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_tokenformer import run_tool
 
 from megatron.config.load_config import load_words
 from megatron.config.local_path import local_path
+from megatron.errors import ConfigError
 from megatron.registry import install_extra, require
 from tools.ckpts.export_flags import add_export_flags
 from tools.command_line import add_config_file, positive, stay_on_cpu, tool_parser
@@ -38,6 +40,11 @@ def main(argv: Sequence[str]) -> int:
 
     run = load_words(args.config_file or [str(args.run)]).run
     checkpoint = newest_checkpoint(args.input_dir or args.run, run.checkpoint.verify_checkpoint)
+    architecture = checkpoint.config.model.architecture
+    if args.architecture is not None and (args.architecture == "llama") != (architecture == "llama"):
+        raise ConfigError(
+            f"--architecture {args.architecture}: {checkpoint.path} holds a {architecture}. Leave the flag out."
+        )
     output = args.output_dir or args.run / EXPORTS / checkpoint.path.name
     options = ExportOptions(
         precision=args.precision,
@@ -58,7 +65,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add_config_file(parser, "the run's YAML files, in place of those that it keeps")
     parser.add_argument("--output_dir", type=local_path, help="folder to make; it must not hold anything")
     add_export_flags(parser)
-    parser.add_argument("--architecture", choices=("neox",), help="NeoX's; the checkpoint knows what it is")
+    parser.add_argument("--architecture", choices=("neox", "llama"), help="NeoX's; the checkpoint knows what it is")
     parser.add_argument("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")
     parser.add_argument("--max-shard-size", type=positive, help="bytes of a weights file (1 GB), at least a layer")
     args = parser.parse_args(argv)

@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
     from megatron.checkpointing.convert.neox.neox_config import write_config
 
     run = read_config_source(args, "checkpoint", lambda path, words: write_config(args.input, path))
-    imported = import_neox(args.input, run, args.output_dir, progress_lines(), args.row_parallel_biases)
+    imported = import_neox(
+        args.input, run, args.output_dir, progress_lines(), args.row_parallel_biases, args.grouped_query_rows
+    )
     print("\n".join(summary(imported, args.output_dir)))
     if imported.row_biases is not None:
         print(row_biases_line(imported.row_biases, asked_for=args.row_parallel_biases is not None))
@@ -61,6 +63,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--row-parallel-biases",
         choices=("sum", "replicas"),
         help="what tensor-parallel ranks hold of them (default: a sum under gpt_j_residual, replicas elsewhere)",
+    )
+    parser.add_argument(
+        "--grouped-query-rows",
+        choices=("by-head", "by-kind"),
+        help="how a newer GPT-NeoX packed queries, keys and values where num_kv_heads is below num_attention_heads",
     )
     return parser.parse_args(argv)
 

@@ -17,7 +17,10 @@ class NameMap:
     """Parameter names, ours to theirs and back."""
 
     prefixes: tuple[tuple[str, str], ...]
-    """(ours, theirs); what follows a prefix is the same on both sides."""
+    """(ours, theirs); what follows a prefix is the same on both sides, but for `parts`."""
+
+    parts: tuple[tuple[str, str], ...] = ()
+    """(ours, theirs) of what a name may have after its prefix, such as (".mlp.gate.", ".mlp.gate_proj.")."""
 
     also_read: tuple[tuple[str, str], ...] = ()
     """(other spelling of theirs, theirs), for files of another version of the program."""
@@ -27,7 +30,7 @@ class NameMap:
 
     def to_theirs(self, name: str) -> str:
         """Returns their name of our parameter. Raises KeyError for a name that no prefix matches."""
-        return _rename(name, self.prefixes)
+        return _replace(_rename(name, self.prefixes), self.parts)
 
     def to_ours(self, name: str) -> str | None:
         """Returns our name of their tensor; None for a tensor that is no parameter.
@@ -39,7 +42,11 @@ class NameMap:
         for spelling, usual in self.also_read:
             if name.startswith(spelling):
                 name = usual + name.removeprefix(spelling)
-        return _rename(name, ((theirs, ours) for ours, theirs in self.prefixes))
+        reversed_parts = tuple((theirs, ours) for ours, theirs in self.parts)
+        found = _replace(_rename(name, ((theirs, ours) for ours, theirs in self.prefixes)), reversed_parts)
+        if self.to_theirs(found) != name:
+            raise KeyError(name)
+        return found
 
 
 def _rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
@@ -47,6 +54,12 @@ def _rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
         if name.startswith(source):
             return target + name.removeprefix(source)
     raise KeyError(name)
+
+
+def _replace(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    for source, target in parts:
+        name = name.replace(source, target)
+    return name
 
 
 def our_names(

@@ -16,13 +16,19 @@ FREE_MODEL_FIELDS = frozenset(
 """What may differ between a checkpoint's model and the configured one: none of it changes what weights mean."""
 
 
+def free_model_fields(model: ModelConfig) -> frozenset[str]:
+    """Returns what may differ from `model`: the number of positions only where none is learned."""
+    return FREE_MODEL_FIELDS - ({"max_position_embeddings"} if model.pos_emb == "learned" else set())
+
+
 def model_differences(checkpoint: ModelConfig, configured: ModelConfig) -> list[str]:
     """Lists the differences that matter, one sentence each."""
     theirs, ours = checkpoint.model_dump(), configured.model_dump()
+    free = free_model_fields(configured)
     return [
         f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}"
         for name in ours
-        if name not in FREE_MODEL_FIELDS and ours[name] != theirs[name]
+        if name not in free and ours[name] != theirs[name]
     ]
 
 

@@ -18,17 +18,20 @@ def layer_biases(model: ModelConfig) -> int:
     return (attention + mlp) * model.hidden_size
 
 
+LINEAR_OUTPUTS = (
+    "attention.dense.weight",
+    "attention.dense.bias",
+    "mlp.dense_4h_to_h.weight",
+    "mlp.dense_4h_to_h.bias",
+)
+"""Parameters of a layer of linear projections that write to the residual stream."""
+
 ARCHITECTURES.register("gpt_neox")(
     # Flash and global are the same function: the attention kernel is chosen elsewhere.
     ArchitectureFacts(
         layer_matrices,
         layer_biases,
         attention_types=("flash", "global"),
-        output_weights=(
-            "attention.dense.weight",
-            "attention.dense.bias",
-            "mlp.dense_4h_to_h.weight",
-            "mlp.dense_4h_to_h.bias",
-        ),
+        output_weights=LINEAR_OUTPUTS,
     )
 )

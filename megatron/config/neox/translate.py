@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.config.architecture import DEFAULT_ARCHITECTURE, architecture_facts, optional_sections, owners_of
+from megatron.config.architecture import architecture_facts, implied_architecture, optional_sections, owners_of
 from megatron.config.neox.keys.table import (
     OPTIMIZER_PARAMS,
     find_entry,
@@ -62,7 +62,7 @@ def translate(given: Mapping[str, Given]) -> Translation:
         if item.value is not None or not item.is_known:
             _translate_key(item, flat, optimizer, translation)
     _contradicted_switches(given, translation)
-    _complete(translation)
+    _complete(translation, flat)
     return translation
 
 
@@ -197,20 +197,24 @@ def _contradicted_switches(given: Mapping[str, Given], translation: Translation)
             translation.problems.append(problem_with(switch, f"contradicts {dtype.given}"))
 
 
-def _complete(translation: Translation) -> None:
+def _complete(translation: Translation, flat: Flat) -> None:
     """Settles what follows from other settings where NeoX's default would not do."""
     settings = translation.settings
     for source, kind in {"prompt": "prompt", "sample_input_file": "input-file"}.items():
-        given = settings.get(f"generation.{source}")
-        if given is not None and given.value is not None:
-            settings.setdefault("generation.text_gen_type", Setting(kind))
+        given, chosen = settings.get(f"generation.{source}"), settings.get("generation.text_gen_type")
+        if given is not None and given.value is not None and (chosen is None or _beats(given, chosen)):
+            settings["generation.text_gen_type"] = Setting(kind, given.given)
     if "model.architecture" in translation.refused:
         return
-    architecture = settings.setdefault("model.architecture", Setting(DEFAULT_ARCHITECTURE)).value
+    implied = implied_architecture(flat)
+    architecture = settings.setdefault("model.architecture", Setting(implied)).value
     facts = architecture_facts(architecture)
+    is_named = "architecture" in flat or architecture != implied
     if facts is not None:
-        for name, value in facts.defaults.items():
-            settings.setdefault(f"model.{name}", Setting(value))
+        derived = {name: value for name, derive in facts.derived.items() if (value := derive(flat)) is not None}
+        for name, value in {**(facts.defaults if is_named else {}), **derived}.items():
+            if f"model.{name}" not in translation.refused:
+                settings.setdefault(f"model.{name}", Setting(value))
     for section in optional_sections():
         if facts is None or section not in facts.sections:
             _refuse_section(section, translation)

@@ -14,7 +14,7 @@ from megatron.registry import variant_names
 Architecture = Annotated[str, OneOf(partial(variant_names, "megatron.config.architectures"))]
 Theta = Annotated[str, OneOf(partial(variant_names, "megatron.kernels.pattention.thetas"))]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 InitMethod = Literal[
     "normal",
     "scaled_normal",
@@ -25,7 +25,7 @@ InitMethod = Literal[
     "orthogonal",
     "scaled_orthogonal",
 ]
-PositionEmbedding = Literal["rotary", "none"]
+PositionEmbedding = Literal["rotary", "learned", "none"]
 
 
 class ParamTokenConfig(Section):
@@ -77,16 +77,26 @@ class ModelConfig(Section):
     num_attention_heads: Width
     """Attention heads; must divide hidden_size [heads]."""
 
+    num_kv_heads: Width | None = None
+    """Heads of keys and values (llama), each shared by the same number of query heads; must divide num_attention_heads
+    [heads]. Unset: as many as those."""
+
+    ffn_hidden_size: Annotated[Width | None, Key(difference="not a NeoX key; there, intermediate_size")] = None
+    """Width inside the MLP (llama) [features]. Unset: 8/3 of hidden_size, rounded up to a multiple of 256, as LLaMA's;
+    or by NeoX's rule, where `activation: swiglu` or `mlp_type: llama` selects the architecture."""
+
     seq_length: TokenCount
     """Tokens in a training sample [tokens]."""
 
     max_position_embeddings: TokenCount
-    """Longest sequence that the model is meant for [tokens]; at least seq_length."""
+    """Longest sequence that the model is meant for [tokens]; at least seq_length. With learned positions, as many as
+    are learned: the model has no others."""
 
     pos_emb: Annotated[
-        PositionEmbedding, Key(difference="must be given: NeoX's default, learned positions, is not implemented")
+        PositionEmbedding,
+        Key(difference="must be given, unless architecture: gpt2 is; NeoX's default is learned"),
     ]
-    """Position encoding."""
+    """Position encoding: rotary, a learned vector for each of max_position_embeddings positions, or none."""
 
     param_tokens: ParamTokenConfig | None = None
     """Parameter tokens; required for tokenformer, absent otherwise."""
@@ -107,9 +117,13 @@ class ModelConfig(Section):
 
     activation: Annotated[
         Activation,
-        Key(difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; other activations are not implemented"),
+        Key(
+            difference="gelu_tanh is NeoX's gelu with bias_gelu_fusion: true; NeoX's swiglu selects the architecture "
+            "llama, as does its mlp_type: llama with silu; other activations are not implemented"
+        ),
     ] = "gelu"
-    """MLP activation (gpt_neox): exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it."""
+    """MLP activation: exact erf GeLU, or its tanh approximation as NeoX's bias_gelu_fusion computes it and GPT-2 has it
+    (gpt_neox, gpt2); or swiglu, SiLU of a gate times the other half (llama)."""
 
     rotary_pct: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each head's dimensions that is rotated."""
@@ -118,13 +132,25 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
 
     parallel_residual: Annotated[bool, Key("gpt_j_residual")] = False
-    """Attention and MLP read the same residual input (gpt_neox)."""
+    """Attention and MLP read the same residual input (gpt_neox, llama)."""
 
     use_bias_in_attn_linear: bool = True
-    """Biases in the attention projections (gpt_neox)."""
+    """Biases in the attention projections (gpt_neox, gpt2, llama)."""
 
     use_bias_in_mlp: bool = True
-    """Biases in the MLP (gpt_neox)."""
+    """Biases in the MLP (gpt_neox, gpt2, llama); NeoX's older mlp_type: llama has none."""
+
+    use_bias_in_norms: bool = True
+    """Biases in LayerNorm; other norms have none."""
+
+    scale_attn_by_inverse_layer_idx: Annotated[
+        bool,
+        Key(
+            difference="not a NeoX key; transformers calls it so. NeoX's apply_query_key_layer_scaling divides "
+            "likewise, but multiplies back before the softmax"
+        ),
+    ] = False
+    """Divide the attention scores of layer i, counted from 0, by i + 1 (gpt2)."""
 
     tie_embeddings: Annotated[bool, Key("no_weight_tying")] = True
     """The head shares the embedding matrix."""

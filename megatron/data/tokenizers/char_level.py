@@ -20,6 +20,7 @@ class CharLevelTokenizer:
         del config  # bytes need no file
         self.vocab_size = _VOCABULARY
         self.eod = _EOD
+        self.bos = None
 
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())

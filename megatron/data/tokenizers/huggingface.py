@@ -12,7 +12,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from megatron.config.sections.data import TokenizerConfig
-from megatron.data.tokenizer import END_OF_DOCUMENT, TOKENIZERS, configured_file, no_end_of_document
+from megatron.data.tokenizer import (
+    BEGINS_OF_SEQUENCE,
+    END_OF_DOCUMENT,
+    ENDS_OF_DOCUMENT,
+    TOKENIZERS,
+    configured_file,
+    no_end_of_document,
+)
 from megatron.errors import DataError, UntypedErrorsAs
 from megatron.io.json_files import describe_read_error, read_json_object
 
@@ -27,6 +34,7 @@ class LibraryTokenizer:
         self._tokenizer = tokenizer
         self._path = path
         self.eod = eod
+        self.bos = _first_id(tokenizer, BEGINS_OF_SEQUENCE)
         self.vocab_size = tokenizer.get_vocab_size()
 
     def tokenize(self, text: str) -> list[int]:
@@ -44,7 +52,10 @@ class LibraryTokenizer:
 
 @TOKENIZERS.register("HFTokenizer")
 class HFTokenizer(LibraryTokenizer):
-    """A tokenizer.json. Special tokens that occur in raw text become their ids, as in the published datasets."""
+    """A tokenizer.json. Special tokens that occur in raw text become their ids, as in the published datasets.
+
+    Its own template decides what a text begins with: that of LLaMA's puts <s> there, also in prepared data.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         path = configured_file(config.vocab_file, "vocab_file", config, "a tokenizer.json")
@@ -53,10 +64,15 @@ class HFTokenizer(LibraryTokenizer):
                 f"{path}: not a tokenizer.json (it has no 'model'). A vocab.json belongs to GPT2BPETokenizer."
             )
         tokenizer = read_tokenizer_json(path)
-        eod = tokenizer.token_to_id(END_OF_DOCUMENT)
+        eod = _first_id(tokenizer, ENDS_OF_DOCUMENT)
         if eod is None:
             raise no_end_of_document(path)
         super().__init__(tokenizer, eod, path)
+
+
+def _first_id(tokenizer: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
+    """Returns the id of the first of the tokens that the tokenizer has."""
+    return next((id_ for name in names if (id_ := tokenizer.token_to_id(name)) is not None), None)
 
 
 @TOKENIZERS.register("GPT2BPETokenizer")

@@ -13,7 +13,10 @@ from megatron.errors import DataError
 
 @TOKENIZERS.register("SPMTokenizer")
 class SPMTokenizer:
-    """A SentencePiece .model. Its end-of-document token is the piece <|endoftext|>, or else the model's own </s>."""
+    """A SentencePiece .model. Its end-of-document token is the piece <|endoftext|>, or else the model's own </s>.
+
+    As NeoX's, prepared documents do not begin with its <s>; those of a tokenizer.json do where its template says so.
+    """
 
     def __init__(self, config: TokenizerConfig) -> None:
         path = configured_file(config.vocab_file, "vocab_file", config, "a SentencePiece .model")
@@ -25,6 +28,8 @@ class SPMTokenizer:
         self.eod = piece if piece != self._processor.unk_id() else self._processor.eos_id()
         if self.eod < 0:
             raise no_end_of_document(path)
+        begin = self._processor.bos_id()
+        self.bos = begin if begin >= 0 else None
         self.vocab_size = self._processor.get_piece_size()
 
     def tokenize(self, text: str) -> list[int]:

@@ -14,7 +14,8 @@ from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, LayerOpera
 class Insert(LayerOperator):
     """Inserts freshly drawn layers whose outputs are zero: value tokens, or output matrices and their biases.
 
-    Preserves the function of every architecture: a layer that adds zero to the residual stream is the identity. These
+    Preserves the function of every architecture: a layer that adds zero to the residual stream is the identity. Layers
+    whose scores are divided by their place in the model may not move, so that new ones can only be added on top. These
     zeros have gradients from the first step, the rest of a new layer from the second; its moments are zero. `insert_at`
     says where: spread puts each new layer above an old one, at equal distances.
     """
@@ -26,13 +27,24 @@ class Insert(LayerOperator):
         return True
 
     def refusal(self, before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> str | None:
-        """Requires an architecture that says where its sublayers end."""
-        if ARCHITECTURES[before.architecture].output_weights:
-            return None
-        return (
-            f"architecture: {before.architecture} does not say which weights its sublayers end in, so insert cannot "
-            "make them zero. Use stack."
-        )
+        """Requires an architecture that says where its sublayers end, and layers that compute the same elsewhere."""
+        if not ARCHITECTURES[before.architecture].output_weights:
+            return (
+                f"architecture: {before.architecture} does not say which weights its sublayers end in, so insert "
+                "cannot make them zero. Use stack."
+            )
+        if before.scale_attn_by_inverse_layer_idx and self._moves_layers(before.num_layers, after.num_layers, rules):
+            return (
+                f"insert_at: {rules.insert_at}: it moves layers, and scale_attn_by_inverse_layer_idx: true divides the "
+                "attention scores of each by its place, so that they would compute something else there. Use "
+                "insert_at: top, or stack, which preserves no function anyway."
+            )
+        return None
+
+    def _moves_layers(self, before: int, after: int, rules: GrowthRules) -> bool:
+        new = self.new_layers(before, after, rules)
+        sources = self.source_layers(before, after, rules)
+        return any(source != layer for layer, source in enumerate(sources) if layer not in new)
 
     def source_layers(self, before: int, after: int, rules: GrowthRules) -> tuple[int, ...]:
         """Returns the layer itself, and for a new layer a neighbor."""

@@ -13,7 +13,8 @@ class Stack(LayerOperator):
 
     G_stack (Du et al. 2024, arXiv:2405.15319), for every architecture. Preserves no function: upper copies read what
     the lower ones have made of the residual stream. All weights have gradients from the first step. Copies differ in
-    their place, so they do not stay equal.
+    their place, so they do not stay equal. Under scale_attn_by_inverse_layer_idx a copy divides its attention scores by
+    its own place, which is more than the layer below does.
     """
 
     def is_exact(self, theta: str | None) -> bool:

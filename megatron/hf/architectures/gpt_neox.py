@@ -40,7 +40,13 @@ FIELDS = FieldMap(
         "hidden_dropout": "hidden_dropout",
         "init_method_std": "initializer_range",
     },
-    fixed={"architecture": "gpt_neox", "norm": "layernorm", "use_bias_in_mlp": True, "pos_emb": "rotary"},
+    fixed={
+        "architecture": "gpt_neox",
+        "norm": "layernorm",
+        "use_bias_in_mlp": True,
+        "use_bias_in_norms": True,
+        "pos_emb": "rotary",
+    },
 )
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -90,4 +96,6 @@ def to_settings(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-HF_ARCHITECTURES.register("gpt_neox")(HFArchitecture(GPTNeoXForCausalLM, NAMES, to_config, to_settings))
+HF_ARCHITECTURES.register("gpt_neox")(
+    HFArchitecture(GPTNeoXForCausalLM, NAMES, to_config, to_settings, title="GPT-NeoX (arXiv:2204.06745)")
+)

@@ -14,6 +14,7 @@ from transformers import (
 
 from megatron.checkpointing.states.name_map import NameMap
 from megatron.config.sections.model import ModelConfig
+from megatron.errors import ConfigError
 from megatron.hf.hf_architecture import HF_ARCHITECTURES, FieldMap, HFArchitecture, default_rope
 from megatron.hf.modeling_tokenformer import (
     TokenFormerConfig,
@@ -53,12 +54,14 @@ FIELDS = FieldMap(
         "hidden_dropout": "hidden_dropout",
         "init_method_std": "initializer_range",
     },
-    fixed={"architecture": "tokenformer"},
+    fixed={"architecture": "tokenformer", "use_bias_in_norms": True},
 )
 
 
 def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
-    """Returns their configuration of our model."""
+    """Returns their configuration of our model. Raises ConfigError for learned positions, which theirs has not."""
+    if model.pos_emb == "learned":
+        raise ConfigError("pos_emb: this model has learned positions, TokenFormerForCausalLM none. It has no export.")
     return TokenFormerConfig(
         vocab_size=vocab_rows,
         final_norm=model.final_norm or model.norm,
@@ -78,7 +81,9 @@ def to_settings(config: PretrainedConfig) -> dict[str, Any]:
     return FIELDS.to_ours(config) | positions | {"final_norm": config.final_norm, "rotary_emb_base": base}
 
 
-HF_ARCHITECTURES.register("tokenformer")(HFArchitecture(TokenFormerForCausalLM, NAMES, to_config, to_settings))
+HF_ARCHITECTURES.register("tokenformer")(
+    HFArchitecture(TokenFormerForCausalLM, NAMES, to_config, to_settings, title="TokenFormer (arXiv:2410.23168)")
+)
 
 AutoConfig.register("tokenformer", TokenFormerConfig)
 AutoModel.register(TokenFormerConfig, TokenFormerModel)

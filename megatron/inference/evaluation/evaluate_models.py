@@ -120,7 +120,7 @@ def _evaluate_loaded(
     what = {"manifest": file_sha256(checkpoint.path / MANIFEST_FILE), "dtype": dtype, "length": model.context_length}
     adapter = HarnessModel(
         pool.request,
-        worker.tokenizer,
+        worker.prompt_tokenizer,
         model.context_length,
         lambda length: worker.limit.sequences(length) * context.data_size,
         ResponseCache(_cache_file(config.evaluation.cache, what)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 
@@ -46,7 +47,7 @@ def load_hf_model(config: EvaluationConfig) -> HFLM:
     except torch.OutOfMemoryError:
         raise
     # Configuration, weights and tokenizer are read by four libraries, and a value of a foreign type goes far in them.
-    except (OSError, pickle.UnpicklingError, SafetensorError, *MALFORMED) as error:
+    except (OSError, pickle.UnpicklingError, SafetensorError, StrictDataclassError, *MALFORMED) as error:
         raise _refusal(config, error) from error
 
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
+from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.conversation_terminal import ConversationTerminal
@@ -92,6 +93,7 @@ class TextGenerator:
     def __init__(self, model: LoadedModel, tokenizer: Tokenizer, config: RunConfig) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, config.model)
         self.config = config.generation
         self.sampling = SamplingSettings(
             self.config.temperature, self.config.top_k, self.config.top_p, self.config.maximum_tokens
@@ -103,7 +105,7 @@ class TextGenerator:
 
     def requests(self, prompt: str, number: int) -> list[SampleRequest]:
         """Builds the requests of the run's prompt number `number`, one for each sample."""
-        tokens = self.tokenizer.tokenize(prompt)
+        tokens = self.prompt_tokenizer.tokenize(prompt) if prompt else []
         return [SampleRequest(prompt, tokens, (self.seed, number, sample)) for sample in range(self.config.num_samples)]
 
     def generate(self, method: str, requests: Sequence[SampleRequest], options: dict[str, Any]) -> list[Record]:
@@ -116,7 +118,7 @@ class TextGenerator:
                 self.model,
                 [request.tokens for request in batch],
                 self.sampling,
-                start_token=self.tokenizer.eod,
+                start_token=self.prompt_tokenizer.start,
                 stop_tokens={self.tokenizer.eod},
                 seeds=[request.seed for request in batch],
                 should_stop=self._stopper(batch[0]) if method == "show" else None,

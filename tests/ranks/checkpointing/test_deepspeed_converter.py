@@ -17,6 +17,8 @@ MORE = [
     case_with((2, 1, 1), "pythia", tied=False),
     case_with((2, 2, 1), "tokenformer", tied=True),
     case_with((1, 2, 2), "pythia", tied=True),
+    case_with((2, 2, 1), "gpt2", tied=True),
+    case_with((2, 2, 1), "llama", tied=False),
 ]
 
 

@@ -18,6 +18,7 @@ from tests.helpers.neox_writer import (
     imported,
     independent_logits,
     neox_weights,
+    our_llama,
     our_weights,
     tokens,
     write_config,
@@ -28,7 +29,7 @@ from tests.helpers.runs import run_ranks, train
 from tools.ckpts import convert_neox_to_hf
 
 
-@pytest.mark.parametrize("name", ["tokenformer", "pythia"])
+@pytest.mark.parametrize("name", ["tokenformer", "pythia", pytest.param("llama", marks=pytest.mark.full)])
 def test_training_generation_evaluation_and_export_accept_it(name: str, tmp_path: Path) -> None:
     settings = MODELS[name]
     weights = neox_weights(settings, ROWS)
@@ -38,7 +39,8 @@ def test_training_generation_evaluation_and_export_accept_it(name: str, tmp_path
     imported(source, config, tmp_path / "out")
 
     train(config, f"load={tmp_path / 'out'}", "finetune=true", "train_iters=3", "model_parallel_size=2", ranks=2)
-    ours = {parameter: tensor.double() for parameter, tensor in our_weights(weights, 2).items()}
+    named = our_llama(weights, settings) if name == "llama" else our_weights(weights, 2)
+    ours = {parameter: tensor.double() for parameter, tensor in named.items()}
     expected = [loss for loss, _ in plain_torch.PlainRun(settings, 8, 3).follow(ours, dataset)]
     assert list(records(tmp_path / "run", "train/lm_loss").values()) == pytest.approx(expected, abs=1e-5, rel=0)
 
@@ -57,7 +59,7 @@ def test_training_generation_evaluation_and_export_accept_it(name: str, tmp_path
 
     folder = tmp_path / "hf"
     arguments = ["--input_dir", tmp_path / "out", "--config_file", config, "--output_dir", folder]
-    arguments += ["--precision", "auto", "--architecture", "neox"]
+    arguments += ["--precision", "auto", "--architecture", "llama" if name == "llama" else "neox"]
     assert convert_neox_to_hf.main(list(map(str, arguments))) == 0
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits

@@ -15,15 +15,16 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from megatron.checkpointing.store.checkpoint import read_checkpoint
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.manifest import describe_file, write_manifest
-from tests.helpers.covers import covered
-from tests.helpers.layout_runs import BF16_COVER, Case, Layout, LayoutRuns, case_with
+from tests.helpers.covers import covered, pairwise_cover
+from tests.helpers.layout_runs import BF16_COVER, PAIRWISE, Case, Layout, LayoutRuns, case_with
 from tests.helpers.tensor_files import assert_same_checkpoint
 from tools.ckpts import reshape
 
 STEP = "global_step3"
 ODD = {"hidden_size": 36, "pipe_partition_method": "parameters", "num_layers": 3, "train_iters": 3}
 """Pieces of the data-parallel ranks end within parameters, and in padding."""
-CHANGES: dict[str, dict[str, Any]] = {"tokenformer": {}, "pythia": ODD}
+CHANGES: dict[str, dict[str, Any]] = {"tokenformer": {}, "pythia": ODD, "gpt2": {}, "llama": {}}
+WRITTEN = [(2, 1, 2), (1, 2, 2)], ["fp32", "bfloat16"]
 
 
 class Sources:
@@ -60,7 +61,7 @@ def sources(layout_runs: LayoutRuns) -> Sources:
     return Sources(layout_runs)
 
 
-@pytest.mark.parametrize("model", CHANGES)
+@pytest.mark.parametrize("model", covered(list(CHANGES), PAIRWISE))
 def test_to_one_process_and_back_is_bit_identical(model: str, sources: Sources, tmp_path: Path) -> None:
     """Weights and moments, in every file; and the way back is to files that DeepSpeed wrote itself."""
     source = sources.trained(model, (2, 2, 1)) / STEP
@@ -71,7 +72,8 @@ def test_to_one_process_and_back_is_bit_identical(model: str, sources: Sources, 
 
 
 @pytest.mark.parametrize(
-    ("model", "layout", "precision"), covered(list(product(CHANGES, [(2, 1, 2), (1, 2, 2)], ["fp32", "bfloat16"])))
+    ("model", "layout", "precision"),
+    covered(list(product(CHANGES, *WRITTEN)), pairwise_cover(list(product(PAIRWISE, *WRITTEN)), list)),
 )
 def test_files_are_those_of_the_engine(
     model: str, layout: Layout, precision: str, sources: Sources, tmp_path: Path

@@ -20,7 +20,18 @@ from tests.helpers import layout_runs as trained
 from tests.helpers.configs import layout_keys
 from tests.helpers.covers import covered, pairwise_cover
 from tests.helpers.distributed import run_on_new_ranks
-from tests.helpers.layout_runs import BASES, BF16_COVER, HALF, LAYOUTS, SPLIT, STEPS, Case, Layout, LayoutRuns
+from tests.helpers.layout_runs import (
+    BASES,
+    BF16_COVER,
+    HALF,
+    LAYOUTS,
+    PAIRWISE,
+    SPLIT,
+    STEPS,
+    Case,
+    Layout,
+    LayoutRuns,
+)
 from tests.helpers.records import records
 from tests.helpers.tensor_files import assert_same_checkpoint
 from tools.ckpts import reshape
@@ -52,8 +63,14 @@ class Move:
 
 
 ALL_MOVES = [Move(*choices) for choices in product(LAYOUTS, LAYOUTS, BASES, [True, False]) if choices[0] != choices[1]]
+FEW = [Move(case.layout, (1, 1, 1), case.model, case.tied) for case in trained.FEW]
 # Only from runs that are trained anyway, which leaves out no pair of choices.
-COVER = pairwise_cover([move for move in ALL_MOVES if move.source in {*trained.COVER, move.source.alone}], Move.choices)
+COVER = [
+    *pairwise_cover(
+        [m for m in ALL_MOVES if m.model in PAIRWISE and m.source in {*trained.COVER, m.source.alone}], Move.choices
+    ),
+    *FEW,
+]
 
 
 @pytest.mark.parametrize("move", covered(ALL_MOVES, COVER))
@@ -137,6 +154,16 @@ def test_weights_alone_go_into_other_masked_padding(layout_runs: LayoutRuns) -> 
     assert records(layout_runs.folder / "tuned", "train/lm_loss")[1] < before.curve[HALF // 2 - 1][0]
 
 
+def test_learned_positions_may_not_change(layout_runs: LayoutRuns) -> None:
+    """Neither for a run that goes on nor for one that takes the weights alone."""
+    case = FEW[0].source
+    keys = case.model_keys() | {"load": str(layout_runs.trained(case).checkpoint(HALF)), "max_position_embeddings": 32}
+    for name, more in {"more-positions": {}, "tuned-positions": {"finetune": True}}.items():
+        finished = layout_runs.start(name, (1, 1, 1), keys | more)
+        assert finished.code != 0
+        assert "max_position_embeddings: checkpoint 16, configuration 32" in finished.output
+
+
 def test_padding_that_counts_may_not_change(layout_runs: LayoutRuns) -> None:
     half = layout_runs.trained(SPLIT).checkpoint(HALF)
     keys = SPLIT.model_keys() | {"padded_vocab_size": 640, "load": str(half)}
@@ -206,7 +233,7 @@ def loaded_by_both(config: Path) -> None:
     assert load_tensors(folder / "mp_rank_00_model_states.pt")["global_steps"] == engine.global_steps == HALF
 
 
-@pytest.mark.parametrize("model", BASES)
+@pytest.mark.parametrize("model", covered(list(BASES), PAIRWISE))
 def test_the_form_is_deepspeeds_own(model: str, layout_runs: LayoutRuns) -> None:
     """DeepSpeed's loader, told nothing of our modules, finds the same in it."""
     case = Case(model, (1, 1, 1), tied=False)

@@ -30,7 +30,7 @@ ALL: list[Case] = list(itertools.product(*FACTORS))
 PAIRWISE: list[Case] = [
     (1, 1, True, "l2_norm_gelu"), (2, 2, False, "l2_norm_gelu"), (1, 2, False, "gelu_l2_norm"),
     (2, 1, True, "gelu_l2_norm"), (2, 1, False, "softmax"), (1, 2, True, "softmax"), (1, 1, False, "pythia"),
-    (2, 2, True, "pythia"),
+    (2, 2, True, "pythia"), (2, 2, True, "gpt2"), (2, 2, False, "llama"),
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from tests.helpers.loaded_models import (
 )
 
 
-@pytest.mark.parametrize("name", ["tokenformer untied", "pythia tied"])
+@pytest.mark.parametrize("name", ["tokenformer untied", "pythia tied", "gpt2", "llama"])
 def test_two_tensor_parallel_ranks_generate_what_one_does(name: str) -> None:
     for temperature in (0.0, 1.2):
         want = tokens_of(generate(loaded_model(MODELS[name]), PROMPTS, temperature=temperature))

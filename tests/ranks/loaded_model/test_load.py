@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.checkpointing.store.checkpoint import Checkpoint, read_checkpoint
 from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
-from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.configs import GPT2, LLAMA, PYTHIA, TOKENFORMER
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_checkpoints import make_checkpoint, tokens, whole_model, write_yaml
 
@@ -23,6 +23,8 @@ CPU = torch.device("cpu")
     [
         (TOKENFORMER, 2, 2),
         (PYTHIA, 2, 1),
+        (GPT2, 2, 2),
+        (LLAMA, 2, 2),
         pytest.param(PYTHIA | {"no_weight_tying": False}, 1, 2, marks=pytest.mark.full),
         pytest.param(TOKENFORMER | {"no_weight_tying": True}, 2, 1, marks=pytest.mark.full),
     ],

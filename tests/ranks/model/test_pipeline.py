@@ -18,7 +18,7 @@ from megatron.model.causal_lm import build_local
 from megatron.model.pipeline import CausalLMPipeline, build_pipeline
 from megatron.mpu.context import ParallelContext
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_pythia, tiny_tokenformer
 
 LENGTH = 16
 
@@ -114,6 +114,36 @@ E, T, N, H = "TokenEmbedding", "TransformerLayer", "LayerNorm", "TiedHead"
 def test_layers_are_spread_as_asked(method: str, model: ModelConfig, stages: list[list[str]]) -> None:
     layout = {"pipe_parallel_size": 2, "pipe_partition_method": method}
     assert run_distributed(layers_of_stage, 2, model, layout) == stages
+
+
+def logits_through_the_stages(model: ModelConfig, layout: dict[str, Any]) -> tuple[list[str], Tensor]:
+    """The layers of this stage, and what the last stage makes of the first one's output."""
+    module = build(model, layout, OFF)
+    tokens = torch.randint(VOCAB.actual, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    names = [spec.typename.__name__ for spec in module._layer_specs[module._local_start : module._local_stop]]
+    x = torch.empty(2, LENGTH, model.hidden_size)
+    with torch.no_grad():
+        if module.stage_id == 0:
+            x = module(tokens)
+        dist.broadcast(x, 0)
+        return names, x if module.stage_id == 0 else module(x)
+
+
+@pytest.mark.parametrize(
+    ("method", "transformer_layers"),
+    [("type:transformer", [3, 2]), ("parameters", [2, 3])],
+)
+def test_layers_know_their_place_in_the_whole_model(method: str, transformer_layers: list[int]) -> None:
+    """Scores are divided by the index of the layer, which no stage counts for itself."""
+    model = tiny_gpt2(num_layers=5, init_method_std=0.3)
+    layout = {"pipe_parallel_size": 2, "pipe_partition_method": method}
+    (first, _), (last, logits) = run_distributed(logits_through_the_stages, 2, model, layout)
+    assert [names.count("TransformerLayer") for names in (first, last)] == transformer_layers
+    tokens = torch.randint(VOCAB.actual, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, build_local(model, VOCAB, seed=6)(tokens), rtol=0, atol=1e-5)
+        unscaled = model.model_copy(update={"scale_attn_by_inverse_layer_idx": False})
+        assert (build_local(unscaled, VOCAB, seed=6)(tokens) - logits).abs().max() > 1e-2
 
 
 def refused(model: ModelConfig, layout: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from megatron.mpu.collectives import ALL_GATHER, REDUCE_SCATTER
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import tiny_pythia, tiny_tokenformer
+from tests.helpers.models import tiny_llama, tiny_pythia, tiny_tokenformer
 
 BATCH, LENGTH, WIDTH = 2, 16, 32
 R, RD = BATCH * LENGTH, BATCH * LENGTH * WIDTH
@@ -49,7 +49,7 @@ def counting() -> Iterator[Sent]:
 
 def count(model: ModelConfig, sequence_parallel: bool) -> tuple[Sent, Sent]:
     context = ParallelContext.create(dist.get_world_size(), 1, sequence_parallel)
-    layer = TransformerLayer(model, context)
+    layer = TransformerLayer(model, context, 0)
     initialize_parameters(layer.named_parameters(), 1, context)
     length = LENGTH // context.tensor_size if sequence_parallel else LENGTH
     x = torch.randn(BATCH, length, WIDTH, requires_grad=True)
@@ -97,6 +97,13 @@ CASES = {  # model, sequence parallel, forward, backward
         STATISTICS + gathered(3 * RD) + scattered(RD) + reduced(RD, RD),
     ),
     "pythia": (tiny_pythia(), False, reduced(RD, RD), reduced(RD, RD)),
+    "llama": (tiny_llama(), False, reduced(RD, RD), reduced(RD, RD)),
+    "llama, sequence": (
+        tiny_llama(),
+        True,
+        gathered(RD, RD) + scattered(RD, RD),
+        gathered(RD, RD) + scattered(RD, RD) + reduced(WIDTH, WIDTH),
+    ),
     "pythia, sequence": (
         tiny_pythia(),
         True,

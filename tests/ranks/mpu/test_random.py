@@ -13,7 +13,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 from megatron.mpu.random import seed_dropout
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import tiny_pythia, tiny_tokenformer
+from tests.helpers.models import tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 
 def hidden_masks(sequence_parallel: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def test_hidden_dropout_differs_by_rank_only_under_sequence_parallelism(sequence
 
 def attention_outputs() -> tuple[Tensor, Tensor]:
     context = ParallelContext.create(2, 1)
-    layer = TransformerLayer(tiny_pythia(attention_dropout=0.5), context)
+    layer = TransformerLayer(tiny_pythia(attention_dropout=0.5), context, 0)
     seed_dropout(4, 0, context)
     q, k, v = torch.ones(3, 2, 16, 2, 8)
     return layer.attention.attend(q, k, v), torch.get_rng_state()
@@ -46,7 +46,7 @@ def test_attention_dropout_differs_between_the_heads_of_different_ranks() -> Non
 
 def gradients(model: ModelConfig, sequence_parallel: bool, recompute: bool) -> list[Tensor]:
     context = ParallelContext.create(2, 1, sequence_parallel)
-    layer = TransformerLayer(model, context)
+    layer = TransformerLayer(model, context, 0)
     initialize_parameters(layer.named_parameters(), 1, context)
     seed_dropout(5, 0, context)
     length = 8 if sequence_parallel else 16
@@ -58,7 +58,7 @@ def gradients(model: ModelConfig, sequence_parallel: bool, recompute: bool) -> l
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia])
+@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia, tiny_gpt2, tiny_llama])
 def test_recomputation_restores_every_number(build, sequence_parallel: bool) -> None:
     model = build(hidden_dropout=0.3, attention_dropout=0.3)
     plain, recomputed = (run_distributed(gradients, 2, model, sequence_parallel, again) for again in (False, True))

@@ -18,7 +18,7 @@ from megatron.mpu import linear_cross_entropy
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters, local_shard, parameter_spec
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 TOLERANCE = 1e-9
 
@@ -54,12 +54,12 @@ def block_errors(model: ModelConfig, sequence_parallel: bool) -> dict[str, float
     generator = torch.Generator().manual_seed(8)
     x, probe = (torch.randn(2, 16, model.hidden_size, generator=generator, dtype=torch.float64) for _ in range(2))
 
-    whole = prepared(TransformerLayer(model, ParallelContext.single()), ParallelContext.single())
+    whole = prepared(TransformerLayer(model, ParallelContext.single(), 0), ParallelContext.single())
     whole_x = x.clone().requires_grad_()
     whole_y = whole(whole_x)
     whole_y.backward(probe)
 
-    split = prepared(TransformerLayer(model, context), context)
+    split = prepared(TransformerLayer(model, context, 0), context)
     split_x = residual_share(x, context).clone().requires_grad_()
     split_y = split(split_x)
     split_y.backward(residual_share(probe, context))
@@ -84,6 +84,9 @@ def tokenformer_with(theta: str) -> ModelConfig:
 BLOCKS = {
     **{theta: tokenformer_with(theta) for theta in THETAS},
     "pythia": tiny_pythia(),
+    "gpt2": tiny_gpt2(use_bias_in_norms=False),
+    "llama": tiny_llama(),
+    "llama, biases": tiny_llama(use_bias_in_attn_linear=True, use_bias_in_mlp=True),
     "sequential": tiny_pythia(parallel_residual=False, norm="rmsnorm"),
 }
 
@@ -150,6 +153,8 @@ MODELS = {
     "tied tokenformer": tiny_tokenformer(),
     "untied tokenformer": tiny_tokenformer(tie_embeddings=False, mask_padded_vocab=True),
     "untied pythia": tiny_pythia(),
+    "gpt2": tiny_gpt2(),
+    "llama": tiny_llama(),
     "tied pythia": tiny_pythia(tie_embeddings=True, mask_padded_vocab=True),
 }
 
@@ -180,7 +185,7 @@ def test_whole_logits_lead_back_to_the_same_gradients() -> None:
 
 def bfloat16_outputs(model: ModelConfig, sequence_parallel: bool) -> list[Tensor]:
     context = ParallelContext.create(torch.distributed.get_world_size(), 1, sequence_parallel)
-    layer = prepared(TransformerLayer(model, context), context).bfloat16()
+    layer = prepared(TransformerLayer(model, context, 0), context).bfloat16()
     x = torch.randn(2, 16, model.hidden_size, generator=torch.Generator().manual_seed(8)).bfloat16()
     leaf = residual_share(x, context).clone().requires_grad_()
     y = layer(leaf)

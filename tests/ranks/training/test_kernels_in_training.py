@@ -31,7 +31,7 @@ def follows_the_float64_loop(
     steps, batch = keys["train_iters"], keys.pop("batch")
     settings = base | layout_keys(*layout, batch=batch) | keys
     config = write_config(settings)
-    printed = train(config, ranks=tensor * pipe * data)
+    printed = train(config, ranks=tensor * pipe * data, timeout=900.0)
     run = load_config([config]).run
     whole = build_local(run.model, VocabSize(VOCAB_SIZE, VOCAB_SIZE), run.training.seed)
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
@@ -52,6 +52,7 @@ def test_two_tensor_parallel_ranks_train_through_every_kernel(write_config: Call
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)  # Triton's interpreter
 @pytest.mark.parametrize("theta", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1)])
 def test_thirty_steps_of_every_theta_through_every_kernel(
@@ -59,7 +60,7 @@ def test_thirty_steps_of_every_theta_through_every_kernel(
 ) -> None:
     if not is_installed("triton"):
         pytest.skip("the package 'triton' is not installed")
-    changes = TRITON | SHORT | {"batch": 2, "train_iters": 30, "norm_activation_type": theta}
+    changes = TRITON | SHORT | {"batch": 1, "train_iters": 30, "norm_activation_type": theta}
     follows_the_float64_loop(write_config, dataset, TOKENFORMER, layout, **changes)
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers.configs import PYTHIA, TOKENFORMER
-from tests.helpers.covers import covered
-from tests.helpers.layout_runs import Case, LayoutRuns
+from tests.helpers.configs import TOKENFORMER
+from tests.helpers.covers import covered, pairwise_cover
+from tests.helpers.layout_runs import BASES, PAIRWISE, Case, LayoutRuns
 from tests.helpers.records import records
 from tests.helpers.runs import fails_with, run_ranks, train
 from tests.helpers.tensor_files import assert_same_checkpoint
@@ -40,8 +40,12 @@ def disturb_generators() -> None:
     random.seed(99)
 
 
+WAYS = ["fp32", "bfloat16"], [1, 2]
+
+
 @pytest.mark.parametrize(
-    ("model", "precision", "ranks"), covered(list(product(["tokenformer", "pythia"], ["fp32", "bfloat16"], [1, 2])))
+    ("model", "precision", "ranks"),
+    covered(list(product(BASES, *WAYS)), pairwise_cover(list(product(PAIRWISE, *WAYS)), list)),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     model: str, precision: str, ranks: int, write_config: Callable[..., Path]
@@ -53,10 +57,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         "num_workers": 2,
         "eval_interval": 5,
         "split": "5, 90, 5",
-        "hidden_dropout": 0.1 if model == "pythia" else 0.0,
-        "attention_dropout": 0.1 if model == "pythia" else 0.0,
+        "hidden_dropout": 0.0 if model == "tokenformer" else 0.1,
+        "attention_dropout": 0.0 if model == "tokenformer" else 0.1,
     }
-    base = PYTHIA if model == "pythia" else TOKENFORMER
+    base = BASES[model]
     whole = write_config(base, "whole", **changes)
     train(whole, ranks=ranks)
     halves = write_config(base, "halves", **changes, auto_resume=True, exit_interval=10)

@@ -11,6 +11,7 @@ import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,19 @@ from tests.unit.checkpointing.test_hostile_checkpoints import LEAVES
 
 FORMS = ("layers", "ranks", "bin")
 NUMBERS = "other numbers"
+PACKED = "llama, as many heads"
+
+
+@pytest.fixture(scope="module", params=["pythia", pytest.param(PACKED, marks=pytest.mark.full)])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The keys of a Pythia, or of a LLaMA, whose tensors are taken apart."""
+    return MODELS[request.param]
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Pythia of two tensor-parallel ranks in NeoX's files, and of one in a .bin."""
+def originals(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of two tensor-parallel ranks in NeoX's files, and of one in a .bin."""
     folder = tmp_path_factory.mktemp("originals")
-    settings = MODELS["pythia"]
     weights = neox_weights(settings, ROWS)
     for form in FORMS:
         write_neox(folder / form, weights, settings, form, tensor=1 if form == "bin" else 2)
@@ -62,9 +69,9 @@ def changes(draw: st.DrawFn, originals: Path, trace: Path) -> tuple[str, str, by
 
 
 @pytest.mark.parametrize("examples", [25, pytest.param(400, marks=pytest.mark.full)])
-def test_damaged_neox_checkpoints(examples: int, originals: Path, tmp_path: Path) -> None:
+def test_damaged_neox_checkpoints(examples: int, settings: dict[str, Any], originals: Path, tmp_path: Path) -> None:
     trace, folder = tmp_path / "exploded", tmp_path / "neox"
-    config, found = write_config(tmp_path, MODELS["pythia"]), Findings()
+    config, found = write_config(tmp_path, settings), Findings()
     expected = {form: weights_of(_given(originals / form, form), config, tmp_path / "out") for form in FORMS}
 
     @settings_of(examples)
@@ -93,13 +100,15 @@ def test_damaged_neox_checkpoints(examples: int, originals: Path, tmp_path: Path
         "mp_rank_77777_model_states.pt",
     ],
 )
-def test_a_number_in_a_file_s_name_is_not_counted_up_to(name: str, originals: Path, tmp_path: Path) -> None:
+def test_a_number_in_a_file_s_name_is_not_counted_up_to(
+    name: str, settings: dict[str, Any], originals: Path, tmp_path: Path
+) -> None:
     form = "ranks" if name.startswith("mp_rank") else "layers"
     shutil.copytree(originals / form, tmp_path / "neox")
     source = _given(tmp_path / "neox", form)
     shutil.copy(next(source.glob("*.pt")), source / name)
     found = Findings()
-    config = write_config(tmp_path, MODELS["pythia"])
+    config = write_config(tmp_path, settings)
     assert found.read(lambda: weights_of(source, config, tmp_path / "out"), source) is None
     found.report()
 

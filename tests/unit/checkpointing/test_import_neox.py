@@ -20,6 +20,7 @@ from megatron.loaded_model.loaded_model import load_model
 from megatron.mpu.context import ParallelContext
 from tests.helpers.bombs import Bomb
 from tests.helpers.commands import run_command
+from tests.helpers.configs import TOKENFORMER
 from tests.helpers.neox_writer import (
     MODELS,
     ROWS,
@@ -29,6 +30,7 @@ from tests.helpers.neox_writer import (
     imported,
     independent_logits,
     neox_weights,
+    our_llama,
     our_weights,
     rank_file,
     tokens,
@@ -51,6 +53,10 @@ FEW: list[Case] = [
     ("tokenformer, split", "ranks", 2, 1, True), ("pythia", "layers", 1, 1, False), ("pythia", "layers", 2, 2, True),
     ("pythia", "ranks", 2, 1, False), ("pythia", "bin of a pipeline", 1, 1, False),
     ("sequential residual", "layers", 2, 1, False), ("sequential residual", "ranks", 1, 1, True),
+    ("llama", "layers", 2, 2, False), ("llama, as many heads", "ranks", 2, 1, False),
+    ("llama, newer", "bin", 1, 1, True), ("llama, newer", "layers", 2, 1, False),
+    ("llama, in between", "ranks", 2, 1, False),
+    ("gpt2", "layers", 2, 2, True), ("gpt2", "bin of a pipeline", 1, 1, True), ("gpt2", "ranks", 1, 1, False),
 ]  # fmt: skip
 
 
@@ -64,8 +70,11 @@ def test_every_form_becomes_the_same_model(
     settings = MODELS[name] | {"no_weight_tying": not tied}
     weights = neox_weights(settings, ROWS)
     source = write_neox(tmp_path / "neox", weights, settings, form, tensor=tensor, pipe=pipe)
-    checkpoint = imported(source, write_config(tmp_path, settings), tmp_path / "out")
+    words = ["--grouped-query-rows", settings["rows"]] if "rows" in settings else []
+    checkpoint = imported(source, write_config(tmp_path, settings), tmp_path / "out", *words)
     got, want = read_weights(checkpoint), our_weights(weights, settings["num_layers"])
+    if settings["architecture"] == "llama":
+        want = our_llama(weights, settings)
     assert got.keys() == want.keys()
     for parameter, tensor_ in want.items():
         assert got[parameter].dtype == torch.float32
@@ -312,6 +321,67 @@ def test_a_wrong_configuration_is_told_by_its_keys(changes: dict[str, Any], matc
           "architecture: checkpoint tokenformer, configuration gpt_neox")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"max_position_embeddings": 32}, "max_position_embeddings: checkpoint 16, configuration 32"),
+        ({"architecture": "gpt_neox", "pos_emb": "rotary", "rotary_pct": 0.5}, "pos_emb: checkpoint learned, config"),
+        (TOKENFORMER, "architecture: checkpoint gpt2 or gpt_neox, configuration tokenformer"),
+        ({"use_bias_in_norms": False}, "use_bias_in_norms: checkpoint True, configuration False"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_of_gpt2_is_told_by_its_keys(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    settings = MODELS["gpt2"]
+    source = write_neox(tmp_path / "neox", neox_weights(settings, ROWS), settings, "layers")
+    scaled = {"scale_attn_by_inverse_layer_idx": changes.get("architecture", "gpt2") == "gpt2"}
+    fails(source, write_config(tmp_path, settings, **(scaled | changes)), tmp_path / "out", ConfigError, match)
+
+
+def test_positions_that_are_no_matrix_are_named(tmp_path: Path) -> None:
+    settings = MODELS["gpt2"]
+    weights = neox_weights(settings, ROWS) | {"0.position_embeddings.weight": torch.tensor(1.0)}
+    source = write_neox(tmp_path / "neox", weights, settings, "layers")
+    fails(source, write_config(tmp_path, settings), tmp_path / "out", CheckpointError, "is no matrix of positions")
+
+
+def test_learned_positions_of_other_architectures_are_read(tmp_path: Path) -> None:
+    """NeoX has them for every layer; a parallel residual makes it no GPT-2."""
+    settings = MODELS["pythia"] | {"pos_emb": "learned"}
+    weights = neox_weights(settings, ROWS)
+    source = write_neox(tmp_path / "neox", weights, settings, "layers", tensor=2)
+    keys = {key: value for key, value in settings.items() if key != "architecture"}
+    checkpoint = imported(source, write_config(tmp_path, keys), tmp_path / "out")
+    assert checkpoint.config.model.architecture == "gpt_neox"
+    got = read_weights(checkpoint)["embedding.position_embeddings.weight"]
+    assert torch.equal(got, weights["0.position_embeddings.weight"])
+
+
+def test_a_yaml_of_neox_s_own_learned_positions_makes_a_gpt2(tmp_path: Path) -> None:
+    """It names no architecture; without the fused kernel its GeLU is the exact one."""
+    ours = ("architecture", "scale_attn_by_inverse_layer_idx", "padded_vocab_size")
+    settings = {key: value for key, value in MODELS["gpt2"].items() if key not in ours}
+    settings |= {"attention_config": [[["global"], 3]], "gpt_j_residual": False, "opt_pos_emb_offset": 0}
+    weights = neox_weights(MODELS["gpt2"], ROWS)
+    source = write_neox(tmp_path / "neox", weights, settings, "layers", tensor=2)
+    arguments = ["--input", source, "--write-config", tmp_path / "derived.yml", "--output_dir", tmp_path / "out"]
+    assert import_neox.main(list(map(str, arguments))) == 0
+    checkpoint = find_checkpoint(tmp_path / "out", None, "full")
+    assert checkpoint is not None
+    model = checkpoint.config.model
+    assert (model.architecture, model.pos_emb, model.activation) == ("gpt2", "learned", "gelu")
+    got, want = read_weights(checkpoint), our_weights(weights, 3)
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_norms_without_biases_are_read(tmp_path: Path) -> None:
+    settings = MODELS["gpt2"]
+    weights = {name: w for name, w in neox_weights(settings, ROWS).items() if not name.endswith("norm.bias")}
+    source = write_neox(tmp_path / "neox", weights, settings, "ranks")
+    got = read_weights(imported(source, write_config(tmp_path, settings, use_bias_in_norms=False), tmp_path / "out"))
+    want = our_weights(weights, settings["num_layers"])
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     settings = MODELS["pythia"]
     config = write_config(tmp_path, settings)
@@ -382,3 +452,33 @@ def test_the_command_takes_overrides_and_refuses_in_one_line(tmp_path: Path) -> 
     assert finished.returncode == 0, finished.stderr
     parameters = 640 * 32 + 2 * 2 * 32 * (3 * 24 + 40 + 48) + 2 * 32
     assert finished.stdout == f"{tmp_path}/out/global_step0: {source}, {parameters:,} parameters in float32\n"
+
+
+def test_packed_rows_of_unknown_order_are_asked_for(tmp_path: Path) -> None:
+    settings = MODELS["llama, newer"]
+    source = write_neox(tmp_path / "neox", neox_weights(settings, ROWS), settings, "layers", tensor=2)
+    with pytest.raises(ConfigError, match=r"Add --grouped-query-rows by-kind .* or by-head"):
+        imported(source, write_config(tmp_path, settings), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"num_kv_heads": 4},
+            r"query_key_value.weight has shape \(64, 32\).* 4 heads of queries and 4 of keys and values",
+        ),
+        ({"ffn_hidden_size": 96}, "ffn_hidden_size: checkpoint 88, configuration 96"),
+        ({"use_bias_in_attn_linear": True}, "use_bias_in_attn_linear: checkpoint False, configuration True"),
+        (
+            {"architecture": "gpt_neox", "num_kv_heads": None, "ffn_hidden_size": None},
+            "checkpoint llama, configuration gpt",
+        ),
+    ],
+)
+def test_another_gated_model_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    settings = MODELS["llama"]
+    source = write_neox(tmp_path / "neox", neox_weights(settings, ROWS), settings, "layers")
+    with pytest.raises((ConfigError, CheckpointError), match=said):
+        imported(source, write_config(tmp_path, settings, **changes), tmp_path / "out")

@@ -14,12 +14,14 @@ from megatron.model.embedding import TiedHead
 from megatron.model.layer_spec import ARCHITECTURES
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import ParameterSpec, zeros
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 MODELS = {
     "tokenformer": tiny_tokenformer(),
     "tokenformer_untied": tiny_tokenformer(tie_embeddings=False, norm="rmsnorm"),
     "gpt_neox": tiny_pythia(),
+    "gpt2": tiny_gpt2(),
+    "llama": tiny_llama(),
     "gpt_neox_tied": tiny_pythia(tie_embeddings=True),
 }
 

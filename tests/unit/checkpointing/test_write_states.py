@@ -19,9 +19,9 @@ from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
 from megatron.model.causal_lm import build_local
 from tests.helpers.checkpoints import CONFIG
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
-MODELS = {"tokenformer": tiny_tokenformer(), "gpt_neox": tiny_pythia()}
+MODELS = {"tokenformer": tiny_tokenformer(), "gpt_neox": tiny_pythia(), "gpt2": tiny_gpt2(), "llama": tiny_llama()}
 
 
 def run_of(model: str) -> RunConfig:

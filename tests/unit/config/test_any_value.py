@@ -11,7 +11,7 @@ from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.neox.translate import translate
 from megatron.config.yaml.problems import Given, Origin, YamlValue
 
-BASES = [Path(__file__).parent / f"published_{name}.yml" for name in ("tokenformer", "pythia")]
+BASES = [Path(__file__).parent / f"published_{name}.yml" for name in ("tokenformer", "pythia", "llama")]
 VALUES: list[YamlValue] = [
     True,
     0,
@@ -37,7 +37,9 @@ def problems_of(given: Mapping[str, Given]) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("base", BASES, ids=lambda base: base.stem)
+@pytest.mark.parametrize(
+    "base", [*BASES[:2], pytest.param(BASES[2], marks=pytest.mark.full)], ids=lambda base: base.stem
+)
 def test_every_key_with_every_kind_of_value(base: Path) -> None:
     given = gather([base], []).given
     assert problems_of(given) == []
@@ -59,6 +61,7 @@ def test_every_key_may_be_missing(base: Path) -> None:
     own = {
         "published_tokenformer": {"attention_config", "qkv_slot_num", "proj_slot_num", "ffn_slot_num"},
         "published_pythia": {"train_data_paths", "valid_data_paths"},
+        "published_llama": {"activation"},
     }
     assert required == {
         "num_layers",

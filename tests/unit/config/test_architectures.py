@@ -74,8 +74,8 @@ def test_its_refusals_are_reported_with_all_others() -> None:
 @pytest.mark.usefixtures("plain")
 def test_documentation_and_schema_name_it() -> None:
     architectures = flat_schema()["properties"]["architecture"]["anyOf"][0]["enum"]
-    assert architectures == ["gpt_neox", "plain", "tokenformer"]
-    assert "| `architecture` | one of gpt_neox, plain, tokenformer |" in reference()
+    assert architectures == ["gpt2", "gpt_neox", "llama", "plain", "tokenformer"]
+    assert "| `architecture` | one of gpt2, gpt_neox, llama, plain, tokenformer |" in reference()
     assert "1e-06 by default for plain" in reference()
 
 

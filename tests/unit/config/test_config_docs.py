@@ -61,7 +61,8 @@ def test_schema_refuses_what_does_not(name: str) -> None:
         ({"deepspeed_extra_args": {"hidden_size": 768}}, False),
         ({"optimizer": {"params": {"betas": [0.9]}}}, False),
         ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, True),
-        ({"pos_emb": "learned"}, False),
+        ({"pos_emb": "learned"}, True),
+        ({"pos_emb": "alibi"}, False),
         ({"train_iters": 1.5}, False),
     ],
 )

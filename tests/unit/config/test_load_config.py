@@ -213,7 +213,7 @@ def test_many_kinds_of_error_at_once(tmp_path: Path) -> None:
     file = tmp_path / "bad.yml"
     file.write_text(
         "num_layers: 2\nhidden_size: 10\nnum_attention_heads: 4\nseq_length: 8\nmax_position_embeddings: '8'\n"
-        "pos_emb: learned\nuse_mup: true\nsede: 1\nmin_lr: 1\nbatch_size: 1\ngas: 1\n"
+        "pos_emb: alibi\nuse_mup: true\nsede: 1\nmin_lr: 1\nbatch_size: 1\ngas: 1\n"
         "optimizer: {params: {lr: 1e-3, betas: [0.9]}}\n"
     )
     with pytest.raises(ConfigError) as caught:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron.config.command_line import load_command_line
+from megatron.config.model_size import count_parameters
 from megatron.errors import ConfigError
-from tests.helpers.neox_yamls import ALONE, LOADABLE, NOT_HERE, write_neox_yamls
+from tests.helpers.neox_yamls import ALONE, LLAMAS, LOADABLE, NOT_HERE, write_neox_yamls
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,19 @@ def test_what_exists_here_loads(name: str, setup: str, configs: str) -> None:
         "hostfile" in LOADABLE[name]
     )
     assert ("comms_logger" in named) == ("deepspeed_extra_args" in LOADABLE[name])
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_gated_models_are_llamas_of_their_published_size(name: str, configs: str) -> None:
+    _, width, kv_heads, parameters = LLAMAS[name]
+    """NeoX gives its newer MLP biases unless told otherwise, which LLaMA's has not; its older one never has any."""
+    _, loaded = load_command_line(["-d", configs, name, "local_setup.yml", "--check"])
+    model = loaded.run.model
+    assert (model.architecture, model.norm, model.activation) == ("llama", "rmsnorm", "swiglu")
+    assert (model.ffn_hidden_size, model.num_kv_heads) == (width, kv_heads)
+    assert model.use_bias_in_mlp == ("mlp_type" not in LLAMAS[name][0])
+    biases = model.num_layers * (2 * width + model.hidden_size) if model.use_bias_in_mlp else 0
+    assert count_parameters(model, 32_000) == parameters + biases
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -42,6 +42,7 @@ NEOX_CHOICES = {
     "zero_optimization.stage": "0 1 2 3",
     "mlp_type": "regular llama",
 }
+LLAMA = "architecture=llama"
 NO_WAY = ("not supported", "not implemented", "is not read", "does not work", "belongs to", "is sequential", "deepy.py")
 
 
@@ -149,28 +150,57 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ("activation=swiglu", "command line activation: swiglu: swiglu is not implemented; gelu and gelu_tanh are"),
-        ("activation=geluu", "command line activation: geluu: expected one of gelu, gelu_tanh; did you mean gelu?"),
-        (
-            "use_bias_in_norms=false",
-            "command line use_bias_in_norms: false: known to NeoX, not supported here: LayerNorm without a bias is not "
-            "implemented",
-        ),
+        ("activation=geglu", "activation: geglu: geglu is not implemented; gelu, gelu_tanh and swiglu are"),
+        ("activation=silu", "activation: silu: silu is not implemented; gelu, gelu_tanh and swiglu are"),
+        ("activation=geluu", "activation: geluu: expected one of gelu, gelu_tanh, swiglu; did you mean gelu?"),
+        ("activation=swiglu architecture=gpt_neox", "swiglu: the architecture gpt_neox has gelu and gelu_tanh alone"),
+        ("architecture=llama activation=gelu", "activation: gelu: the architecture llama has swiglu alone"),
+        ("use_bias_in_norms=false", None),
         ("norm=rmsnorm use_bias_in_norms=false", None),
         ("norm=layernorm_nonparam use_bias_in_norms=false", None),
-        ("norm=rmsnorm final_norm=layernorm use_bias_in_norms=false", "LayerNorm without a bias is not implemented"),
+        ("norm=rmsnorm final_norm=layernorm use_bias_in_norms=false", None),
         ("norm=te_layernorm", "Transformer Engine is not supported; use norm: layernorm, the same function"),
         (
             "intermediate_size=11008",
-            "command line intermediate_size: 11008: known to NeoX, not supported here: an MLP of another width is not "
-            "implemented: it is 4 x hidden_size (3072)",
+            "command line intermediate_size: 11008: known to NeoX, not supported here: only the MLP of llama has "
+            "another width than 4 x hidden_size (3072)",
         ),
         (
             "attention_type=groupedquery",
-            "command line attention_type: groupedquery: known to NeoX, not supported here: grouped-query attention is "
-            "not implemented",
+            "command line attention_type: groupedquery: known to NeoX, not supported here with this value: "
+            "num_kv_heads alone counts the heads of keys and values",
         ),
-        ("mlp_type=llama", "gated MLPs such as llama's are not implemented; only regular is accepted"),
+        ("num_kv_heads=12", None),
+        ("num_kv_heads=4", "num_kv_heads: 4: belongs to architecture: llama, and this is gpt_neox"),
+        ("ffn_hidden_size=4", "ffn_hidden_size: 4: belongs to architecture: llama, and this is gpt_neox"),
+        (
+            f"{LLAMA} num_kv_heads=5",
+            "num_kv_heads: 5: does not divide num_attention_heads 12, which share them; nearest",
+        ),
+        (f"{LLAMA} num_kv_heads=5", "nearest valid value: 4"),
+        (f"{LLAMA} num_kv_heads=4 model_parallel_size=4", None),
+        (
+            f"{LLAMA} num_kv_heads=2 model_parallel_size=4",
+            "model_parallel_size: 4: is above num_kv_heads 2, and each rank holds whole heads of keys and values; "
+            "nearest valid value: 2",
+        ),
+        (
+            f"{LLAMA} num_kv_heads=6 model_parallel_size=4",
+            "model_parallel_size: 4: does not divide num_kv_heads 6, and each rank holds whole heads of keys and "
+            "values; nearest valid value: 3",
+        ),
+        (
+            f"{LLAMA} ffn_hidden_size=2050 model_parallel_size=4",
+            "ffn_hidden_size: 2050: does not split over model_parallel_size 4; nearest valid value: 2048",
+        ),
+        (f"{LLAMA} intermediate_size=2048", "give ffn_hidden_size, the width itself"),
+        (f"{LLAMA} mlp_multiple_of=64", "give ffn_hidden_size, the width itself"),
+        ("activation=swiglu intermediate_size=6144 ffn_hidden_size=6144", "ffn_hidden_size: 6144: contradicts"),
+        ("activation=swiglu intermediate_size=6144 ffn_hidden_size=2048", None),
+        ("activation=swiglu intermediate_size=6144 expansion_factor=4", "contradicts intermediate_size, as in NeoX"),
+        ("mlp_type=llama", "mlp_type: llama: a gate by gelu is not implemented; add activation: silu"),
+        ("mlp_type=llama activation=silu", None),
+        ("mlp_type=moe", "known to NeoX, not supported here with this value; only regular and llama are accepted"),
         ("launcher=bogus", "expected one of pdsh, openmpi, mvapich, mpich, impi, slurm, jsrun"),
         ("launcher=slrum", "did you mean slurm?"),
         ("batch_size=0", "command line batch_size: 0: expected a whole number above 0"),

@@ -43,13 +43,14 @@ Case = tuple[str, str, tuple[int, int], tuple[int, int]]
 ALL: list[Case] = [
     case
     for case in itertools.product(CASES, MODELS, LAYOUTS, LAYOUTS)
-    if GROWTH_OPERATORS[case[0]].is_exact(None if case[1] == "pythia" else case[1])
+    if GROWTH_OPERATORS[case[0]].is_exact(MODELS[case[1]].get("norm_activation_type"))
 ]
 COVER: list[Case] = [
     ("zero_key", "l2_norm_gelu", (2, 1), (1, 2)), ("zero_key", "gelu_l2_norm", (1, 2), (2, 1)),
     ("mask_ramp", "gelu_l2_norm", (1, 1), (2, 1)), ("copy", "l2_norm_gelu", (1, 2), (1, 1)),
     ("copy", "softmax", (2, 1), (2, 1)), ("copy", "gelu_l2_norm", (1, 1), (1, 2)),
-    ("insert", "softmax", (1, 2), (2, 1)), ("insert", "pythia", (2, 1), (1, 1)),
+    ("insert", "softmax", (1, 2), (2, 1)), ("insert", "pythia", (2, 1), (1, 1)), ("insert", "gpt2", (2, 1), (1, 2)),
+    ("insert", "llama", (2, 1), (1, 2)),
 ]  # fmt: skip
 
 
@@ -98,7 +99,9 @@ def test_exact_growth_changes_no_logit_in_any_layout(
 ) -> None:
     folder = Folder(tmp_path, dataset, MODELS[model], *source)
     layout = [f"model_parallel_size={target[0]}", f"pipe_parallel_size={target[1]}"]
-    grown = folder.grow(*CASES[case], "--config_file", folder.config(), *layout)
+    # The layers of this one know their place, so that none may move.
+    place = ["--insert_at", "top"] if model == "gpt2" else []
+    grown = folder.grow(*CASES[case], *place, "--config_file", folder.config(), *layout)
     assert (grown.state.tensor_parallel_size, grown.state.pipe_parallel_size) == target
     before, after = logits_of(folder.source), logits_of(grown, fold=True)
     assert (before - after).abs().max() <= 1e-5 * before.abs().max()
@@ -238,6 +241,35 @@ def test_sizes_and_rules_that_are_refused(
     with pytest.raises(error, match=message):
         folder.grow(*words)
     assert not (folder.path / "grown").exists()
+
+
+@pytest.mark.parametrize("place", ["spread", "bottom"])
+def test_layers_that_know_their_place_may_not_move(place: str, tmp_path: Path, dataset: Path) -> None:
+    """Unless their scores do not depend on it: then the same growth changes no logit."""
+    words = ["--num_layers", "5", "--operator", "insert", "--insert_at", place]
+    folder = Folder(tmp_path, dataset, MODELS["gpt2"])
+    with pytest.raises(
+        ConfigError,
+        match=f"insert_at: {place}: it moves layers, and scale_attn_by_inverse_layer_idx.*Use insert_at: top",
+    ):
+        folder.grow(*words)
+    assert not (folder.path / "grown").exists()
+    (tmp_path / "unscaled").mkdir()
+    unscaled = Folder(tmp_path / "unscaled", dataset, MODELS["gpt2"] | {"scale_attn_by_inverse_layer_idx": False})
+    before, after = logits_of(unscaled.source), logits_of(unscaled.grow(*words))
+    assert (before - after).abs().max() <= 1e-5 * before.abs().max()
+
+
+def test_a_stack_of_scaled_layers_is_the_stack(tmp_path: Path, dataset: Path) -> None:
+    """Every copy has the weights of its source; positions, embedding and final norm are as they were."""
+    folder = Folder(tmp_path, dataset, MODELS["gpt2"])
+    old = read_weights(folder.source)
+    new = read_weights(folder.grow("--num_layers", "6", "--operator", "stack"))
+    assert len(new) == len(old) + 3 * 12
+    for name, weight in new.items():
+        stack, number, *local = name.split(".")
+        source = ".".join([stack, str(int(number) % 3), *local]) if stack == "layers" else name
+        assert torch.equal(weight, old[source]), name
 
 
 LARGE = {"qkv_slot_num": 32, "ffn_slot_num": 64, "qkv_scale_base": 24, "ffn_scale_base": 48}

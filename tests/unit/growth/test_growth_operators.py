@@ -30,7 +30,7 @@ from megatron.growth.target_model import grown_model
 from megatron.model.causal_lm import LocalCausalLM, build_local
 from megatron.registry import variant_names
 from tests.helpers.checkpoints import CONFIG
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_llama, tiny_pythia, tiny_tokenformer
 from tools.ckpts import grow
 
 BEFORE = ParamTokenConfig(qkv=24, proj=16, ffn=40)
@@ -57,8 +57,9 @@ EXACT = [
     *(("copy", theta, {"perturb": 0.3}) for theta in THETAS),
     *(("insert", "softmax", {"insert_at": place}) for place in ("spread", "bottom", "top")),
     ("insert", None, {}),
+    ("insert", "llama", {}),
 ]
-"""(operator, normalization or None for GPT-NeoX, further rules)."""
+"""(operator, normalization or None for GPT-NeoX, or "llama", further rules)."""
 
 
 def rules_of(operator: str, **changes: Any) -> GrowthRules:
@@ -66,8 +67,8 @@ def rules_of(operator: str, **changes: Any) -> GrowthRules:
 
 
 def small_model(theta: str | None, **changes: Any) -> ModelConfig:
-    if theta is None:
-        return tiny_pythia(**changes)
+    if theta in (None, "llama"):
+        return tiny_pythia(**changes) if theta is None else tiny_llama(**changes)
     return tiny_tokenformer(tokens=BEFORE.model_copy(update={"theta": theta}), **changes)
 
 
@@ -304,7 +305,7 @@ def test_shrink_perturb_scales_matrices_and_adds_noise() -> None:
         assert float(noise.mean()) == pytest.approx(0.0, abs=0.1 * float(noise.std())), name
 
 
-@pytest.mark.parametrize("theta", ["l2_norm_gelu", None])
+@pytest.mark.parametrize("theta", ["l2_norm_gelu", None, "llama"])
 @pytest.mark.parametrize(
     ("operator", "rules", "origin"),
     [

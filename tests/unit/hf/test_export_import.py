@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +42,8 @@ from tests.helpers.tiny_checkpoints import (
 from tools.ckpts import convert_hf_to_neox, convert_neox_to_hf
 from tools.ckpts.export_flags import PRECISIONS
 
+FURTHER = [pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "llama")]
+
 
 def test_precisions_of_exports_are_those_of_the_flag() -> None:
     assert get_args(Precision) == PRECISIONS
@@ -58,7 +61,7 @@ def assert_same_tensors(got: dict[str, Tensor], want: dict[str, Tensor]) -> None
         assert torch.equal(got[name], tensor), name
 
 
-@pytest.mark.parametrize("name", ["tokenformer", "pythia"])
+@pytest.mark.parametrize("name", ["tokenformer", "pythia", *FURTHER])
 @pytest.mark.parametrize(("precision", "unit"), [("bf16", 2**-8), ("fp16", 2**-11)])
 def test_low_precision_stays_within_its_own_error(
     name: str, precision: str, unit: float, request: pytest.FixtureRequest, tmp_path: Path
@@ -180,6 +183,8 @@ def test_card_states_the_facts_of_the_run(exported: Path) -> None:
         pytest.param("tokenformer", False, marks=pytest.mark.full),
         pytest.param("pythia", True, marks=pytest.mark.full),
         pytest.param("pythia", False, marks=pytest.mark.full),
+        pytest.param("gpt2", True, marks=pytest.mark.full),
+        pytest.param("llama", True, marks=pytest.mark.full),
     ],
 )
 def test_the_snippet_of_the_card_runs_without_a_terminal(
@@ -328,7 +333,7 @@ def test_wrong_arithmetic_is_found_by_the_check(
 ) -> None:
     """The final comparison sees what no name or shape tells: another scale of the scores."""
     from megatron.hf import export_checkpoint as exporting
-    from megatron.hf.hf_architecture import HF_ARCHITECTURES, HFArchitecture
+    from megatron.hf.hf_architecture import HF_ARCHITECTURES
 
     right = HF_ARCHITECTURES["tokenformer"]
 
@@ -337,7 +342,7 @@ def test_wrong_arithmetic_is_found_by_the_check(
         config.ffn_scale_base += 1
         return config
 
-    wrong = HFArchitecture(right.model_class, right.names, wrong_config, right.to_settings)
+    wrong = replace(right, to_config=wrong_config)
     monkeypatch.setattr(exporting, "HF_ARCHITECTURES", {"tokenformer": wrong})
     output = tmp_path / "hf"
     fails_without_folder(export, tokenformer, output, output=output, error=CheckpointError, match="logits .* differ")
@@ -427,7 +432,7 @@ def test_bin_files_are_imported(exported: Path, tokenformer: Checkpoint, tmp_pat
     assert_same_tensors(read_weights(imported), whole_model(tokenformer.config).state_dict())
 
 
-@pytest.mark.parametrize("name", ["tokenformer", "pythia"])
+@pytest.mark.parametrize("name", ["tokenformer", "pythia", "gpt2", "llama"])
 def test_configuration_derived_from_a_folder(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     checkpoint = request.getfixturevalue(name)
     folder = export(checkpoint, tmp_path / "hf")
@@ -518,8 +523,10 @@ def test_folders_that_cannot_be_described_leave_nothing(exported: Path, tmp_path
     folder.mkdir()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         convert(folder)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match="model_type 'gpt2' cannot be imported; known: gpt_neox, tokenformer"):
+    (folder / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(
+        CheckpointError, match="model_type 'opt' cannot be imported; known: gpt2, gpt_neox, llama, token"
+    ):
         convert(folder)
     (folder / "config.json").write_text('{"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}')
     (folder / "code.py").write_text("open('ran', 'w')")

@@ -32,11 +32,11 @@ from tools.ckpts import convert_hf_to_neox
 FORMS = ("whole", "shards", "bin")
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TokenFormer's export in one file of safetensors, in shards with an index, and in a .bin."""
+@pytest.fixture(scope="module", params=["l2_norm_gelu", pytest.param("gpt2", marks=pytest.mark.full)])
+def originals(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's export in one file of safetensors, in shards with an index, and in a .bin."""
     folder = tmp_path_factory.mktemp("originals")
-    checkpoint = make_checkpoint(write_yaml(folder, MODELS["l2_norm_gelu"]))
+    checkpoint = make_checkpoint(write_yaml(folder, MODELS[request.param]))
     whole = export(checkpoint, folder / "whole")
     export(checkpoint, folder / "shards", max_shard_bytes=60_000)
     shutil.copytree(whole, folder / "bin", ignore=shutil.ignore_patterns("*.safetensors"))

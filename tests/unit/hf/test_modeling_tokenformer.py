@@ -173,8 +173,8 @@ def test_eager_returns_attention_probabilities() -> None:
     tokens = random_tokens(2, 7)
     seen: list[Tensor] = []
 
-    def recording(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        output, probabilities = causal_attention_reference(q, k, v)
+    def recording(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None) -> Tensor:
+        output, probabilities = causal_attention_reference(q, k, v, dropout, scale)
         seen.append(probabilities)
         return output
 

@@ -16,6 +16,7 @@ from megatron.data.tokenizer import END_OF_DOCUMENT, build_tokenizer
 from megatron.errors import DataError
 from megatron.hf import tokenizer_files
 from megatron.hf.tokenizer_files import PADDING, write_tokenizer
+from tests.helpers.models import tiny_pythia
 
 TEXT = ["The parameter tokens attend to the tokens of the sequence, and the tokens of the sequence to them."] * 20
 SAMPLE = "Tokens of the sequence:\n\n  naïve 中 🙂\t!"
@@ -35,7 +36,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> TokenizerConfig:
 
 
 def test_transformers_encodes_and_decodes_as_training_did(trained: TokenizerConfig, tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "hf", trained, max_length=64)
+    write_tokenizer(tmp_path / "hf", trained, tiny_pythia(max_position_embeddings=64))
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), build_tokenizer(trained)
     ids = theirs(SAMPLE)["input_ids"]
     assert ids == ours.tokenize(SAMPLE)
@@ -57,10 +58,10 @@ def test_a_tokenizer_that_encodes_otherwise_is_refused(
     right = tokenizer_files.TOKENIZER_FILES[trained.type]
     monkeypatch.setattr(tokenizer_files, "TOKENIZER_FILES", {trained.type: lowercased})
     with pytest.raises(DataError, match="transformers encodes 'The quick brown fox"):
-        write_tokenizer(tmp_path / "hf", trained, max_length=64)
+        write_tokenizer(tmp_path / "hf", trained, tiny_pythia(max_position_embeddings=64))
 
 
 def test_older_versions_of_transformers_know_the_class(trained: TokenizerConfig, tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "hf", trained, max_length=64)
+    write_tokenizer(tmp_path / "hf", trained, tiny_pythia(max_position_embeddings=64))
     settings = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"

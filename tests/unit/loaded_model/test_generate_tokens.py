@@ -43,6 +43,18 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     assert len({tuple(tokens) for tokens in cached}) > 3
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_ends_with_the_learned_positions(use_cache: bool) -> None:
+    """Also where prompts of a batch are so unequal that all columns together are more than there are positions."""
+    model = loaded_model(MODELS["gpt2"])
+    prompts = random_prompts(2, 46)
+    short, long = generate(model, prompts, stop_tokens=(), maximum_tokens=1000, use_cache=use_cache)
+    assert short.ending == long.ending == "context_full"
+    assert (short.prompt_tokens + len(short.tokens), long.prompt_tokens + len(long.tokens)) == (48, 48)
+    alone = [generate(model, [prompt], stop_tokens=(), maximum_tokens=1000)[0].tokens for prompt in prompts]
+    assert [short.tokens, long.tokens] == alone
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_batch_of_unequal_prompts_is_each_of_them_alone(temperature: float) -> None:
     model = loaded_model(MODELS["tokenformer"], dtype=torch.float64)

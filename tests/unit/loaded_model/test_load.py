@@ -53,6 +53,15 @@ def test_another_context_is_fine_and_another_model_is_not(checkpoint: Checkpoint
         load_model(changed(checkpoint.config, "model", tie_embeddings=False), checkpoint, ParallelContext.single(), CPU)
 
 
+@pytest.mark.parametrize("positions", [8, 64])
+def test_as_many_learned_positions_as_there_are(positions: int, gpt2: Checkpoint) -> None:
+    other = changed(gpt2.config, "model", seq_length=8, max_position_embeddings=positions)
+    with pytest.raises(ConfigError, match=f"max_position_embeddings: checkpoint 16, configuration {positions}"):
+        load_model(other, gpt2, ParallelContext.single(), CPU)
+    shorter = changed(gpt2.config, "model", seq_length=8)
+    assert load_model(shorter, gpt2, ParallelContext.single(), CPU).context_length == 8
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(write_yaml(tmp_path, TOKENFORMER))
     file = checkpoint.path / "layer_01-model_00-model_states.pt"

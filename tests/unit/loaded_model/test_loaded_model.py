@@ -20,7 +20,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["tokenformer", "pythia"])
+@pytest.mark.parametrize("name", ["tokenformer", "pythia", "gpt2", "llama"])
 def test_left_padding_changes_nothing(name: str) -> None:
     model = loaded_model(MODELS[name], dtype=torch.float64)
     short, long = random_prompts(5, 12)

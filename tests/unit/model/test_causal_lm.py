@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
+from megatron.errors import ConfigError
 from megatron.model.causal_lm import (
     VocabSize,
     build_local,
@@ -20,7 +21,7 @@ from megatron.model.causal_lm import (
 from megatron.model.init_methods import INIT_METHODS
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters, parameter_spec
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 PUBLISHED_SIZES = {  # layers, width, heads: parameters with 50,304 rows
     (12, 768, 12): 151_881_216,
@@ -51,7 +52,11 @@ def test_pythia_70m_has_its_published_size() -> None:
     assert sum(p.numel() for p in module.parameters()) == 70_426_624
 
 
-@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+@pytest.mark.parametrize(
+    "model",
+    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()],
+    ids=["tokenformer", "pythia", "gpt2", "llama"],
+)
 def test_names_lead_to_pipeline_layers_and_back(model: ModelConfig) -> None:
     local_names = dict(build_local(model, VOCAB, seed=None).named_parameters())
     pipeline_names = []
@@ -92,8 +97,36 @@ def test_parameter_names_are_the_fields_words() -> None:
     assert names == layer | outside
 
 
+def test_positions_begin_at_the_start_of_each_row_and_end_with_the_table() -> None:
+    """Learned positions: the vector of a token's place is added to its own, and there are no more places."""
+    model = build_local(tiny_gpt2(), VOCAB, seed=1)
+    words, positions = model.embedding.word_embeddings.weight, model.embedding.position_embeddings
+    assert positions is not None
+    tokens = torch.tensor([[5, 9, 5], [7, 7, 7]])
+    torch.testing.assert_close(model.embedding(tokens), words[tokens] + positions.weight[:3], rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"a sequence of 17 tokens does not fit .* has learned 16 positions"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    cache = model.new_cache(2, 40, torch.tensor([10, 2]))
+    model.hidden_states(torch.zeros(2, 18, dtype=torch.long), cache)
+    cache.keep([0])
+    model.hidden_states(torch.zeros(1, 8, dtype=torch.long), cache)
+    with pytest.raises(ConfigError, match="a sequence of 17 tokens does not fit"):
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+def test_gpt2_starts_as_it_was_published() -> None:
+    """N(0, 0.02), residual projections over sqrt(2 L), biases 0 and norms 1 (Radford et al. 2019, section 2.3)."""
+    model = tiny_gpt2(num_layers=8, hidden_size=128, max_position_embeddings=64)
+    for name, parameter in build_local(model, VOCAB, seed=1).named_parameters():
+        if parameter.dim() == 1:
+            assert bool((parameter == float(name.endswith("norm.weight"))).all()), name
+            continue
+        residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+        assert float(parameter.std()) == pytest.approx(0.02 / (4 if residual else 1), rel=0.05), name
+
+
 def test_weight_decay_spares_norms_and_biases_only() -> None:
-    for model in (tiny_tokenformer(), tiny_pythia(), tiny_pythia(norm="rmsnorm")):
+    for model in (tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama(), tiny_pythia(norm="rmsnorm")):
         for name, parameter in build_local(model, VOCAB, seed=None).named_parameters():
             assert parameter_spec(parameter).decays == (parameter.dim() == 2), name
 
@@ -119,7 +152,7 @@ def test_initial_values_do_not_depend_on_the_process_wide_generator() -> None:
 @pytest.mark.parametrize("tensor_rank", [0, 1])
 def test_a_tensor_rank_holds_its_share_of_the_same_weights(tensor_rank: int) -> None:
     context = ParallelContext(tensor_size=2, tensor_rank=tensor_rank)
-    for model in (tiny_tokenformer(), tiny_pythia()):
+    for model in (tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()):
         whole = dict(build_local(model, VOCAB, 1).named_parameters())
         for name, share in build_local(model, VOCAB, 1, context).named_parameters():
             spec = parameter_spec(share)

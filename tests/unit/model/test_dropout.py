@@ -7,12 +7,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron.model.causal_lm import build_local
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 TOKENS = torch.randint(VOCAB.actual, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia])
+@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia, tiny_gpt2, tiny_llama])
 @pytest.mark.parametrize("kind", ["hidden_dropout", "attention_dropout"])
 def test_dropout_acts_in_training_only(build, kind: str) -> None:
     torch.manual_seed(0)
@@ -23,7 +23,7 @@ def test_dropout_acts_in_training_only(build, kind: str) -> None:
     assert torch.equal(module.eval()(TOKENS), plain(TOKENS))
 
 
-@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia])
+@pytest.mark.parametrize("build", [tiny_tokenformer, tiny_pythia, tiny_gpt2, tiny_llama])
 def test_recomputation_draws_the_same_numbers(build) -> None:
     module = build_local(build(hidden_dropout=0.3, attention_dropout=0.3), VOCAB, seed=1)
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(2))

@@ -10,10 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron.config.model_size import forward_flops, training_flops
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.model.causal_lm import build_local
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 
-@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+@pytest.mark.parametrize(
+    "model",
+    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()],
+    ids=["tokenformer", "pythia", "gpt2", "llama"],
+)
 def test_counted_operations_agree(model: ModelConfig) -> None:
     """The counter sees attention as all S x S pairs, masked or not, as we do."""
     batch, length = 2, 16

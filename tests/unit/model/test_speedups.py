@@ -26,7 +26,7 @@ from megatron.kernels.rotary.rotary import ROTARY
 from megatron.model.causal_lm import build_local
 from megatron.model.speedups import SLOTS, Speedups, apply_speedups, choose_speedups
 from megatron.training.optimizer import build_optimizer
-from tests.helpers.models import VOCAB, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 ADAMW = AdamWConfig(lr=1e-2, betas=[0.9, 0.95])
 FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
@@ -79,10 +79,12 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
     """Stand-ins for flash-attn and apex that compute with torch and note their calls."""
     calls: dict[str, list[Any]] = {"flash": [], "norm": [], "adam": []}
 
-    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float, causal: bool) -> Any:
+    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float, softmax_scale: float | None, causal: bool) -> Any:
         calls["flash"].append((dropout_p, causal))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal).transpose(1, 2)
+        options = {"dropout_p": dropout_p, "is_causal": causal, "scale": softmax_scale}
+        attended = F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=q.shape[1] != k.shape[1])
+        return attended.transpose(1, 2)
 
     def fused_layer_norm(x: Any, shape: Any, eps: float) -> Any:
         calls["norm"].append("plain")
@@ -199,7 +201,11 @@ def test_on_where_it_cannot_work(packages: dict[str, list[Any]], monkeypatch: py
         choose_speedups(SpeedupsConfig(torch_compile="on"), FP32, ADAMW, on_gpu=False)
 
 
-@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+@pytest.mark.parametrize(
+    "model",
+    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_gpt2(use_bias_in_norms=False), tiny_llama()],
+    ids=["tokenformer", "pythia", "gpt2", "gpt2 without biases in norms", "llama"],
+)
 def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, list[Any]]) -> None:
     plain, fast = build_local(model, VOCAB, seed=1), build_local(model, VOCAB, seed=1)
     apply_speedups(fast, speedups("flash_attn", "apex"))
@@ -207,10 +213,15 @@ def test_replaced_functions_compute_the_same(model: Any, packages: dict[str, lis
     torch.testing.assert_close(fast(tokens), plain(tokens), rtol=0, atol=0)
     assert packages["flash"] == [(0.0, True)] * model.num_layers
     inside = "plain" if model.norm == "layernorm_nonparam" else "affine"
-    assert packages["norm"] == [inside] * (2 * model.num_layers) + ["affine"]
+    norms = [inside] * (2 * model.num_layers) + ["affine"]
+    assert packages["norm"] == ([] if model.norm == "rmsnorm" else norms)
 
 
-@pytest.mark.parametrize("model", [tiny_tokenformer(), tiny_pythia()], ids=["tokenformer", "pythia"])
+@pytest.mark.parametrize(
+    "model",
+    [tiny_tokenformer(), tiny_pythia(), tiny_gpt2(), tiny_llama()],
+    ids=["tokenformer", "pythia", "gpt2", "llama"],
+)
 def test_every_operation_can_be_replaced_by_its_reference(model: Any) -> None:
     plain, spelled_out = (build_local(model, VOCAB, seed=1).double() for _ in range(2))
     references = {slot.operation.kind: slot.operation["reference"] for slot in SLOTS}
@@ -223,7 +234,8 @@ def test_every_operation_can_be_replaced_by_its_reference(model: Any) -> None:
     apply_speedups(spelled_out, Speedups({kind: counted(kind) for kind in references}, "torch AdamW", compile=False))
     tokens = torch.randint(0, VOCAB.actual, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(spelled_out(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
-    assert set(calls) == {*references} - ({"pattention"} if model.param_tokens is None else set())
+    absent = {"pattention": model.param_tokens is None, "layer norm": model.norm == "rmsnorm"}
+    assert set(calls) == {operation for operation in references if not absent.get(operation)}
 
 
 def test_optimizers_take_the_same_step(packages: dict[str, list[Any]]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpointing.convert.imported_weights import imported_vocabulary, require_finite, with_configured_rows
-from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES
+from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECTURES, GroupedRows
 from megatron.checkpointing.convert.neox.neox_files import NeoxFiles, open_neox
 from megatron.checkpointing.convert.neox.neox_merge import NeoxMerger
 from megatron.checkpointing.convert.neox.neox_model import model_of, require_same_model
@@ -56,17 +56,19 @@ def import_neox(
     output: Path,
     progress: Callable[[int, int], None],
     row_biases: RowBiases | None = None,
+    grouped_rows: GroupedRows | None = None,
 ) -> ImportedNeox:
     """Writes `output`/global_step0 and `latest`, in the source's number format; calls `progress(done, layers)`.
 
     A format for each tensor becomes the narrowest that holds all of them exactly. A layer is in memory at a time. Each
     tensor is one parameter of the configured model, or it is an error; where anything fails, no folder is left. Under
     `gpt_j_residual` each tensor-parallel rank adds its own bias of a row-parallel matrix before the outputs are summed,
-    so the model's is their sum; elsewhere they are replicas. `row_biases` decides otherwise. Raises ConfigError when
+    so the model's is their sum; elsewhere they are replicas. `row_biases` decides otherwise. `grouped_rows` says how
+    packed queries, keys and values are ordered where the tensors do not tell. Raises ConfigError when it has to, or
     the configuration describes another model, CheckpointError for damaged, unsafe or unknown tensors, DataError without
     the configured tokenizer.
     """
-    states = NeoxStates(source, run, row_biases)
+    states = NeoxStates(source, run, row_biases, grouped_rows)
     with new_folder(output) as temporary:
         header = RunHeader.new(states.vocab.actual, {"torch": version("torch")})
         write_states(states.read(progress), run, ParallelSizes(), temporary, header)
@@ -76,15 +78,18 @@ def import_neox(
 class NeoxStates:
     """The layers of a foreign checkpoint under our names."""
 
-    def __init__(self, source: Path, run: RunConfig, row_biases: RowBiases | None) -> None:
+    def __init__(
+        self, source: Path, run: RunConfig, row_biases: RowBiases | None, grouped_rows: GroupedRows | None = None
+    ) -> None:
         """Opens the files. Raises what `import_neox` raises."""
-        self.files = open_neox(source, allow_unsafe=run.checkpoint.allow_unsafe_load)
-        found = model_of(self.files)
-        require_same_model(self.files, found, run.model)
+        packed = open_neox(source, allow_unsafe=run.checkpoint.allow_unsafe_load)
+        found = model_of(packed)
+        require_same_model(packed, found, run.model)
+        architecture = NEOX_ARCHITECTURES[run.model.architecture]
+        self.files = NeoxFiles(packed.path, architecture.take_apart(packed.tensors, run.model, grouped_rows))
         self.source_rows = found.vocabulary_rows
         self.vocab = imported_vocabulary(self.source_rows, run, str(self.files.path))
         self._layouts = layer_layouts(run.model, self.vocab)
-        architecture = NEOX_ARCHITECTURES[run.model.architecture]
         self._row_biases: RowBiases = row_biases or (
             "sum" if architecture.row_biases_are_summed(run.model) else "replicas"
         )

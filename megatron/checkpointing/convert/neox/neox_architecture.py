@@ -5,14 +5,19 @@ An architecture is one module in `architectures/`. Names are those within a laye
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.checkpointing.convert.neox.neox_files import StoredTensor
 from megatron.config.sections.model import ModelConfig
 from megatron.registry import Registry
+
+NeoxTensors = dict[str, list[StoredTensor]]
+"""The tensors of a checkpoint by name `N.local`: the parts of all tensor-parallel ranks, in their order."""
+
+GroupedRows = Literal["by-head", "by-kind"]
+"""Order of the rows of packed queries, keys and values where heads of queries share keys and values."""
 
 LayerTensors = Mapping[str, Sequence[StoredTensor]]
 """The tensors of one layer by name: the parts of all tensor-parallel ranks, in their order."""
@@ -39,8 +44,15 @@ class NeoxArchitecture:
     """Beginning of a parameter's name, as a pattern, and the YAML key that decides about its existence and rows. Those
     of every architecture are in neox_names.py."""
 
-    recognized_by: re.Pattern[str] | None = None
-    """Matches the beginning of names that no other architecture has. None for GPT-NeoX itself: what no other claims."""
+    is_recognized: Callable[[LayerTensors], bool] | None = None
+    """Tells whether a layer's tensors are of this architecture and no other. None for layers as GPT-NeoX's own, which
+    no other claims."""
+
+    take_apart: Callable[[NeoxTensors, ModelConfig, GroupedRows | None], NeoxTensors] = lambda tensors, model, rows: (
+        tensors
+    )
+    """Takes tensors apart that hold several parameters of ours, for the configured model. Raises ConfigError where the
+    order of the rows has to be given and is None."""
 
     renamed: tuple[tuple[str, str], ...] = ()
     """Pattern in our names, and its replacement in NeoX's, where the two differ."""

@@ -20,6 +20,7 @@ NO_PARAMETERS = re.compile(r"\d+\.attention\.(rotary_emb\.inv_freq|bias|masked_b
 DECIDING_KEYS = (
     (r"\w+_layernorm\.", "norm"),
     (r"norm\.", "final_norm"),
+    (r"position_embeddings\.", "pos_emb"),
     (r"word_embeddings\.", "padded_vocab_size"),
     (r"final_linear\.", "no_weight_tying"),
     (r"attention\.|mlp\.", "attention_config"),

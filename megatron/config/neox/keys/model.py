@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from megatron.config.architecture import attention_types
+from megatron.config.architecture import attention_types, implied_architecture
+from megatron.config.architectures.llama import default_width
 from megatron.config.neox_entries import (
     DELETED_EXPERIMENT,
     UNSET,
@@ -27,19 +28,23 @@ _SAME_FUNCTION = "a fused kernel of the same function; PyTorch picks its own"
 
 
 def architecture_of(value: YamlValue, flat: Flat) -> Converted:
-    """Returns the architecture that an `attention_config` such as [[["tokenformer"], 12]] describes."""
+    """Returns the architecture that an `attention_config` such as [[["tokenformer"], 12]] describes.
+
+    Where several have its attention types, the one that is named, or else implied by the other keys.
+    """
     layers = _attention_layers(value, flat.get("num_layers"))
     known = attention_types()
     for kind in layers:
         if kind not in known:
             raise RefusedError(f"attention type {kind} is not implemented; {', '.join(known)} are")
-    architectures = {known[kind] for kind in layers}
-    if len(architectures) > 1:
+    possible = [name for name in next(iter(known[kind] for kind in layers)) if all(name in known[k] for k in layers)]
+    if not possible:
         raise RefusedError("layers of several architectures in one model are not implemented")
     num_layers = flat.get("num_layers")
     if isinstance(num_layers, int) and layers.total() != num_layers:
         raise RefusedError(f"describes {layers.total()} layers, but num_layers is {num_layers}")
-    return architectures.pop()
+    chosen = next((name for name in (flat.get("architecture"), implied_architecture(flat)) if name in possible), None)
+    return chosen or possible[0]
 
 
 def _attention_layers(value: YamlValue, num_layers: YamlValue) -> Counter[str]:
@@ -75,15 +80,37 @@ def _norm(value: YamlValue, flat: Flat) -> Converted:
     return value
 
 
+_GATE = ("silu", "swish")
+"""NeoX's names of the function on the gate of its `mlp_type: llama`."""
+
+
 def _activation(value: YamlValue, flat: Flat) -> Converted:
-    """Leaves exact GeLU to bias_gelu_fusion, under which NeoX computes the tanh approximation."""
-    _refuse_absent(value, "geglu relu softsign swish mish silu reglu swiglu bilinear glu", "gelu and gelu_tanh")
-    return UNSET if value == "gelu" and flat.get("bias_gelu_fusion") is True else value
+    """Leaves exact GeLU to bias_gelu_fusion, under which NeoX computes the tanh approximation.
+
+    The gate of NeoX's older `mlp_type: llama` makes swiglu of silu.
+    """
+    if flat.get("mlp_type") == "llama" and value in _GATE:
+        return "swiglu"
+    _refuse_absent(value, "geglu relu softsign swish mish silu reglu bilinear glu", "gelu, gelu_tanh and swiglu")
+    fused = flat.get("bias_gelu_fusion") is True and not _is_llama(flat)
+    return UNSET if value == "gelu" and fused else value
+
+
+def _mlp_type(value: YamlValue, flat: Flat) -> Converted:
+    """Chooses the architecture of NeoX's older gated MLP; regular asks for nothing."""
+    if value == "regular":
+        return UNSET
+    if value != "llama":
+        raise RefusedError("known to NeoX, not supported here with this value; only regular and llama are accepted")
+    if flat.get("activation") not in (*_GATE, "swiglu"):
+        raise RefusedError(f"a gate by {flat.get('activation', 'gelu')} is not implemented; add activation: silu")
+    return flat.get("architecture", "llama")
 
 
 def _fused_gelu(value: YamlValue, flat: Flat) -> Converted:
     """Returns the approximation that NeoX's fused kernel computes; of another activation it says nothing."""
-    return "gelu_tanh" if value is True and flat.get("activation") in (None, "gelu") else UNSET
+    applies = flat.get("activation") in (None, "gelu") and not _is_llama(flat)
+    return "gelu_tanh" if value is True and applies else UNSET
 
 
 def _refuse_absent(value: YamlValue, absent: str, present: str) -> None:
@@ -93,8 +120,8 @@ def _refuse_absent(value: YamlValue, absent: str, present: str) -> None:
 
 
 def _position_embedding(value: YamlValue, flat: Flat) -> Converted:
-    if value in ("learned", "sinusoidal", "rpe", "alibi"):
-        raise RefusedError(f"{value} positions are not implemented; rotary and none are")
+    if value in ("sinusoidal", "rpe", "alibi"):
+        raise RefusedError(f"{value} positions are not implemented; rotary, learned and none are")
     return value
 
 
@@ -108,29 +135,79 @@ def _init_method(value: YamlValue, flat: Flat) -> Converted:
     return value
 
 
-_OTHER_WIDTH = "known to NeoX, not supported here: an MLP of another width is not implemented"
+_OTHER_WIDTH = "known to NeoX, not supported here: only the MLP of llama has another width than 4 x hidden_size"
+
+
+def _is_llama(flat: Flat) -> bool:
+    return flat.get("architecture", implied_architecture(flat)) == "llama"
+
+
+def _intermediate_size(value: YamlValue, flat: Flat) -> Converted:
+    if not _is_llama(flat):
+        hidden = flat.get("hidden_size")
+        if isinstance(hidden, int) and value == 4 * hidden:
+            return UNSET
+        raise RefusedError(_OTHER_WIDTH + (f" ({4 * hidden})" if isinstance(hidden, int) else ""))
+    if "architecture" in flat:
+        raise RefusedError(
+            "NeoX reads it as the width of the MLP beside mlp_type: llama, and as three times that beside activation: "
+            "swiglu; give ffn_hidden_size, the width itself"
+        )
+    return _width(flat)
+
+
+def _expansion_factor(value: YamlValue, flat: Flat) -> Converted:
+    if not _is_llama(flat):
+        if value == 4 and not isinstance(value, bool):
+            return UNSET
+        raise RefusedError(_OTHER_WIDTH)
+    if "architecture" in flat or flat.get("mlp_type") == "llama":
+        raise RefusedError("NeoX reads it beside activation: swiglu alone; give ffn_hidden_size, the width itself")
+    if "intermediate_size" in flat:
+        raise RefusedError("contradicts intermediate_size, as in NeoX; keep one")
+    return _width(flat)
+
+
+def _mlp_multiple_of(value: YamlValue, flat: Flat) -> Converted:
+    hidden = flat.get("hidden_size")
+    if not isinstance(value, int) or value < 1:
+        raise RefusedError("expected a whole number above 0")
+    if not _is_llama(flat):
+        if isinstance(hidden, int) and 4 * hidden % value == 0:
+            return UNSET
+        raise RefusedError(f"{_OTHER_WIDTH}, which this does not divide")
+    if "architecture" in flat or flat.get("mlp_type") == "llama":
+        raise RefusedError("NeoX reads it beside activation: swiglu alone; give ffn_hidden_size, the width itself")
+    return UNSET if flat.keys() & {"intermediate_size", "expansion_factor"} else _width(flat)
 
 
 def _is_four_times_hidden(value: YamlValue, flat: Flat) -> str | None:
     hidden = flat.get("hidden_size")
-    if isinstance(hidden, int) and value == 4 * hidden:
+    return None if isinstance(hidden, int) and value == 4 * hidden else _OTHER_WIDTH
+
+
+def _width(flat: Flat) -> Converted:
+    width = default_width(flat)
+    if width is None:
+        raise RefusedError("the width of the MLP follows from it and hidden_size; expected whole numbers above 0")
+    return width
+
+
+def _num_kv_heads(value: YamlValue, flat: Flat) -> Converted:
+    """Leaves the default in place where the architecture has no other and none is asked for."""
+    return UNSET if not _is_llama(flat) and value == flat.get("num_attention_heads") else value
+
+
+def _grouped_heads_are_counted(value: YamlValue, flat: Flat) -> str | None:
+    if value == "multihead" or (value == "groupedquery" and "num_kv_heads" in flat):
         return None
-    wanted = f" ({4 * hidden})" if isinstance(hidden, int) else ""
-    return f"{_OTHER_WIDTH}: it is 4 x hidden_size{wanted}"
+    return "known to NeoX, not supported here with this value: num_kv_heads alone counts the heads of keys and values"
 
 
-def _divides_mlp_width(value: YamlValue, flat: Flat) -> str | None:
-    hidden = flat.get("hidden_size")
-    if isinstance(hidden, int) and isinstance(value, int) and value > 0 and 4 * hidden % value == 0:
-        return None
-    return f"{_OTHER_WIDTH}: it is 4 x hidden_size, which this does not divide"
-
-
-def _bias_of_layernorm(value: YamlValue, flat: Flat) -> str | None:
+def _bias_of_layernorm(value: YamlValue, flat: Flat) -> Converted:
+    """Leaves a model without LayerNorm as it is: no other norm has a bias."""
     norm = flat.get("norm") or "layernorm"
-    if value is True or "layernorm" not in (norm, flat.get("final_norm") or norm):
-        return None
-    return "known to NeoX, not supported here: LayerNorm without a bias is not implemented"
+    return value if "layernorm" in (norm, flat.get("final_norm") or norm) else UNSET
 
 
 def _same_as(other: str, because: str) -> Inert:
@@ -158,7 +235,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     ),
     "final_norm": Conversion(_norm),
     "scalenorm_epsilon": Inert(float, "only read by scalenorm, which norm refuses"),
-    "use_bias_in_norms": Inert(bool, "LayerNorm has a bias, and the other norms have none", _bias_of_layernorm),
+    "use_bias_in_norms": Conversion(_bias_of_layernorm, accepts=bool),
     "activation": Conversion(_activation),
     "bias_gelu_fusion": MapsTo(
         "model.activation",
@@ -171,7 +248,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "rotary_save_freqs_buffer": Inert(bool, "rotary frequencies are recomputed, never stored in a checkpoint"),
     "rpe_num_buckets": Inert(int, "only read with pos_emb: rpe, which is refused"),
     "rpe_max_distance": Inert(int, "only read with pos_emb: rpe, which is refused"),
-    "opt_pos_emb_offset": Inert(int, "only read with pos_emb: learned, which is refused"),
+    "opt_pos_emb_offset": Rejected("OPT's offset of learned positions is not implemented", harmless=(0,), accepts=int),
     "gpt_j_tied": absent_flag("a parallel residual with one norm for both branches is not implemented"),
     "no_weight_tying": Conversion(
         _negated, accepts=bool, meaning="The head has a matrix of its own instead of the embedding's.", default=False
@@ -181,16 +258,31 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "output_layer_parallelism": Inert(
         str, "the head is always split by vocabulary", only("column", because="the head is split by vocabulary")
     ),
-    "num_kv_heads": _same_as("num_attention_heads", "grouped-query attention is not implemented"),
-    "attention_type": Rejected("grouped-query attention is not implemented", harmless=("multihead",), accepts=str),
+    "num_kv_heads": Conversion(_num_kv_heads),
+    "attention_type": Inert(str, "num_kv_heads says how many heads share keys and values", _grouped_heads_are_counted),
     "num_unique_layers": _same_as("num_layers", "layers do not share parameters"),
     "param_sharing_style": Inert(str, "only read with num_unique_layers below num_layers, which is refused"),
-    "intermediate_size": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
-    "ffn_dim": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
-    "expansion_factor": Inert(
-        float, "4 is the only value accepted", only(4, 4.0, because="an MLP of another width is not implemented")
+    "intermediate_size": MapsTo(
+        "model.ffn_hidden_size",
+        _intermediate_size,
+        int,
+        "in NeoX too, the width of the MLP beside mlp_type: llama, three times it beside activation: swiglu",
+        meaning="Width of the MLP (llama), by NeoX's rule; elsewhere only 4 x hidden_size is accepted.",
     ),
-    "mlp_multiple_of": Inert(int, "the MLP width is a multiple of it already", _divides_mlp_width),
+    "ffn_dim": Inert(int, "equal to 4 x hidden_size, the only value accepted", _is_four_times_hidden),
+    "expansion_factor": MapsTo(
+        "model.ffn_hidden_size",
+        _expansion_factor,
+        float,
+        meaning="Three times the width of the MLP (llama) over hidden_size, beside activation: swiglu, as in NeoX; "
+        "elsewhere only 4 is accepted.",
+    ),
+    "mlp_multiple_of": MapsTo(
+        "model.ffn_hidden_size",
+        _mlp_multiple_of,
+        int,
+        meaning="Round the width of the MLP (llama) up to a multiple of this, beside activation: swiglu.",
+    ),
     "sliding_window_width": Rejected("sliding-window attention is not implemented"),
     "use_qk_layernorm": absent_flag("norms on queries and keys are not implemented"),
     "soft_prompt_tuning": Rejected("soft prompts are not implemented"),
@@ -211,7 +303,7 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "rmsnorm_fusion": Inert(bool, _SAME_FUNCTION),
     "rope_fusion": Inert(bool, _SAME_FUNCTION),
     "fused_kernels_build_path": Inert(str, "no kernel is compiled ahead of a run"),
-    "use_flashattn_swiglu": absent_flag("SwiGLU is not implemented"),
+    "use_flashattn_swiglu": Inert(bool, _SAME_FUNCTION),
     "apply_query_key_layer_scaling": Inert(
         bool, "NeoX divides the scores by the layer number and multiplies them back before the softmax: same function"
     ),
@@ -232,10 +324,11 @@ MODEL_KEYS: dict[str, TableEntry] = {
     "te_fp8_margin": Inert(int, "only read by Transformer Engine layers, which are refused"),
     "moe_num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=int),
     "num_experts": Rejected("mixture of experts is not implemented", harmless=(1,), accepts=int),
-    "mlp_type": Inert(
+    "mlp_type": MapsTo(
+        "model.architecture",
+        _mlp_type,
         str,
-        "regular is the only value accepted",
-        only("regular", because="gated MLPs such as llama's are not implemented"),
+        meaning="llama, beside activation: silu, selects the architecture llama; regular asks for nothing.",
     ),
     "tokenformer_use": absent_flag(
         "the TokenFormer release itself selects its layers by attention_config",

@@ -10,6 +10,7 @@ import torch
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
+from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.evaluation.harness.batch_limit import BatchLimit, compute_in_batches, tokens_that_fit
 from megatron.inference.evaluation.harness.continuation_scores import ContinuationScore, ScoringRow, score_batch
@@ -25,6 +26,7 @@ class EvaluationWorker:
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext, device: torch.device) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, config.model)
         self.context = context
         self.device = device
         self.limit = BatchLimit(config.evaluation.batch_size, together=context.tensor_size > 1)
@@ -94,7 +96,7 @@ class EvaluationWorker:
                 self.model,
                 [prompt for prompt, _ in batch],
                 sampling,
-                start_token=self.tokenizer.eod,
+                start_token=self.prompt_tokenizer.start,
                 stop_tokens={self.tokenizer.eod},
                 seeds=[(repeat, *prompt) for prompt, repeat in batch],
                 should_stop=lambda _, tokens: any(text in self.tokenizer.detokenize(tokens) for text in until),

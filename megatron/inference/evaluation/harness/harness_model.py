@@ -17,7 +17,8 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer
+from megatron.data.prompt_tokenizer import PromptTokenizer
+from megatron.data.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError
 from megatron.inference.evaluation.harness.continuation_scores import ContinuationScore, plan_rows
 from megatron.inference.evaluation.harness.response_cache import ResponseCache
@@ -41,7 +42,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def __init__(
         self,
         request: Request,
-        tokenizer: Tokenizer,
+        tokenizer: PromptTokenizer,
         max_length: int,
         sequences: Callable[[int], int],
         cache: ResponseCache,
@@ -56,14 +57,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokenizer.eod
+        return self._tokenizer.tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.start
 
     @property
     def tokenizer_name(self) -> str:
-        return type(self._tokenizer).__name__
+        return type(self._tokenizer.tokenizer).__name__
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self._tokenizer.tokenize(string)
+        return self._tokenizer.tokenize(string, begin=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], disable_tqdm: bool = False, **kwargs: Any

@@ -13,8 +13,12 @@ def load() -> CausalAttention:
     """Imports flash-attn. Raises EnvironmentSetupError when it is not installed."""
     flash_attn = require("flash_attn", "flash_attention: on", "Install it with `pip install -r requirements/gpu.txt`.")
 
-    def causal_attention(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, dropout: float = 0.0) -> Tensor:
-        output_BSHE: Tensor = flash_attn.flash_attn_func(q_BSHE, k_BSHE, v_BSHE, dropout_p=dropout, causal=True)
+    def causal_attention(
+        q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, dropout: float = 0.0, scale: float | None = None
+    ) -> Tensor:
+        output_BSHE: Tensor = flash_attn.flash_attn_func(
+            q_BSHE, k_BSGE, v_BSGE, dropout_p=dropout, softmax_scale=scale, causal=True
+        )
         return output_BSHE
 
     return causal_attention

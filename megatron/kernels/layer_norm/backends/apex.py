@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megatron.kernels.backends import INSTALL, Backend
@@ -21,7 +22,9 @@ def load() -> LayerNormFunction:
         if weight is None:
             plain: Tensor = apex.fused_layer_norm(x, shape, epsilon)
             return plain
-        affine: Tensor = apex.fused_layer_norm_affine(x, weight, bias, shape, epsilon)
+        # apex has no kernel for a scale without a bias.
+        offset = torch.zeros_like(weight) if bias is None else bias
+        affine: Tensor = apex.fused_layer_norm_affine(x, weight, offset, shape, epsilon)
         return affine
 
     return layer_norm

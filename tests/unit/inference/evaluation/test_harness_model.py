@@ -69,7 +69,7 @@ def adapter(run: RunConfig, cache: Path | None = None) -> HarnessModel:
     pool = RankPool(ParallelContext.single(), worker)
     pool.request("load", [None], iteration=None)
     length, sequences = worker.model.context_length, worker.limit.sequences
-    return HarnessModel(pool.request, tokenizer, length, sequences, ResponseCache(cache))
+    return HarnessModel(pool.request, worker.prompt_tokenizer, length, sequences, ResponseCache(cache))
 
 
 def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:

@@ -48,6 +48,7 @@ def test_weights_that_are_none(kind: str, eval_export: Path, tmp_path: Path) -> 
         ("tokenizer_config.json", "[]"),
         ("generation_config.json", "[3]"),
         ("config.json", "[]"),
+        ("config.json", '{"model_type": "gpt2", "pad_token_id": [1.5]}'),
     ],
 )
 def test_other_files_that_are_none(name: str, content: str, eval_export: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megatron.inference.generation.read_prompts import configured_prompts
 from megatron.io import progress
 from megatron.loaded_model.rank_pool import RankPool
 from megatron.mpu.context import ParallelContext
-from tests.helpers.loaded_models import MODELS, loaded_model
+from tests.helpers.loaded_models import MODELS, generate, loaded_model
 
 
 def prompts_of(content: str | bytes, folder: Path, prompt_end: str = "\n") -> list[str]:
@@ -87,13 +87,21 @@ class SpaceEatingTokenizer(CharLevelTokenizer):
         return super().detokenize(ids).removeprefix(" ")
 
 
-def generator_of(tokenizer: CharLevelTokenizer, **settings: Any) -> TextGenerator:
+class BeginningTokenizer(CharLevelTokenizer):
+    """Has a begin-of-sequence token, as LLaMA's do."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__(config)
+        self.bos = 5
+
+
+def generator_of(tokenizer: CharLevelTokenizer, model: str = "pythia", **settings: Any) -> TextGenerator:
     config = RunConfig(
-        model=MODELS["pythia"],
+        model=MODELS[model],
         training=TrainingConfig(train_iters=1, optimizer=AdamWConfig(lr=1e-3), train_micro_batch_size_per_gpu=2),
         generation=GenerationConfig(maximum_tokens=3, **settings),
     )
-    return TextGenerator(loaded_model(MODELS["pythia"]), tokenizer, config)
+    return TextGenerator(loaded_model(MODELS[model]), tokenizer, config)
 
 
 def test_the_space_between_prompt_and_text_is_the_texts() -> None:
@@ -115,3 +123,15 @@ def test_long_runs_tell_how_far_they_are(monkeypatch: pytest.MonkeyPatch, caplog
         "4 of 5 samples",
         "5 of 5 samples",
     ]
+
+
+def test_prompts_of_a_llama_follow_its_begin_of_sequence_token() -> None:
+    """An empty one is continued from it, where other architectures continue from the end of a document."""
+    prompts = ["\x07\x08", ""]
+    for model, before, start in (("llama", [5], 5), ("pythia", [], 0)):
+        generator = generator_of(BeginningTokenizer(TokenizerConfig()), model, temperature=0.0)
+        requests = [generator.requests(prompt, 0)[0] for prompt in prompts]
+        assert [request.tokens for request in requests] == [[*before, 7, 8], []]
+        texts = [record["text"] for record in generator.generate("write", requests, {})]
+        wanted = generate(generator.model, [[*before, 7, 8], [start]], maximum_tokens=3)
+        assert texts == [generator.tokenizer.detokenize(found.tokens) for found in wanted]

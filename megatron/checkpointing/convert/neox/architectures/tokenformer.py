@@ -15,6 +15,8 @@ from megatron.checkpointing.convert.neox.neox_architecture import (
 )
 from megatron.config.sections.model import ModelConfig
 
+KEY_TOKENS = re.compile(r"(attention\.(query|proj)|mlp)\.key_param_tokens")
+
 
 def count_of(pattention: str, section: Literal["qkv", "proj", "ffn"]) -> TensorKey:
     """Returns the key that counts the parameter tokens of one Pattention of a layer."""
@@ -47,7 +49,7 @@ NEOX_ARCHITECTURES.register("tokenformer")(
             (r"attention\.proj\.", "proj_slot_num"),
             (r"mlp\.(key|value)_param_tokens", "ffn_slot_num"),
         ),
-        recognized_by=re.compile(r"(attention\.(query|proj)|mlp)\.key_param_tokens"),
+        is_recognized=lambda layer: any(map(KEY_TOKENS.match, layer)),
         renamed=((r"(key|value)_tokens$", r"\1_param_tokens"),),
     )
 )
