@@ -51,12 +51,13 @@ def compiled(kernel: Any, theta: Any, part: tuple[bool, bool], num_tokens: int, 
 
 
 def compiled_rotation(features: int, capability: int) -> Any:
-    """Returns the compiled rotation of 12 bf16 heads."""
+    """Returns the compiled rotation of up to 16 bf16 heads."""
     tensors = dict.fromkeys(("q_ptr", "k_ptr", "new_q_ptr", "new_k_ptr"), "*bf16")
     tables = dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
     sizes = (
         "length",
-        "heads",
+        "q_heads",
+        "k_heads",
         "features",
         "half",
         "q_batch",

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rotate(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys [B, S, H, E]."""
-    rotated: tuple[Tensor, Tensor] = _Rotation.apply(q_BSHE, k_BSHE, cos_BS1r, sin_BS1r)
+def rotate(q_BSHE: Tensor, k_BSGE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries [B, S, H, E] and keys [B, S, G, E]."""
+    rotated: tuple[Tensor, Tensor] = _Rotation.apply(q_BSHE, k_BSGE, cos_BS1r, sin_BS1r)
     return rotated
 
 
@@ -24,19 +24,19 @@ class _Rotation(torch.autograd.Function):
     """The gradient of a rotation is the rotation back; nothing but the angles is saved."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q_BSHE: Tensor, k_BSGE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_BS1r, sin_BS1r)
-        return _launch(q_BSHE, k_BSHE, cos_BS1r, sin_BS1r, back=False)
+        return _launch(q_BSHE, k_BSGE, cos_BS1r, sin_BS1r, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq_BSHE: Tensor, dk_BSHE: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_launch(dq_BSHE, dk_BSHE, *ctx.saved_tensors, back=True), None, None
+    def backward(ctx: Any, dq_BSHE: Tensor, dk_BSGE: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_launch(dq_BSHE, dk_BSGE, *ctx.saved_tensors, back=True), None, None
 
 
-def _launch(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
+def _launch(q_BSHE: Tensor, k_BSGE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     batch, length, heads, features = q_BSHE.shape
-    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BSHE, k_BSHE)]
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q_BSHE, k_BSGE)]
     outputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     rotated = cos_BS1r.shape[-1]
     rotate_rows[(batch * length,)](
@@ -46,6 +46,7 @@ def _launch(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor, 
         sin_BS1r.contiguous(),
         length,
         heads,
+        k_BSGE.shape[2],
         features,
         rotated // 2,
         *inputs[0].stride()[:3],
@@ -53,7 +54,7 @@ def _launch(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor, 
         ONE_TABLE=cos_BS1r.shape[0] == 1,
         BACK=back,
         WIDE=tl.float64 if q_BSHE.dtype == torch.float64 else tl.float32,
-        HEADS=triton.next_power_of_2(heads),
+        HEADS=triton.next_power_of_2(max(heads, k_BSGE.shape[2])),
         HALF=triton.next_power_of_2(rotated // 2),
         KEPT=triton.next_power_of_2(max(features - rotated, 1)),
     )
@@ -69,7 +70,8 @@ def rotate_rows(
     cos_ptr,
     sin_ptr,
     length,
-    heads,
+    q_heads,
+    k_heads,
     features,
     half,
     q_batch,
@@ -87,7 +89,8 @@ def rotate_rows(
 ):
     """Rotates all heads of q and k at one position of one sequence; BACK: by the negative angle.
 
-    q, k: [batch, length, heads, features] with strides of their own, features contiguous.  new_q, new_k: contiguous.
+    q: [batch, length, q_heads, features], k: the same with k_heads; strides of their own, features contiguous.
+    new_q, new_k: contiguous.
     cos, sin: [batch or 1 (ONE_TABLE), length, 1, 2 half] contiguous. Math in WIDE.
     Reference: megatron/kernels/rotary/backends/reference.py
     Tested in: tests/unit/kernels/test_rotary.py (outputs and gradients)
@@ -103,14 +106,15 @@ def rotate_rows(
     if BACK:
         sin = -sin
     head = tl.arange(0, HEADS)[:, None]
-    pairs = (head < heads) & is_pair[None, :]
     kept = 2 * half + tl.arange(0, KEPT)[None, :]
-    is_kept = (head < heads) & (kept < features)
-    new = program * heads * features + head * features
+    pairs, is_kept = (head < q_heads) & is_pair[None, :], (head < q_heads) & (kept < features)
     q_rows = q_ptr + batch * q_batch + position * q_position + head * q_head
-    rotate_heads(q_rows, new_q_ptr + new, cos, sin, pair[None, :], half, pairs, kept, is_kept, WIDE)
+    new_q_rows = new_q_ptr + (program * q_heads + head) * features
+    rotate_heads(q_rows, new_q_rows, cos, sin, pair[None, :], half, pairs, kept, is_kept, WIDE)
+    pairs, is_kept = (head < k_heads) & is_pair[None, :], (head < k_heads) & (kept < features)
     k_rows = k_ptr + batch * k_batch + position * k_position + head * k_head
-    rotate_heads(k_rows, new_k_ptr + new, cos, sin, pair[None, :], half, pairs, kept, is_kept, WIDE)
+    new_k_rows = new_k_ptr + (program * k_heads + head) * features
+    rotate_heads(k_rows, new_k_rows, cos, sin, pair[None, :], half, pairs, kept, is_kept, WIDE)
 
 
 @triton.jit

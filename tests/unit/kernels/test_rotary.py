@@ -19,21 +19,25 @@ def tables(batch: int, length: int, rotated: int) -> tuple[Tensor, Tensor]:
     return RotaryEmbedding(model).tables(positions.view(batch, length))
 
 
-@pytest.mark.parametrize(("heads", "features", "rotated"), [(4, 64, 16), (3, 10, 10), (1, 6, 2)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "features", "rotated"), [(4, 4, 64, 16), (3, 1, 10, 10), (1, 1, 6, 2), (6, 2, 16, 16)]
+)
 @pytest.mark.parametrize("several_tables", [False, True])
 @pytest.mark.parametrize("name", fast_backends(ROTARY))
 def test_backend_computes_the_definition(
-    name: str, several_tables: bool, heads: int, features: int, rotated: int
+    name: str, several_tables: bool, heads: int, key_heads: int, features: int, rotated: int
 ) -> None:
-    """Queries as parts of a larger tensor, as fused projections give them; keys contiguous."""
+    """Queries as parts of a larger tensor, as fused projections give them; keys contiguous, and of fewer heads."""
     backend = load_backend(ROTARY, name)
-    q3, k, probe_q, probe_k = backend.prepared(seeded((2, 5, heads, 3, features), *[(2, 5, heads, features)] * 3))
+    of_queries, of_keys = (2, 5, heads, features), (2, 5, key_heads, features)
+    drawn = seeded((2, 5, heads, 3, features), of_keys, of_queries, of_keys)
+    q3, k, probe_q, probe_k = backend.prepared(drawn)
     cos, sin = (table.to(backend.device) for table in tables(2 if several_tables else 1, 5, rotated))
 
     def joined(rotated_pair: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.stack(rotated_pair)
+        return torch.cat(rotated_pair, dim=2)
 
-    probe = torch.stack((probe_q, probe_k))
+    probe = joined((probe_q, probe_k))
     got = outputs_and_gradients(
         lambda leaves: joined(backend.function(leaves[0][..., 1, :], leaves[1], cos, sin)), [q3, k], probe
     )

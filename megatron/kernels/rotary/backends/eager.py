@@ -9,9 +9,9 @@ from megatron.kernels.backends import Backend
 from megatron.kernels.rotary.rotary import ROTARY
 
 
-def rotate(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys [B, S, H, E]."""
-    return _rotate(q_BSHE, cos_BS1r, sin_BS1r), _rotate(k_BSHE, cos_BS1r, sin_BS1r)
+def rotate(q_BSHE: Tensor, k_BSGE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries [B, S, H, E] and keys [B, S, G, E]."""
+    return _rotate(q_BSHE, cos_BS1r, sin_BS1r), _rotate(k_BSGE, cos_BS1r, sin_BS1r)
 
 
 def _rotate(x_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ def rotate_reference(x_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> Tens
     return torch.cat((turned.real, turned.imag, wide[..., 2 * half :]), dim=-1).to(x_BSHE.dtype)
 
 
-def rotate(q_BSHE: Tensor, k_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys [B, S, H, E]."""
-    return rotate_reference(q_BSHE, cos_BS1r, sin_BS1r), rotate_reference(k_BSHE, cos_BS1r, sin_BS1r)
+def rotate(q_BSHE: Tensor, k_BSGE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries [B, S, H, E] and keys [B, S, G, E]."""
+    return rotate_reference(q_BSHE, cos_BS1r, sin_BS1r), rotate_reference(k_BSGE, cos_BS1r, sin_BS1r)
 
 
 ROTARY.register("reference")(Backend(label="reference", rank=None, load=lambda: rotate))
