@@ -20,7 +20,7 @@ PUBLISHED_RATIOS = ParamTokenConfig(qkv=WIDTH, proj=WIDTH, ffn=4 * WIDTH)
 
 def layer(model: ModelConfig, recompute_scores: bool) -> TransformerLayer:
     single = ParallelContext.single()
-    module = TransformerLayer(model, single).bfloat16()
+    module = TransformerLayer(model, single, 0).bfloat16()
     initialize_parameters(module.named_parameters(), 5, single)
     for part in module.modules():
         if isinstance(part, Pattention):
