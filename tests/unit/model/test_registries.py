@@ -12,13 +12,13 @@ from megatron.kernels.layer_norm.layer_norm import LAYER_NORM
 from megatron.kernels.pattention.pattention import PATTENTION
 from megatron.kernels.pattention.theta import THETAS
 from megatron.model.init_methods import INIT_METHODS
-from megatron.model.mlp import ACTIVATIONS
+from megatron.model.mlp import ACTIVATIONS, GATES
 from megatron.model.norms import NORMS
 from megatron.registry import Registry, variant_names
 
 
 def test_names_agree() -> None:
-    for names, registry in ((Norm, NORMS), (Activation, ACTIVATIONS), (InitMethod, INIT_METHODS)):
+    for names, registry in ((Norm, NORMS), (Activation, [*ACTIVATIONS, *GATES]), (InitMethod, INIT_METHODS)):
         assert sorted(get_args(names)) == sorted(registry)
 
 
