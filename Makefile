@@ -1,6 +1,7 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
 #               (TEXT=my.txt: on your own, in demo-my/; OUTPUT=folder: there)
 # make test     run the tests (make test-full: the whole of every big matrix; ARGS="tests/unit -k loss": some of them)
+# make test-cluster  train under a real Slurm, ssh, pdsh, OpenMPI and MPICH, which this machine must have, and clean up
 # make test-transformers  run transformers' own common tests on the modelling file of exports, and on GPTNeoX
 # make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
 # make docs     write again what is generated: the tables of keys, the schema, the figure of the floors
@@ -13,7 +14,7 @@ PY := $(VENV)/bin/python
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: demo test test-full test-transformers checks format docs site clean
+.PHONY: demo test test-full test-cluster test-transformers checks format docs site clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.installed
@@ -27,6 +28,9 @@ test: $(VENV)/dev.installed
 
 test-full: $(VENV)/dev.installed
 	$(PYTEST) $(ARGS)
+
+test-cluster: $(VENV)/dev.installed
+	OMP_NUM_THREADS=1 $(PY) -m tests.cluster.run_all $(ARGS)
 
 test-transformers: $(VENV)/dev.installed
 	OMP_NUM_THREADS=1 $(PY) tools/checks/run_transformers_tests.py $(ARGS)

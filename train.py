@@ -14,9 +14,9 @@ def main(argv: Sequence[str]) -> int:
     end_at_once_when_stopped()
     from megatron.config.command_line import load_command_line
     from megatron.config.load_config import print_warnings
-    from megatron.growth.check_config import require_growable
+    from megatron.training.check_config import require_trainable
 
-    command, loaded = load_command_line(argv, "train.py", require_growable)
+    command, loaded = load_command_line(argv, "train.py", require_trainable)
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment

@@ -11,9 +11,16 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import NoReturn
 
+from megatron.rank_channel import RankChannel
+
 STOPPED_ON_REQUEST = 75
 """Exit code of a run that a signal or a limit has ended after saving it, or before its first step: start it again to go
 on. It is the EX_TEMPFAIL of sysexits.h.
+"""
+
+HUNG = 76
+"""Exit code of a run whose ranks have waited for each other in vain: start it again to go on from its last checkpoint.
+It is the EX_PROTOCOL of sysexits.h.
 """
 
 INTERRUPTED = 130
@@ -89,6 +96,8 @@ def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
 
     So is Ctrl-C, in one line, whatever was made of it on its way: libraries turn an interrupt of their import into
     other errors, and ranks fail when a peer has gone. A second one ends the process where the first has not.
+
+    A rank of a launcher tells it what has failed, and prints nothing: of several ranks, only one has the reason.
     """
     try:
         code = _exit_code(main)
@@ -103,12 +112,19 @@ def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
 
 def _exit_code(main: Callable[[], int]) -> int:
     interrupt = _Interrupt()
+    channel = RankChannel.inherited()
+    if channel is not None:
+        channel.install()
     try:
         try:
             return main()
         except UserError as error:
             # Here, where an interrupt is still caught.
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            text = f"{type(error).__name__}: {error}"
+            if channel is None:
+                print(text, file=sys.stderr)
+            else:
+                channel.report(error, text)
             return error.exit_code
     except BaseException as error:
         if not (interrupt.has_come or isinstance(error, KeyboardInterrupt)):

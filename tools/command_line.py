@@ -15,6 +15,8 @@ from megatron.config.local_path import url_remedy
 from megatron.errors import ConfigError
 
 if TYPE_CHECKING:
+    from megatron.config.command_line import CommandLine
+    from megatron.config.load_config import LoadedConfig
     from megatron.config.sections.run_config import RunConfig
 
 
@@ -59,6 +61,20 @@ def read_config_source(
         write_config(path, args.write_config[1:])
         print(f"{path}: the {source}'s model as a configuration")
     return load_words(args.config_file or args.write_config).run
+
+
+def planned_batch_size(loaded: LoadedConfig, command: CommandLine) -> int:
+    """Returns the samples per step. --world-size matters only where the configuration leaves it to the ranks.
+
+    Without it, there is one model replica.
+    """
+    from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
+
+    if command.world_size is not None:
+        return loaded.batch(command.world_size).global_batch_size
+    training = loaded.run.training
+    replicas = implied_data_parallel_size(training) or 1
+    return training.train_batch_size or resolve_batch(training, replicas, loaded.origins).global_batch_size
 
 
 def positive(text: str) -> int:

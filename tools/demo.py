@@ -27,7 +27,7 @@ from pathlib import Path
 from megatron_tokenformer import run_tool
 
 from megatron.config.local_path import local_path
-from megatron.data.prepare.text_files import SUFFIXES, require_text_files
+from megatron.data.prepare.text_files import SUFFIXES, TextFile
 from megatron.errors import INTERRUPTED, DataError, EnvironmentSetupError, UserError, os_errors_as
 from tools.command_line import tool_parser
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 @os_errors_as(DataError, "--text")
 def readable_text(path: Path) -> Path:
     """Returns the whole path of a text. Raises DataError where it cannot be read."""
-    require_text_files([path])
+    TextFile(path)
     with path.open("rb"):
         return path.resolve()
 

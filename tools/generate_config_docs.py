@@ -43,6 +43,8 @@ THEMES = {
     "launch": "Launching",
     "speedups": "Speed-ups",
     "grow": "Growth",
+    "distillation": "Distillation",
+    "watchdog": "Hangs",
 }
 """Sections of the configuration, and the headings of their keys."""
 
@@ -81,11 +83,21 @@ it is for the whole run, for evaluation and export too; the small model's last c
 Without them it is the large one, and `load` names a checkpoint of the small one. A run grows once; several growths are
 a chain of runs.
 
+A run is distilled from a teacher with a section `distillation`. `teacher` is a run's folder, one of its checkpoints, or
+a Hugging Face folder, with the same tokenizer and any architecture, depth and width. It is split over the ranks as the
+student is, in the run's number format, and has no optimizer state; under a pipeline it needs as many layers as there
+are stages, and its layers are spread by the same `pipe_partition_method`. `--check` looks at it and shows its memory:
+
+    distillation: {teacher: runs/large, weight: 0.4, temperature: 2.0}
+
+`train/loss` is then the whole loss, `train/lm_loss` the cross entropy and `train/distillation_loss` T^2 times the
+divergence; `valid/lm_loss` and `test/lm_loss` know no teacher. FLOPs include the teacher's forward pass.
+
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
 accumulation follows for any number of ranks. `gpt2/` holds GPT-2's four sizes, `inheritune/` the models that the
-Inheritune paper trains, its references and those of fewer layers, `llama/` OpenLLaMA 3B, its first half, and one for a
-laptop. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains, and the first stages that they begin
-with. `data/` and `clusters/` hold what differs between users. `make demo` trains `demo.yml`.
+Inheritune paper trains, its references, those of fewer layers and the distilled ones, `llama/` OpenLLaMA 3B, its first
+half, and one for a laptop. `growth/` holds plans of staged runs, which `tools/run_stages.py` trains, and the first
+stages that they begin with. `data/` and `clusters/` hold what differs between users. `make demo` trains `demo.yml`.
 """
 
 

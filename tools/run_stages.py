@@ -34,7 +34,8 @@ from megatron.config.model_size import count_parameters, training_flops
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST, CheckpointError
 from megatron.io.durable import replace_durably
-from megatron.launch.local import FORWARDED_SIGNALS, visible_devices
+from megatron.launch.local import visible_devices
+from megatron.launch.supervise import FORWARDED_SIGNALS
 from megatron.monitor.format_quantities import format_count
 from tools.command_line import positive, stay_on_cpu, tool_parser
 

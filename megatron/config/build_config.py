@@ -15,7 +15,7 @@ from megatron.config.checks import CHECKS, Finding
 from megatron.config.grow_checks import GROW_CHECKS
 from megatron.config.neox.translate import Setting
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_facts
-from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.run_config import OPTIONAL_SECTIONS, RunConfig
 from megatron.config.sections.section_fields import Field, fields
 from megatron.config.value_types import describe, expected
 from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, report, show
@@ -69,8 +69,9 @@ def origins(run: RunConfig, settings: Mapping[str, Setting]) -> dict[str, Origin
 
 def _is_absent(path: str, run: RunConfig) -> bool:
     """Tells whether a value lies in an optional section that the run or its architecture does not have."""
-    if path.startswith("grow."):
-        return run.grow is None
+    section, _, name = path.partition(".")
+    if section in OPTIONAL_SECTIONS:
+        return getattr(run, section) is None
     section, _, name = path.removeprefix("model.").partition(".")
     return bool(name) and section in optional_sections() and getattr(run.model, section) is None
 
@@ -154,8 +155,9 @@ def _partial(settings: Mapping[str, Setting], wrong: Set[str]) -> SimpleNamespac
         setattr(section, name, settings[path].value if path in settings else field.default)
     for absent in optional_sections().keys() - _own_sections(settings):
         setattr(root.model, absent, None)
-    if not any(path.startswith("grow.") for path in settings):
-        root.grow = None
+    for name in OPTIONAL_SECTIONS:
+        if not any(path.startswith(f"{name}.") for path in settings):
+            setattr(root, name, None)
     return root
 
 

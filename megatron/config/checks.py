@@ -178,8 +178,9 @@ def _parameters_are_countable(run: RunConfig) -> Iterator[Finding]:
 
 _FILES = (
     *("data.data_path", "data.train_data_paths", "data.valid_data_paths", "data.test_data_paths"),
+    *("data.train_label_data_paths", "data.valid_label_data_paths", "data.test_label_data_paths"),
     *("data.index_cache_dir", "data.tokenizer.vocab_file", "data.tokenizer.merge_file"),
-    *("checkpoint.save", "checkpoint.load", "checkpoint.pretrain_partial_init"),
+    *("checkpoint.save", "checkpoint.load", "checkpoint.pretrain_partial_init", "checkpoint.remote_cache_dir"),
     *("monitor.log_dir", "monitor.tensorboard_dir", "generation.sample_input_file", "generation.sample_output_file"),
     *("evaluation.include_path", "evaluation.output", "evaluation.results_prefix", "evaluation.cache"),
     "evaluation.hf_model",
@@ -192,7 +193,7 @@ _LONGEST_PATH = 3500
 
 
 def _file_names(run: RunConfig) -> Iterator[Finding]:
-    for path in _FILES:
+    for path in (*_FILES, *([] if run.distillation is None else ["distillation.teacher"])):
         value = attrgetter(path)(run)
         for name in value if isinstance(value, list) else [value]:
             if name == "" and path != "evaluation.results_prefix":
@@ -350,6 +351,10 @@ def _dataset_lists(run: RunConfig) -> Iterator[Finding]:
             yield Finding(
                 f"data.{part}_data_paths", f"expected 1 to {_MOST_DATASETS} paths, and these are {len(paths)}"
             )
+        labels = getattr(run.data, f"{part}_label_data_paths")
+        if labels is not None and len(labels) != len(paths or ()):
+            count = len(paths or ())
+            yield Finding(f"data.{part}_label_data_paths", f"has {len(labels)} paths for {count} {part}_data_paths")
         if weights is None:
             continue
         if paths is None or len(weights) != len(paths):
@@ -396,6 +401,8 @@ def _checkpoint_to_load(run: RunConfig) -> Iterator[Finding]:
             yield Finding("checkpoint.finetune", "needs load: the folder of a checkpoint")
     if checkpoint.auto_resume and checkpoint.save is None:
         yield Finding("checkpoint.auto_resume", "needs save: the folder that the run goes on from")
+    if checkpoint.save_remote is not None and checkpoint.save is None:
+        yield Finding("checkpoint.save_remote", "needs save: the folder from which checkpoints are uploaded")
     if checkpoint.auto_resume and checkpoint.iteration is not None and checkpoint.load == checkpoint.save:
         yield Finding(
             "checkpoint.iteration", "contradicts auto_resume: true, which goes on from the newest checkpoint; keep one"
@@ -425,6 +432,13 @@ def _flash_attention(run: RunConfig) -> Iterator[Finding]:
 
 _SCORES = "training.checkpoint_activations.scores"
 _TRITON_THETAS = "megatron.kernels.pattention.triton_thetas"
+
+
+def _loss_of_a_teacher(run: RunConfig) -> Iterator[Finding]:
+    if run.distillation is not None and run.speedups.fused_cross_entropy == "on":
+        yield Finding(
+            "speedups.fused_cross_entropy", "the divergence from a teacher is one of whole logits; use auto or off"
+        )
 
 
 def _pattention(run: RunConfig) -> Iterator[Finding]:
@@ -499,6 +513,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _checkpoint_to_load,
     _flash_attention,
     _pattention,
+    _loss_of_a_teacher,
     _evaluation_output,
     _prompts,
 )

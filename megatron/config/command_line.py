@@ -87,6 +87,9 @@ def command_parser(script: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
     parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
     parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="print the commands that deepy.py would start, and stop"
+    )
     parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files or a run, overrides")
     several = "; several, or all, for eval.py" if script in {None, "eval.py"} else ""
     parser.add_argument("--iteration", nargs="+", metavar="N", help=f"step of the checkpoint to load{several}")
@@ -108,6 +111,8 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
     for name in names:
         if url_remedy(name):
             parser.error(f"{name}: expected a YAML file on this machine{url_remedy(name)}")
+    if options.dry_run:
+        parser.error("--dry-run shows what deepy.py would start; it follows `python deepy.py SCRIPT.py`")
     if not names:
         parser.error("a YAML file or a run's folder is needed; it stands before --eval_tasks")
     overrides += _evaluation_overrides(options)

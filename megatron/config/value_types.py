@@ -56,7 +56,7 @@ def conforms(value: object, adapter: TypeAdapter[Any]) -> bool:
 
 def expected(value: YamlValue, schema: Schema) -> str:
     """Says what was expected in the place of `value`, and what was probably meant by it."""
-    remedy = url_remedy(value) if holds_paths(schema) else ""
+    remedy = url_remedy(value, schema) if holds_paths(schema) else ""
     return f"expected {describe(schema, value=value)}{remedy or likely_meant(value, schema)}"
 
 
@@ -138,7 +138,8 @@ def likely_meant(value: YamlValue, schema: Schema) -> str:
             return f"; did you mean {guess}?" if guess in {"true", "false"} else ""
         if kinds & {"integer", "number"} and _is_number(value):
             return "; remove the quotes"
-        return did_you_mean(value, schema.get("enum", []))
+        choices = [choice for option in options for choice in option.get("enum", ())]
+        return did_you_mean(value, choices)
     return _likely_meant_by_number(value, kinds) if isinstance(value, int | float) else ""
 
 

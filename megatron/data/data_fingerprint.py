@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.config.sections.data import DataConfig
+from megatron.config.sections.data import DataConfig, TokenizerConfig
 from megatron.data.dataset_format import dataset_file, dataset_format
 from megatron.data.datasets import split_shares
 from megatron.errors import DataError
@@ -18,11 +18,9 @@ def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[st
     The index of a dataset is hashed whole; of its tokens, the size and a sample count, which cost little however large
     the file is. Raises DataError when a file cannot be read.
     """
-    tokenizer = data.tokenizer
-    facts = {"seq_length": str(seq_length), "seed": str(seed), "tokenizer_type": tokenizer.type}
-    for key, name in (("vocab_file", tokenizer.vocab_file), ("merge_file", tokenizer.merge_file)):
-        if name is not None:
-            facts[key] = f"sha256 {_sha256(Path(name))}"
+    facts = {"seq_length": str(seq_length), "seed": str(seed)} | tokenizer_fingerprint(data.tokenizer)
+    if data.preshuffled:
+        facts["preshuffled"] = "true"
     if data.data_path is not None:
         facts["split"] = _numbers(split_shares(data.split))
         facts |= _dataset_facts("data_path", data.impl, Path(data.data_path))
@@ -30,9 +28,24 @@ def data_fingerprint(data: DataConfig, *, seq_length: int, seed: int) -> dict[st
         paths: list[str] = getattr(data, f"{part}_data_paths") or []
         weights: list[float] | None = getattr(data, f"{part}_data_weights")
         if paths:
-            facts[f"{part}_data_weights"] = _numbers(weights or [1.0] * len(paths))
+            facts[f"{part}_data_weights"] = (
+                f"by number of documents, alpha {data.weighted_sampler_alpha:.12g}"
+                if data.weight_by_num_documents
+                else _numbers(weights or [1.0] * len(paths))
+            )
         for number, path in enumerate(paths):
             facts |= _dataset_facts(f"{part}_data_paths[{number}]", data.impl, Path(path))
+        for number, path in enumerate(getattr(data, f"{part}_label_data_paths") or []):
+            facts |= _dataset_facts(f"{part}_label_data_paths[{number}]", data.impl, Path(path))
+    return facts
+
+
+def tokenizer_fingerprint(tokenizer: TokenizerConfig) -> dict[str, str]:
+    """Returns the facts that decide a tokenizer's ids. Raises DataError when a file cannot be read."""
+    facts: dict[str, str] = {"tokenizer_type": tokenizer.type}
+    for key, name in (("vocab_file", tokenizer.vocab_file), ("merge_file", tokenizer.merge_file)):
+        if name is not None:
+            facts[key] = f"sha256 {_sha256(Path(name))}"
     return facts
 
 

@@ -6,21 +6,27 @@ reads or writes a dataset goes through it, so a new format is a new file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.io.working_file import FileFacts, publish, working_path
 from megatron.registry import Registry
 
 INFER = "infer"
 """Value of `data_impl` that leaves the format to the files that are there."""
 
 DEFAULT_FORMAT = "mmap"
+
+MASKED = -100
+"""Label of a token that the loss does not count, as in NeoX's label datasets."""
+
+Position = dict[str, int]
+"""Position of a writer: sizes of its files, by names of its own."""
 
 
 class TokenDataset(Protocol):
@@ -46,18 +52,31 @@ class TokenDataset(Protocol):
 
 
 class TokenDatasetWriter(Protocol):
-    """Writes documents in order. The dataset appears when the `with` block ends without an exception."""
+    """Writes documents in order, under working names; `publish` makes them a dataset.
 
-    def __enter__(self) -> Self:
-        """Opens the files. Raises DataError when they cannot be written."""
+    A process that was killed is continued from what its last `save` returned, byte for byte.
+    """
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Completes the files, or removes them after an exception."""
+    def add_documents(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> None:
+        """Appends documents of `lengths` [documents] tokens each, which stand one after the other in `tokens`.
 
-    def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
-        """Appends one document. Raises DataError when a token id does not fit the file's type."""
+        Raises DataError when a token id does not fit the file's type, or the disk is full.
+        """
+
+    def save(self) -> Position:
+        """Brings what was added to disk; returns the position from which `write` continues."""
+
+    def finish(self) -> dict[str, FileFacts]:
+        """Completes all files on disk, still under their working names; returns size and hash by ending."""
+
+    def publish(self) -> None:
+        """Gives the finished files their names."""
+
+    def discard(self) -> None:
+        """Deletes what was written; a published dataset stays."""
+
+    def close(self) -> None:
+        """Closes the files and leaves them to a later process."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +92,16 @@ class DatasetFormat:
     open: Callable[[Path], TokenDataset]
     """Opens the dataset of a prefix. Raises DataError when a file is missing or damaged."""
 
-    write: Callable[[Path, int], TokenDatasetWriter]
-    """Makes a writer for a prefix and a vocabulary size."""
+    write: Callable[[Path, int, Position], TokenDatasetWriter]
+    """Makes a writer for a prefix and a vocabulary size, at the position that another one has saved; {} is the start.
+
+    A vocabulary size of 0 means labels, which are token ids or -100 (MASKED)."""
+
+    open_checked: Callable[[Path], TokenDataset] | None = None
+    """Opens a dataset that another process of this machine has opened; where this takes no less time, None."""
+
+    working_suffixes: tuple[str, ...] = ()
+    """Endings of the files that a writer needs beside those of the dataset."""
 
     def token_file(self, prefix: Path) -> Path:
         """Returns the path of the file that holds the tokens."""
@@ -82,7 +109,24 @@ class DatasetFormat:
 
     def exists(self, prefix: Path) -> bool:
         """Tells whether all files of the format are there."""
-        return all(dataset_file(prefix, suffix).is_file() for suffix in (self.token_suffix, *self.index_suffixes))
+        return all(path.is_file() for path in self.files(prefix))
+
+    def files(self, prefix: Path) -> list[Path]:
+        """Returns the paths of all files of a dataset."""
+        return [dataset_file(prefix, suffix) for suffix in (self.token_suffix, *self.index_suffixes)]
+
+    def publish(self, prefix: Path) -> None:
+        """Gives the files of a dataset their names, where a process was killed after it had finished them.
+
+        The tokens are in place before the index that makes the dataset complete.
+        """
+        for path in self.files(prefix):
+            publish(path)
+
+    def discard(self, prefix: Path) -> None:
+        """Deletes the working files of a dataset, which no process writes any more."""
+        for suffix in (self.token_suffix, *self.index_suffixes, *self.working_suffixes):
+            working_path(dataset_file(prefix, suffix)).unlink(missing_ok=True)
 
 
 DATASET_FORMATS: Registry[DatasetFormat] = Registry("dataset format", package="megatron.data.formats")

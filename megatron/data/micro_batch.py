@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from megatron.data.dataset_format import MASKED
 from megatron.errors import DataError, EnvironmentSetupError, UserError
 
 Targets = tuple[Tensor, Tensor]
@@ -65,7 +66,7 @@ def micro_batches(
     data_size: int,
     num_workers: int,
 ) -> Iterator[Tensor]:
-    """Yields this rank's token samples, int64 [B, S + 1], without end and in the sampler's order.
+    """Yields this rank's samples, int64 [B, S + 1] (with labels [B, 2, S + 1]), without end and in the sampler's order.
 
     The workers (0 reads in this process) leave signals to the parent, so that a run told to stop can still finish its
     step. Draws nothing from the global random generators. A worker's DataError is raised here as it was. Raises
@@ -95,15 +96,21 @@ def micro_batches(
     return batches
 
 
-def to_inputs_and_labels(tokens: Tensor, *, eod_token: int | None) -> MicroBatch:
+def to_inputs_and_labels(samples: Tensor, *, eod_token: int | None) -> MicroBatch:
     """Splits samples int64 [B, S + 1] into inputs [B, S] and (labels [B, S], loss mask [B, S]).
 
-    The mask is 1; where `eod_token` is given it is 0 at the positions whose *input* is that token (NeoX's
-    eod_mask_loss): what follows the end of a document is not predicted from it.
+    Samples [B, 2, S + 1] bring labels of their own; where those are MASKED, the mask is 0, and the label, which does
+    not count, the next token. Otherwise the mask is 1; where `eod_token` is given it is 0 at the positions whose
+    *input* is that token (NeoX's eod_mask_loss): what follows the end of a document is not predicted from it.
     """
+    tokens = samples[:, 0] if samples.dim() == 3 else samples
     inputs_BS = tokens[:, :-1].contiguous()
     labels_BS = tokens[:, 1:].contiguous()
     mask_BS = torch.ones_like(inputs_BS, dtype=torch.float32)
+    if samples.dim() == 3:
+        given_BS = samples[:, 1, 1:]
+        mask_BS.masked_fill_(given_BS == MASKED, 0.0)
+        labels_BS = torch.where(given_BS == MASKED, labels_BS, given_BS)
     if eod_token is not None:
         mask_BS.masked_fill_(inputs_BS == eod_token, 0.0)
     return inputs_BS, (labels_BS, mask_BS)

@@ -5,7 +5,7 @@ The kinds are in `tokenizers/`, which registers them under NeoX's names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     @property
     def eod(self) -> int:
         """Returns the id of the end-of-document token."""
+
+    def vocabulary(self) -> Iterable[tuple[int, str]]:
+        """Returns every id with its token, in any order."""
 
     @property
     def bos(self) -> int | None:

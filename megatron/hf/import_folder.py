@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -27,6 +28,7 @@ from megatron.checkpointing.states.read_states import read_weights
 from megatron.checkpointing.states.tensor_folder import TensorFolder, open_folder
 from megatron.checkpointing.states.write_states import RunHeader, write_states
 from megatron.checkpointing.store.checkpoint import read_checkpoint
+from megatron.config.architecture import ARCHITECTURES
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
@@ -80,6 +82,24 @@ def folder_settings(folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
             return config, HF_ARCHITECTURES[config.model_type].to_settings(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def folder_model(folder: Path, **fields: Any) -> ModelConfig:
+    """Returns the folder's model, with the values of `fields` that its configuration does not decide.
+
+    Its samples are as long as its positions. Raises what `folder_settings` raises.
+    """
+    config, settings = folder_settings(folder)
+    nested: dict[str, Any] = {"seq_length": config.max_position_embeddings} | fields
+    for path, value in (dict(ARCHITECTURES[settings["architecture"]].defaults) | settings).items():
+        *section, name = path.split(".")
+        (nested.setdefault(section[0], {}) if section else nested)[name] = value
+    try:
+        return ModelConfig.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{folder / 'config.json'}: {where}: {first['msg']}. Copy it again.") from error
 
 
 @contextmanager

@@ -16,6 +16,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """Hashes the names and SHA-256 digests of a folder's files, without its subfolders'.
+
+    Raises OSError when one cannot be read.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def sampled_sha256(path: Path) -> str:
     """Hashes 64 evenly spaced pieces of 4 KiB, the first and the last bytes among them: cheap for a file of any size.
 
@@ -44,12 +54,38 @@ class HashingWriter:
         """Returns the digest of what was written so far."""
         return self._digest.hexdigest()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         """Hashes and writes `data`; returns the number of bytes written."""
+        self.add(data)
+        return self.file.write(data)
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Hashes `data`, which the file holds already."""
         self._digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
 
     def flush(self) -> None:
         """Hands what is buffered to the operating system."""
         self.file.flush()
+
+
+class HashingReader:
+    """Hashes what is read from a file on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        """Read so far [bytes]."""
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Returns the digest of what was read so far."""
+        return self._digest.hexdigest()
+
+    def read(self, size: int) -> bytes:
+        """Reads and hashes at most `size` bytes."""
+        data = self.file.read(size)
+        self._digest.update(data)
+        self.size += len(data)
+        return data

@@ -4,58 +4,58 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import MutableMapping
-from dataclasses import astuple, dataclass
+import signal
+from collections.abc import Mapping, MutableMapping
 
 from megatron.errors import EnvironmentSetupError
-from megatron.registry import Registry
+from megatron.launch.launcher import LAUNCHERS, Launcher, Place
+from megatron.rank_channel import end_with_parent
 
-
-@dataclass(frozen=True)
-class LauncherVariables:
-    """Names of the environment variables by which a launcher tells a process its place."""
-
-    rank: str
-    """Rank among all processes, from 0."""
-
-    world_size: str
-    """Number of ranks."""
-
-    local_rank: str
-    """Rank among those of this machine, from 0."""
-
-
-TORCHRUN = LauncherVariables("RANK", "WORLD_SIZE", "LOCAL_RANK")
-"""Also the names that everything here reads."""
-
-LAUNCHERS: Registry[LauncherVariables] = Registry("launcher")
-"""Launchers in order of precedence: the first whose variables are all set has started this process."""
-
-# torchrun may itself run under one of the others, which then describe the processes that it runs in.
-LAUNCHERS.register("torchrun")(TORCHRUN)
-# Step-level variables describe the srun that started this process; job-level ones may describe a bigger allocation.
-LAUNCHERS.register("slurm")(LauncherVariables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-LAUNCHERS.register("openmpi")(
-    LauncherVariables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+FOREIGN_MARKS = (
+    *("PMIX_RANK", "PMI_RANK", "PMI_ID", "PALS_RANKID", "ALPS_APP_PE", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"),
+    *("MPI_RANKID", "MV2_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK"),
 )
+"""Variables of processes that some launcher has started as one of several. No launcher here reads them alone."""
+
+
+def find_place(environment: Mapping[str, str]) -> tuple[Place, Launcher] | None:
+    """Returns the place that a launcher has given this process, and the launcher; None where none has started it.
+
+    Raises EnvironmentSetupError for a launcher that is not known here: taken for a process by itself, each of its
+    processes would train the whole run, in the same folder.
+    """
+    for launcher in sorted((LAUNCHERS[name] for name in LAUNCHERS), key=lambda launcher: launcher.order):
+        place = launcher.place(environment)
+        if place is not None:
+            return place, launcher
+    mark = next((name for name in FOREIGN_MARKS if name in environment), None)
+    if mark is None and environment.get("RANK", "0") != "0":
+        mark = "RANK"
+    if mark is not None:
+        raise EnvironmentSetupError(
+            f"{mark}={environment[mark]} says that a launcher has started this process as one of several, and none of "
+            f"those that are known here ({', '.join(LAUNCHERS)}) has set its variables. Set RANK, WORLD_SIZE, "
+            f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each process; or unset {mark}, if it is one by itself."
+        )
+    return None
 
 
 def adopt_launcher_environment(environment: MutableMapping[str, str]) -> None:
     """Translates the launcher's variables to RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
-    Raises EnvironmentSetupError when several ranks do not know where to meet.
+    Raises EnvironmentSetupError when the launcher is not known, or several ranks do not know where to meet.
     """
-    for launcher in (LAUNCHERS[name] for name in LAUNCHERS):
-        if all(name in environment for name in astuple(launcher)):
-            for ours, theirs in zip(astuple(TORCHRUN), astuple(launcher), strict=True):
-                environment[ours] = environment[theirs]
-            break
-    environment.setdefault("RANK", "0")
-    environment.setdefault("WORLD_SIZE", "1")
-    environment.setdefault("LOCAL_RANK", "0")
-    if int(environment["WORLD_SIZE"]) == 1:
-        environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment.setdefault("MASTER_PORT", "0")
+    found = find_place(environment)
+    place = Place(0, 1, 0) if found is None else found[0]
+    meeting_point = ("127.0.0.1", 0) if place.world_size == 1 else None
+    if found is not None and meeting_point is None and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        meeting_point = found[1].meeting_point(environment)
+    environment["RANK"] = str(place.rank)
+    environment["WORLD_SIZE"] = str(place.world_size)
+    environment["LOCAL_RANK"] = str(place.local_rank)
+    if meeting_point is not None:
+        environment.setdefault("MASTER_ADDR", meeting_point[0])
+        environment.setdefault("MASTER_PORT", str(meeting_point[1]))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:
             raise EnvironmentSetupError(
@@ -71,6 +71,10 @@ def prepare_environment() -> None:
     """
     import torch
 
+    found = find_place(os.environ)
+    if found is not None and found[1].is_parent(os.environ):
+        # Neither mpirun nor torchrun ends its ranks when it is killed itself.
+        end_with_parent(os.getppid(), signal.SIGKILL)
     adopt_launcher_environment(os.environ)
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

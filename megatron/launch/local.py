@@ -1,24 +1,26 @@
-"""Starts ranks on this machine and supervises them: signals go to all of them, and one that fails ends the others."""
+"""Ranks on this machine: all of a run, or the one that srun or mpirun has started here."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
-from megatron.errors import INTERRUPTED, STOPPED_ON_REQUEST, ConfigError
+from megatron.config.sections.launch import LaunchConfig
+from megatron.errors import ConfigError
+from megatron.launch.failures import print_failures
+from megatron.launch.hostfile import Node, choose_nodes
+from megatron.launch.launcher import Place
+from megatron.launch.messages import MESSAGES_VARIABLE, send
+from megatron.launch.orphans import no_orphans
+from megatron.launch.rank_environment import rank_environment
+from megatron.launch.supervise import Supervisor, forward_signals
+from megatron.rank_channel import end_with_parent
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE_SECONDS = 5.0
-POLL_SECONDS = 0.1
 LOOPBACK = "127.0.0.1"
-LISTENER_VARIABLE = "MASTER_LISTEN_FD"
-"""Tells rank 0 the file descriptor of the socket on which the ranks meet; megatron/mpu/process_group.py takes it."""
 
 
 def visible_devices() -> int:
@@ -28,27 +30,74 @@ def visible_devices() -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def run_ranks(command: list[str], ranks: int, port: int | None) -> int:
-    """Runs `command` on `ranks` ranks of this machine, which meet on `port`, or on a free one; returns the exit code.
+def local_slots(config: LaunchConfig) -> tuple[int, ...]:
+    """Chooses the GPUs of this machine, or ranks on its CPU, that a run takes, by number.
+
+    Raises ConfigError where include or exclude name what is not there.
+    """
+    if config.include is None and config.exclude is None:
+        return tuple(range(config.num_gpus or visible_devices()))
+    here = Node("localhost", tuple(range(visible_devices())))
+    return choose_nodes((here,), config)[0].slots
+
+
+def show_local(command: Sequence[str], slots: Sequence[int], config: LaunchConfig) -> str:
+    """Returns the lines that a shell would need for what `run_ranks` starts."""
+    lines = []
+    for rank in range(len(slots)):
+        place = Place(rank, len(slots), rank)
+        own = rank_environment({}, place, (LOOPBACK, config.master_port or 0), slots)
+        if len(slots) > 1 and config.master_port is None:
+            own["MASTER_PORT"] = "FREE_PORT"
+        lines.append(shlex.join([*(f"{name}={value}" for name, value in own.items()), *command]))
+    return "\n".join(lines)
+
+
+def run_ranks(command: list[str], slots: Sequence[int], config: LaunchConfig) -> int:
+    """Runs `command` on ranks of this machine, which meet on a port of loopback; returns the exit code.
 
     One rank meets nobody: it replaces this process, which does not return. Several are supervised. Raises ConfigError
     when the port is taken.
     """
+    ranks = len(slots)
     if ranks == 1:
         sys.stdout.flush()
-        os.execve(command[0], command, rank_environment(os.environ, 0, 1, 0))  # noqa: S606 - an argv list, no shell
-    workers: list[subprocess.Popen[bytes]] = []
-    with hold_port(port) as listener:
-        held, environments = (
-            listener.fileno(),
-            [rank_environment(os.environ, rank, ranks, listener.getsockname()[1]) for rank in range(ranks)],
-        )
-        environments[0][LISTENER_VARIABLE] = str(held)
-        # Before the first rank starts, so that no signal is lost between two of them.
-        forward_signals(workers)
-        for rank, environment in enumerate(environments):
-            workers.append(subprocess.Popen(command, env=environment, pass_fds=[held] if rank == 0 else []))
-    return supervise(workers)
+        environment = rank_environment(os.environ, Place(0, 1, 0), (LOOPBACK, 0), slots)
+        os.execve(command[0], command, environment)  # noqa: S606 - an argv list, no shell
+    with no_orphans():
+        supervisor = Supervisor(config.termination_grace_seconds)
+        with hold_port(config.master_port) as listener:
+            meeting_point = (LOOPBACK, listener.getsockname()[1])
+            # Before the first rank starts, so that no signal is lost between two of them.
+            forward_signals(supervisor.signal)
+            for rank in range(ranks):
+                environment = rank_environment(os.environ, Place(rank, ranks, rank), meeting_point, slots)
+                supervisor.start(command, rank, environment, listener.fileno() if rank == 0 else None)
+        outcome = supervisor.wait()
+    print_failures(outcome)
+    return outcome.code
+
+
+def run_task(command: list[str], environment: Mapping[str, str], config: LaunchConfig, *, is_child: bool) -> int:
+    """Runs the one rank that srun or mpirun has started here, in an environment that has its place; returns its code.
+
+    Where deepy.py has started those, it is told what happens, and the code is 0. Where this process is their child, the
+    rank ends with them.
+    """
+    supervisor = Supervisor(config.termination_grace_seconds)
+    forward_signals(supervisor.signal)
+    signal.signal(signal.SIGHUP, lambda number, frame: supervisor.end())
+    if is_child:
+        end_with_parent(os.getppid(), signal.SIGHUP)
+    with no_orphans():
+        # Its output goes through pipes, in which Python would hold it back.
+        supervisor.start(command, int(environment["RANK"]), {"PYTHONUNBUFFERED": "1", **environment})
+        outcome = supervisor.wait()
+    if MESSAGES_VARIABLE in environment:
+        send("outcome", outcome.to_json())
+        return 0
+    print_failures(outcome)
+    return outcome.code
 
 
 def hold_port(port: int | None) -> socket.socket:
@@ -64,69 +113,3 @@ def hold_port(port: int | None) -> socket.socket:
             f"master_port: the ranks cannot meet on port {port} of this machine: {error.strerror}. Name another port, "
             "or leave the key out, and a free one is taken."
         ) from error
-
-
-def rank_environment(base: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Builds the environment of one rank on this machine. Threads are shared out unless the user has decided.
-
-    They sleep while they wait: threads that spin instead slow a run down tenfold where other programs share the cores.
-    """
-    threads = max((os.cpu_count() or 1) // ranks, 1)
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-        **base,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
-    }
-
-
-def forward_signals(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Sends every signal that this process gets from now on to whatever is in `workers` then."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
-
-    for number in FORWARDED_SIGNALS:
-        signal.signal(number, forward)
-
-
-def supervise(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for all ranks; returns 0, or STOPPED_ON_REQUEST where ranks have ended with that.
-
-    The first rank that fails ends the others, and its exit code is returned.
-    """
-    while True:
-        codes = [worker.poll() for worker in workers]
-        failed = next((code for code in codes if code not in {None, 0, STOPPED_ON_REQUEST}), None)
-        if failed is not None:
-            rank = codes.index(failed)
-            if failed != INTERRUPTED:  # which rank 0 has said
-                print(f"deepy.py: rank {rank} ended with exit code {failed}; ending the other ranks", file=sys.stderr)
-            end_workers(workers)
-            return failed if failed > 0 else 128 - failed
-        if None not in codes:
-            return max(code for code in codes if code is not None)
-        time.sleep(POLL_SECONDS)
-
-
-def end_workers(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Terminates the ranks that still run, and kills those that do not end within the grace period.
-
-    Without one of them, the others could not save anyway.
-    """
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for worker in workers:
-        try:
-            worker.wait(timeout=max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()

@@ -89,7 +89,7 @@ class LoadedModel:
         hidden_BSD = self.module.hidden_states(tokens_BS.to(self.device))
         rows_W, positions_W, targets_W = wanted_W3.to(self.device).unbind(1)
         hidden_WD = hidden_BSD[rows_W, positions_W]
-        num_valid = self.vocab.actual if self.config.mask_padded_vocab else None
+        num_valid = self.vocab.num_valid(self.config)
         step = max(LOGITS_AT_A_TIME * self.context.tensor_size // self.vocab.padded, 1)
         log_probs, greedy = [], []
         for part_WD, part_W in zip(torch.split(hidden_WD, step), torch.split(targets_W, step), strict=True):

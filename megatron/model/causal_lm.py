@@ -30,6 +30,10 @@ class VocabSize:
     padded: int
     """Rows of the embedding and of the head [tokens]."""
 
+    def num_valid(self, model: ModelConfig) -> int | None:
+        """Returns the rows that take part in the model's softmax; None for all, padding included."""
+        return self.actual if model.mask_padded_vocab else None
+
 
 @dataclass(frozen=True)
 class LayerEntry:

@@ -30,6 +30,9 @@ from megatron.model.pattention import Pattention
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 
+Loss = Callable[[torch.Tensor, Any], torch.Tensor]
+"""(logits [B, S, V/tp], targets) -> loss, on the last stage."""
+
 
 class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
     """This rank's pipeline stage: token ids [B, S] to logits [B, S, V/tp], of which the loss takes the mean.
@@ -53,6 +56,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         *,
         checkpointed: CheckpointedActivations,
         fused_cross_entropy: bool = False,
+        loss: Loss | None = None,
     ) -> None:
         if context.pipe_size > model.num_layers:
             raise ConfigError(
@@ -60,13 +64,13 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
                 f"a stage would be left without a layer. Use at most {model.num_layers}."
             )
         entries = layer_entries(model, vocab, context)
-        loss = FusedCausalLMLoss if fused_cross_entropy else CausalLMLoss
+        own_loss = FusedCausalLMLoss if fused_cross_entropy else CausalLMLoss
         super().__init__(
             layers=layer_specs(entries, model),
             topology=PipeModelDataParallelTopology(
                 num_pp=context.pipe_size, num_mp=context.tensor_size, num_dp=context.data_size
             ),
-            loss_fn=loss(vocab.actual if model.mask_padded_vocab else None, context),
+            loss_fn=loss or own_loss(vocab.num_valid(model), context),
             partition_method=parallel.pipe_partition_method,
         )
         self.model_config = model
@@ -118,14 +122,21 @@ def build_pipeline(
     seed: int,
     checkpointed: CheckpointedActivations,
     fused_cross_entropy: bool = False,
+    loss: Loss | None = None,
 ) -> CausalLMPipeline:
-    """Builds this rank's stage with its initial weights, on DeepSpeed's device.
+    """Builds this rank's stage with its initial weights, on DeepSpeed's device; `loss` in place of CausalLMLoss.
 
     Collective over all ranks; `deepspeed.init_distributed` comes first. Raises ConfigError for sizes that do not
     divide, or more stages than layers.
     """
     module = CausalLMPipeline(
-        model, vocab, parallel, context, checkpointed=checkpointed, fused_cross_entropy=fused_cross_entropy
+        model,
+        vocab,
+        parallel,
+        context,
+        checkpointed=checkpointed,
+        fused_cross_entropy=fused_cross_entropy,
+        loss=loss,
     )
     initialize_parameters(module.global_parameters(), seed, context)
     return module

@@ -4,11 +4,14 @@ Keys: `iteration` (the optimizer step, from 1), `consumed_tokens`, and one key p
 
     train/lm_loss            valid/lm_loss    test/lm_loss         mean next-token loss [nat]
                              valid/perplexity test/perplexity      exp(lm_loss)
+    train/loss, train/distillation_loss                            the whole loss of a distilled run, and its other term
     train/learning_rate, train/grad_norm (before clipping), train/skipped_steps (so far)
     train/tokens_per_second, train/step_seconds, train/seconds_left (estimate)
     train/mfu, train/data_wait_share [0..1]
     train/memory_gib         peak of this rank [GiB]
-    training_flops           of all training so far, over resumes and growth [FLOP]
+    train/rank_seconds_min, _median, _max, train/slowest_rank      time of a step that a rank does not spend waiting for
+                             others [s], over the ranks; only where there are several
+    training_flops           of all training so far, over resumes and growth, a teacher's passes included [FLOP]
 
 A row with the key `event` marks what happened between two steps, after `iteration` of them, with `text` in words.
 `event: growth` has `operator`, `before` and `after` (sizes), `parameters_before`, `parameters_after`, `consumed_tokens`

@@ -43,31 +43,64 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return] # what work() returned, sent as an object
 
 
-def on_first_rank_meanwhile(work: Callable[[], T], waiting: Callable[[], object], every: float = 2.0) -> T:
+def on_first_rank_of_each_node(work: Callable[[], T], local_rank: int) -> T | None:
+    """Runs `work` where `local_rank` is 0, and returns its result there; None elsewhere, when all are done. Collective.
+
+    A UserError or OSError of one of them is raised on every rank.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    if local_rank == 0:
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            failure = error
+    for other in gather_objects(failure):
+        if other is not None:
+            raise other
+    return result
+
+
+def on_first_rank_meanwhile(
+    work: Callable[[], T], waiting: Callable[[], object] = lambda: None, every: float = 2.0
+) -> T:
     """Does what `on_first_rank` does with work that may take longer than ranks wait for each other. Collective.
 
     Rank 0 does it in a thread, and tells the others `every` so many seconds [s] that it still goes on; then `waiting`
     is called on each.
     """
-    outcome: list[Any] = []
-    thread = threading.Thread(target=lambda: outcome.append(_outcome_of(work)), name="work of rank 0", daemon=True)
-    if rank_and_size()[0] == 0:
-        thread.start()
+    results = on_some_ranks_meanwhile(work if rank_and_size()[0] == 0 else None, waiting, every)
+    return results[0]  # type: ignore[return-value] # rank 0 has work
 
-    def is_done() -> bool:
+
+def on_some_ranks_meanwhile(
+    work: Callable[[], T] | None, waiting: Callable[[], object] = lambda: None, every: float = 2.0
+) -> list[T | None]:
+    """Runs `work` on the ranks that have some, as `on_first_rank_meanwhile` does; returns the results by rank.
+
+    Collective. A UserError or OSError of any rank is raised on all of them.
+    """
+    outcome: list[tuple[T | None, BaseException | None]] = [] if work is not None else [(None, None)]
+
+    def run() -> None:
+        if work is not None:
+            outcome.append(_outcome_of(work))
+
+    thread = threading.Thread(target=run, name="long work of a rank", daemon=True)
+    thread.start()
+    while True:
         thread.join(every)
-        return not thread.is_alive()
-
-    while not on_first_rank(is_done):
+        if not any(gather_objects(thread.is_alive())):
+            break
         waiting()
-
-    def handed_over() -> T:
-        result, failure = outcome[0]
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[no-any-return] # what work() returned
-
-    return on_first_rank(handed_over)
+    result, failure = outcome[0]
+    if failure is not None and not isinstance(failure, UserError | OSError):
+        raise failure
+    gathered = gather_objects((result, failure))
+    for _, other in gathered:
+        if other is not None:
+            raise other
+    return [found for found, _ in gathered]
 
 
 def _outcome_of(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -14,13 +14,15 @@ from torch import distributed
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from megatron.errors import EnvironmentSetupError
+from megatron.mpu.collective_trace import CollectiveTrace, traced_collectives
 from megatron.mpu.context import ParallelContext
+from megatron.rank_channel import LISTENER_VARIABLE
 
-TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
-"""DeepSpeed's variable for the time that a collective may take [min]; 10 without it."""
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+"""Time that a collective may take, unless a configuration says otherwise."""
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
+"""Variables, new and old, by which torch remembers so many of NCCL's last operations, for a report on a hang."""
 
-LISTENER_VARIABLE = "MASTER_LISTEN_FD"
-"""Variable with the file descriptor of a socket that listens on MASTER_PORT, which rank 0 may have inherited."""
 THIS_MACHINE = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
 """Values of MASTER_ADDR that mean this machine on each machine -> loopback address. Host names do not, even where they
 are looked up as a loopback address: on many machines, their own name is."""
@@ -34,14 +36,17 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[CollectiveTrace]:
     """Makes the default process group of the ranks that the environment announces: NCCL on GPUs, gloo without.
 
-    Leaves with a barrier, and in any case with a clean shutdown, without which ranks may abort. Raises
-    EnvironmentSetupError when the ranks cannot meet.
+    Yields the trace of its collectives, none of which may take longer than `timeout`; `limit_all_groups` says so to
+    groups that are made later. Leaves with a barrier, and in any case with a clean shutdown, without which ranks may
+    abort. Raises EnvironmentSetupError when the ranks cannot meet.
     """
     device = local_device()
-    timeout = timedelta(minutes=int(os.environ.get(TIMEOUT_VARIABLE, "10")))
+    if device.type == "cuda":
+        for variable, entries in FLIGHT_RECORDER.items():
+            os.environ.setdefault(variable, entries)
     # As DeepSpeed does: NCCL is bound to its device at once. A single rank has no peer to reach.
     bound = device.type == "cuda" and int(os.environ["WORLD_SIZE"]) > 1
     with ranks_can_meet():
@@ -52,10 +57,20 @@ def process_group() -> Iterator[None]:
             **meeting_point(timeout),
         )
     try:
-        yield
-        distributed.barrier()
+        with traced_collectives() as trace:
+            yield trace
+            distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def limit_all_groups(timeout: timedelta) -> None:
+    """Lets collectives of every group that exists take no longer than `timeout`.
+
+    A new group has torch's own limit, 30 minutes for gloo, whatever the default group has.
+    """
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        distributed.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def meeting_point(timeout: timedelta) -> dict[str, Any]:

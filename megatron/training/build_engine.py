@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,11 @@ from megatron.model.causal_lm import VocabSize
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.mpu.context import ParallelContext
+from megatron.mpu.process_group import local_device
 from megatron.training.after_growth import AfterGrowth
+from megatron.training.distillation.distillation import Distillation
+from megatron.training.distillation.find_teacher import Teacher
+from megatron.training.distillation.teacher_stage import TeacherStage
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer
 from megatron.training.stability.deepspeed_patches import install
@@ -60,6 +64,7 @@ class BuiltEngine:
     engine: PipelineEngine
     guard: StepGuard
     after_growth: AfterGrowth
+    distillation: Distillation | None = None
 
 
 def build_engine(
@@ -69,18 +74,22 @@ def build_engine(
     context: ParallelContext,
     stop: StopRequest,
     growth: GrowthRecord | None = None,
+    teacher: Teacher | None = None,
 ) -> BuiltEngine:
     """Builds model, optimizer and schedule in DeepSpeed's pipeline engine, and what goes along with its steps.
 
-    `growth` is the last one of the run, whose rules hold. Collective. Raises what `require_hardware` and
-    `build_pipeline` raise.
+    `growth` is the last one of the run, whose rules hold; `teacher` the one that it is distilled from. Collective.
+    Raises what `require_hardware`, `build_pipeline` and `TeacherStage` raise.
     """
     import deepspeed
 
     speedups = require_hardware(config)
+    if teacher is not None:  # the divergence from a teacher is one of whole logits
+        speedups = replace(speedups, fused_cross_entropy=False)
     logger.info("speed-ups: %s", speedups)
     for line in speedups.missed:
         logger.info(line)
+    distillation = None if teacher is None else _load_teacher(teacher, config, batch, vocab, speedups, context)
     # PipelineModule and its engine print to standard output what only their authors need.
     with contextlib.redirect_stdout(io.StringIO()):
         module = build_pipeline(
@@ -91,6 +100,7 @@ def build_engine(
             seed=config.training.seed,
             checkpointed=config.training.checkpoint_activations,
             fused_cross_entropy=speedups.fused_cross_entropy,
+            loss=None if distillation is None else distillation.loss,
         )
         apply_speedups(module, speedups)
         optimizer = build_optimizer(module, config.training.optimizer, speedups.optimizer)
@@ -106,7 +116,25 @@ def build_engine(
     guard = StepGuard(engine, context, config.training.precision, stop)
     after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)
     install(engine, context, config.checkpoint, guard, after_growth)
-    return BuiltEngine(engine, guard, after_growth)
+    return BuiltEngine(engine, guard, after_growth, distillation)
+
+
+def _load_teacher(
+    teacher: Teacher,
+    config: RunConfig,
+    batch: BatchConfig,
+    vocab: VocabSize,
+    speedups: Speedups,
+    context: ParallelContext,
+) -> Distillation | None:
+    """Loads the run's teacher on this rank, and makes the loss of both."""
+    if config.distillation is None:
+        return None
+    logger.info("%s", teacher.summary(config))
+    precision, device = config.training.precision, local_device()
+    stage = TeacherStage(teacher, config.parallel, precision, speedups, context, device, batch.micro_batch_size)
+    num_valid, accumulation = vocab.num_valid(config.model), batch.gradient_accumulation_steps
+    return Distillation(config.distillation, stage, num_valid, vocab.actual, accumulation, context)
 
 
 def release_engine(engine: PipelineEngine) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from torch import Tensor
+
 from megatron.mpu.random import seed_dropout
 from megatron.training.callback import Callback, told_of_the_end
+from megatron.training.distillation.distillation import Distillation
 from megatron.training.progress import Step
 from megatron.training.stability.non_finite import must_roll_back
 from megatron.training.training_context import TrainingContext
@@ -37,9 +40,11 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
         for callback in callbacks:
             callback.start()
         while progress.iteration < training.train_iters:
-            seed_dropout(training.seed, progress.iteration, run.parallel)
-            learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
-            loss = run.engine.train_batch(batches)
+            with run.watchdog.step(progress.iteration + 1):
+                seed_dropout(training.seed, progress.iteration, run.parallel)
+                learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
+                taught = batches if run.distillation is None else run.distillation.attach(batches)
+                loss = run.engine.train_batch(taught)
             context.stop.early.close()
             progress.iteration += 1
             progress.consumed_train_samples += run.batch.global_batch_size
@@ -51,7 +56,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
             growth = run.next_growth
             step = Step(
                 progress.iteration,
-                loss.detach().float(),
+                _losses(loss, run.distillation),
                 learning_rate,
                 is_last=is_last,
                 ends_run=is_last or _exits_at(progress.iteration, training.exit_interval),
@@ -65,6 +70,12 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
             if step.grows:
                 return Ending.GROW
     return Ending.FINISHED
+
+
+def _losses(loss: Tensor, distillation: Distillation | None) -> dict[str, Tensor]:
+    """Returns a step's losses by metric: the cross entropy alone, or the whole loss and its terms."""
+    total = loss.detach().float()
+    return {"lm_loss": total} if distillation is None else {"loss": total} | distillation.step_losses()
 
 
 def _exits_at(iteration: int, exit_interval: int | None) -> bool:

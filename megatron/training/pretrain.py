@@ -5,21 +5,24 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron.checkpointing.states.same_model import described_model, require_same_vocabulary
+from megatron.checkpointing.store.uploads import send_leftovers
 from megatron.config.run_yaml import NOTHING_GIVEN, GivenConfiguration
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import on_first_rank
+from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
+from megatron.mpu.collective_trace import CollectiveTrace
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.process_group import process_group
+from megatron.mpu.process_group import limit_all_groups, process_group
 from megatron.training.build_engine import build_engine, release_engine, require_hardware
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
@@ -27,7 +30,9 @@ from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
 from megatron.training.callbacks.run_folder import RunFolder
+from megatron.training.distillation.find_teacher import find_teacher, require_same_teacher
 from megatron.training.grow_run import grow_start
+from megatron.training.hangs.watchdog import Watchdog, watched
 from megatron.training.loop import Ending, train_steps
 from megatron.training.run_description import describe_run
 from megatron.training.run_lease import RunLease, run_lease
@@ -55,12 +60,15 @@ def pretrain(config: RunConfig, batch: BatchConfig, run_folder: Path, given: Giv
     with signals_request(stop):
         require_hardware(config)
         refuse_known_faults(config.parallel.pipe_parallel_size)
-        with process_group():
+        with (
+            process_group(timedelta(minutes=config.watchdog.distributed_timeout_minutes)) as trace,
+            watched(config.watchdog, run_folder, stop, trace) as watchdog,
+        ):
             join_process_group()
             stop.early.connect()
             on_first_rank(partial(compare_unknown, config.parallel.pipe_parallel_size))
             with run_lease(config.checkpoint, run_folder, stop) as lease:
-                ending = pretrain_in_group(config, batch, run_folder, stop, lease, given)
+                ending = pretrain_in_group(config, batch, run_folder, stop, lease, given, watchdog)
     if ending is not Ending.STOPPED:
         return 0
     if config.checkpoint.save is None:
@@ -77,20 +85,23 @@ def pretrain_in_group(
     stop: StopRequest | None = None,
     lease: RunLease | None = None,
     given: GivenConfiguration = NOTHING_GIVEN,
+    watchdog: Watchdog | None = None,
 ) -> Ending:
     """Trains on the ranks of the process group that exists already.
 
     Takes the steps from the start on, and again from a checkpoint as often as the policy for NaN and infinity says so.
     A run whose model grows is saved then, and assembled once more. Without `stop`, no signal ends the run; without
-    `lease`, the caller sees to it that nobody else writes its folders.
+    `lease`, the caller sees to it that nobody else writes its folders; without `watchdog`, nobody notices a hang.
     """
     sizes = config.parallel
     parallel = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
     stop = stop or StopRequest()
+    watchdog = watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace())
     start = find_start(config)
     if start.continues and start.due is None and start.progress.iteration >= config.training.train_iters:
         done, asked = start.progress.iteration, config.training.train_iters
         logger.info("nothing to do, %d of %d steps are done; a higher train_iters goes on", done, asked)
+        on_first_rank_meanwhile(partial(send_leftovers, config.checkpoint))
         return Ending.FINISHED
     run: TrainingRun | None = None
     while True:
@@ -99,7 +110,9 @@ def pretrain_in_group(
                 start = grow_start(config, start, parallel)
             logger.info("%s", start)
             adopted = adopt_schedule(config, start)
-            run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), given)
+            watchdog.begin_anew()
+            run = assemble(adopted, batch, parallel, run_folder, start, stop, lease or RunLease(), given, watchdog)
+            limit_all_groups(timedelta(minutes=config.watchdog.distributed_timeout_minutes))
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
         with open_training_context(run, progress) as context:
@@ -128,6 +141,7 @@ def assemble(
     stop: StopRequest,
     lease: RunLease | None = None,
     given: GivenConfiguration = NOTHING_GIVEN,
+    watchdog: Watchdog | None = None,
 ) -> TrainingRun:
     """Builds the parts of a run that stay the same from its start to its end, or to its growth. Collective."""
     next_growth = config.grow if config.grow is not None and config.grow.happens_in_training else None
@@ -139,8 +153,12 @@ def assemble(
     vocab = VocabSize(tokenizer.vocab_size, padded_vocab_size(config.model, tokenizer.vocab_size))
     if start.checkpoint is not None:
         require_same_vocabulary(start.checkpoint, vocab, padding_is_masked=config.model.mask_padded_vocab)
+    teacher = find_teacher(config, config.checkpoint.verify_checkpoint)
+    if start.checkpoint is not None and start.continues:
+        require_same_teacher(teacher, start.checkpoint, config.distillation)
     data = build_training_data(config, batch, start, tokenizer, vocab, parallel)
-    built = build_engine(config, batch, vocab, parallel, stop, start.growth[-1] if start.growth else None)
+    last_growth = start.growth[-1] if start.growth else None
+    built = build_engine(config, batch, vocab, parallel, stop, last_growth, teacher)
     return TrainingRun(
         config,
         batch,
@@ -150,13 +168,15 @@ def assemble(
         built.engine,
         built.guard,
         built.after_growth,
+        built.distillation,
         start.growth,
         next_growth,
         start.run_id,
-        describe_run(config, batch, vocab, run_folder.name, given.name),
+        describe_run(config, batch, vocab, run_folder.name, given.name, teacher),
         given,
         folder=run_folder,
         lease=lease or RunLease(),
+        watchdog=watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace()),
     )
 
 

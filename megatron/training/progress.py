@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -34,8 +35,9 @@ class Step:
     iteration: int
     """Number of the step, counted from 1."""
 
-    loss: Tensor
-    """Mean loss over the global batch, a scalar on this rank's device [nats per token]."""
+    losses: Mapping[str, Tensor]
+    """Mean losses over the global batch by metric, scalars on this rank's device [nats per token]. The cross entropy
+    is `lm_loss`; where other terms come in, `loss` is the whole."""
 
     learning_rate: float
     """Learning rate that the step used."""

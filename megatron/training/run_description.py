@@ -18,26 +18,37 @@ from megatron.errors import EnvironmentSetupError, os_errors_as
 from megatron.io.durable import replace_durably
 from megatron.model.causal_lm import VocabSize
 from megatron.monitor.provenance import device_name, git_commit
+from megatron.training.distillation.find_teacher import Teacher
 
 RUN_FILE = "run.json"
 RECORDED_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers")
 
 
 def describe_run(
-    config: RunConfig, batch: BatchConfig, vocab: VocabSize, name: str, configuration: str
+    config: RunConfig,
+    batch: BatchConfig,
+    vocab: VocabSize,
+    name: str,
+    configuration: str,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
-    """Returns the content of run.json for a run called `name`, of the configuration that goes by `configuration`."""
+    """Returns the content of run.json for a run called `name`, of the configuration that goes by `configuration`.
+
+    The work per token includes the teacher's forward pass, which its own entry gives alone.
+    """
+    own_flops = training_flops(config.model, vocab.padded, config.model.seq_length)
     return {
         "name": name,
         "configuration": configuration,
         "parameters": count_parameters(config.model, vocab.padded),
-        "flops_per_token": training_flops(config.model, vocab.padded, config.model.seq_length),
+        "flops_per_token": own_flops + (0 if teacher is None else teacher.flops_per_token),
         "tokens_per_step": batch.global_batch_size * config.model.seq_length,
         "ranks": distributed.get_world_size(),
         "device": device_name(),
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "packages": {package: version(package) for package in RECORDED_PACKAGES},
+        **({} if teacher is None else {"teacher": teacher.describe()}),
         "config": config.model_dump(mode="json"),
     }
 

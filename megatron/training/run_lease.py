@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.io.lease import POLL_SECONDS, FolderLease
 from megatron.mpu.agreement import on_first_rank, rank_and_size
+from megatron.training.shared_folders import require_shared_save
 from megatron.training.stop_request import StopRequest
 
 
@@ -71,7 +72,7 @@ class RunLease:
 def run_lease(config: CheckpointConfig, run_folder: Path, stop: StopRequest) -> Iterator[RunLease]:
     """Holds the lease of a run's folders while the body runs, and gives it back also where `stop` ends the process.
 
-    Collective; raises what `RunLease.acquire` raises.
+    Collective; raises what `RunLease.acquire` and `require_shared_save` raise.
     """
     save = {} if config.save is None else {Path(config.save).resolve(): "save"}
     lease = RunLease({run_folder.resolve(): "log_dir"} | save)
@@ -79,6 +80,8 @@ def run_lease(config: CheckpointConfig, run_folder: Path, stop: StopRequest) -> 
     stop.lease_is_in_doubt = lambda: lease.is_in_doubt
     try:
         lease.acquire()
+        for folder in save:
+            require_shared_save(folder)
         yield lease
     finally:
         lease.release()

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from megatron.checkpointing.engine.loading import load_checkpoint, load_weights
 from megatron.checkpointing.states.layer_state import LayerState
 from megatron.checkpointing.store.checkpoint import Checkpoint, checkpoint_paths
+from megatron.checkpointing.store.fetch import local_source, require_free, restore_newer
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.publish import put_back_replaced
+from megatron.config.local_path import is_url
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
@@ -163,6 +165,8 @@ def _locate(config: CheckpointConfig) -> RunStart:
         on_first_rank(partial(put_back_replaced, save))
     if config.auto_resume and save is not None:
         own = find_checkpoint(save, None, config.verify_checkpoint)
+        if restore_newer(config, save, own):
+            own = find_checkpoint(save, None, config.verify_checkpoint)
         if own is not None:
             return go_on_from(own, config, own.manifest.run_id)
     run_id = on_first_rank(lambda: uuid.uuid4().hex)
@@ -172,12 +176,15 @@ def _locate(config: CheckpointConfig) -> RunStart:
             f"save: {config.save} already holds checkpoints of another run. Set `auto_resume: true` to go on with that "
             "run, or name another folder."
         )
+    if not goes_on_in_save:
+        require_free(config)
     source = config.load or config.pretrain_partial_init
     if source is None:
         return RunStart(run_id)
-    found = find_checkpoint(Path(source), config.iteration, config.verify_checkpoint)
+    found = find_checkpoint(local_source(source, config.iteration, config), config.iteration, config.verify_checkpoint)
     if found is None and goes_on_in_save:
         # As in NeoX, whose YAMLs name one folder for both: the first start is fresh, and later ones go on.
+        require_free(config)
         logger.info("load: %s is save, and holds no checkpoint yet", config.load)
         return RunStart(run_id)
     if found is None:
@@ -212,7 +219,7 @@ def go_on_from(checkpoint: Checkpoint, config: CheckpointConfig, run_id: str) ->
 
 
 def _loads_from_save(config: CheckpointConfig) -> bool:
-    if config.load is None or config.save is None or config.finetune:
+    if config.load is None or config.save is None or config.finetune or is_url(config.load):
         return False
     load, save = Path(config.load).resolve(), Path(config.save).resolve()
     return save in (load, load.parent)

@@ -25,7 +25,9 @@ from megatron.monitor.throughput import Throughput
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
 from megatron.training.after_growth import AfterGrowth
+from megatron.training.distillation.distillation import Distillation
 from megatron.training.growth_event import growth_event
+from megatron.training.hangs.watchdog import Watchdog
 from megatron.training.progress import Progress
 from megatron.training.run_description import write_description
 from megatron.training.run_lease import RunLease
@@ -53,6 +55,8 @@ class TrainingRun:
     """Guards the engine's steps, and carries requests to stop."""
     after_growth: AfterGrowth
     """What the rules of the last growth do at each step."""
+    distillation: Distillation | None
+    """Teacher of the run; None for a run that learns from its text alone."""
     growth: tuple[GrowthRecord, ...]
     """Growths of the model so far."""
     next_growth: GrowConfig | None
@@ -67,6 +71,8 @@ class TrainingRun:
     """Folder of run.json and metrics."""
     lease: RunLease
     """Keeps other processes from writing the run's folders."""
+    watchdog: Watchdog
+    """Times the steps, and notices one that will not end."""
 
     @property
     def flops_per_step(self) -> float:
@@ -109,7 +115,11 @@ class TrainingContext:
         run = self.run
         state = initial_run_state(run.data.counts, run.data.fingerprint, run.vocab, run.parallel)
         return replace(
-            state, **asdict(self.progress), schedule_steps=run.engine.lr_scheduler.num_steps, growth=run.growth
+            state,
+            **asdict(self.progress),
+            schedule_steps=run.engine.lr_scheduler.num_steps,
+            growth=run.growth,
+            teacher=None if run.distillation is None else run.description["teacher"]["sha256"],
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +15,16 @@ from torch.utils.data import Dataset
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.data.data_fingerprint import data_fingerprint
+from megatron.data.dataset_manifest import require_manifests, tokenizer_facts
 from megatron.data.datasets import Datasets, SampleCounts, build_datasets, sample_counts
 from megatron.data.micro_batch import MicroBatch, micro_batches, to_inputs_and_labels
 from megatron.data.tokenizer import Tokenizer
 from megatron.model.causal_lm import VocabSize
-from megatron.mpu.agreement import on_first_rank
+from megatron.mpu.agreement import on_first_rank, on_first_rank_of_each_node
 from megatron.mpu.collectives import sum_over_data_ranks
 from megatron.mpu.context import ParallelContext
 from megatron.training.run_start import RunStart, require_same_data
+from megatron.training.shared_folders import same_data_everywhere
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class TrainingData:
     batch: BatchConfig
     context: ParallelContext
     num_workers: int
+    labelled: frozenset[str]
+    """Splits whose datasets have labels of their own."""
     masked_token: int | None
     """Input token whose position does not count in the loss (`eod_mask_loss`); None masks nothing."""
 
@@ -58,7 +63,7 @@ class TrainingData:
             num_workers=self.num_workers,
         )
         batches = map(partial(to_inputs_and_labels, eod_token=self.masked_token), tokens)
-        return batches if self.masked_token is None else self._weighted(batches)
+        return self._weighted(batches) if self.masked_token is not None or split in self.labelled else batches
 
     def _weighted(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         # A mean over each micro batch's own positions would weigh a position by how the step is cut up.
@@ -82,15 +87,26 @@ def build_training_data(
 ) -> TrainingData:
     """Builds the datasets of a run. Collective.
 
-    Raises what `build_datasets` raises, and CheckpointError when the run continues one that was trained on other data.
+    Raises what `build_datasets` raises, DataError where machines have different data, and CheckpointError when the run
+    continues one that was trained on other data.
     """
     counts = _index_counts(config, batch, start)
-    sizes = {"seq_length": config.model.seq_length, "seed": config.training.seed}
-    datasets = build_datasets(config.data, counts, **sizes, vocab_size=vocab.padded)
-    fingerprint = on_first_rank(lambda: data_fingerprint(config.data, **sizes))
+    seq_length, seed = config.model.seq_length, config.training.seed
+    build = partial(build_datasets, config.data, counts, seq_length=seq_length, seed=seed, vocab_size=vocab.padded)
+    # Reading whole indices takes a while, and the first rank of a machine does it for all of them.
+    mine = on_first_rank_of_each_node(build, int(os.environ.get("LOCAL_RANK", "0")))
+    fingerprint = same_data_everywhere(lambda: data_fingerprint(config.data, seq_length=seq_length, seed=seed))
+    index_keys = on_first_rank(lambda: None if mine is None else mine.index_keys)
+    datasets = mine or build(index_keys=index_keys)
+    on_first_rank(
+        lambda: require_manifests(config.data, tokenizer_facts(config.data.tokenizer, tokenizer), fingerprint)
+    )
     require_same_data(start, fingerprint, config.checkpoint)
     masked_token = tokenizer.eod if config.data.eod_mask_loss else None
-    return TrainingData(datasets, counts, fingerprint, batch, context, config.data.num_workers, masked_token)
+    labelled = frozenset(
+        part for part in ("train", "valid", "test") if getattr(config.data, f"{part}_label_data_paths") is not None
+    )
+    return TrainingData(datasets, counts, fingerprint, batch, context, config.data.num_workers, labelled, masked_token)
 
 
 def _index_counts(config: RunConfig, batch: BatchConfig, start: RunStart) -> SampleCounts:

@@ -17,7 +17,7 @@ REQUEST = (range(5, 50), 400, 8, 11)
 def read(
     folder: Path, sizes: npt.NDArray[np.integer] = SIZES, request: tuple[range, int, int, int] = REQUEST
 ) -> SampleIndex:
-    return cached_sample_index(sizes, *request, folder=folder, name="corpus")
+    return cached_sample_index(sizes, *request, folder=folder, name="corpus")[0]
 
 
 def assert_right(index: SampleIndex) -> None:

@@ -63,10 +63,10 @@ def _begin_record(engine: Any) -> RankRecord:
 
 
 def _noted(batches: Iterator[Any], record: RankRecord) -> Iterator[Any]:
-    for inputs, (labels, mask) in batches:
+    for inputs, (labels, *others) in batches:
         assert torch.equal(inputs[:, 1:], labels[:, :-1])
         record.rows.append(torch.cat([inputs, labels[:, -1:]], dim=1).numpy())
-        yield inputs, (labels, mask)
+        yield inputs, (labels, *others)
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:

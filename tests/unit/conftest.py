@@ -23,11 +23,11 @@ def refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 class WithoutLaunchers(subprocess.Popen):  # type: ignore[type-arg]
-    """A process that launches no ranks; with `--check` or `--help` a launcher only answers."""
+    """A process that launches no ranks; with `--check`, `--dry-run` or `--help` a launcher only answers."""
 
     def __init__(self, args: Any, *more: Any, **options: Any) -> None:
         names = {Path(word).name for word in ([args] if isinstance(args, str) else args)}
-        if LAUNCHERS & names and not names & {"--check", "--help"}:
+        if LAUNCHERS & names and not names & {"--check", "--help", "--dry-run"}:
             refuse()
         super().__init__(args, *more, **options)
 

@@ -24,6 +24,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<block>.*?)^```", re.MULTILINE | 
 RUN_FOLDERS = ("demo/run", "runs/a", "runs/150M")
 """Folders that pages name in place of YAML files."""
 ELSEWHERE = {
+    "docker": "needs a daemon and an image; the words of train.py are checked",
     "make": "a target of the Makefile, looked up there",
     "pip": "needs a package index",
     "sbatch": "needs Slurm",

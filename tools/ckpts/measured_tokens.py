@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.dataset_format import dataset_format
+from megatron.data.first_tokens import first_tokens_of_dataset, tokens_of_text
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import ConfigError, DataError
 from megatron.model.causal_lm import VocabSize
@@ -24,10 +24,10 @@ def measured_tokens(data: Path | None, text: Path | None, config: RunConfig, voc
     """
     length = min(config.model.seq_length, LONGEST)
     if text is not None:
-        source, tokens = text, _of_text(text, config)
+        source, tokens = text, tokens_of_text(text, build_tokenizer(config.data.tokenizer))
     else:
         source = data or _configured(config)
-        tokens = _of_dataset(source, config, SEQUENCES * length)
+        tokens = first_tokens_of_dataset(source, config.data.impl, SEQUENCES * length)
     length = min(length, len(tokens))
     if length < 2:
         raise DataError(f"{source} holds {len(tokens)} tokens; two are the least to compute a loss from.")
@@ -48,21 +48,3 @@ def _configured(config: RunConfig) -> Path:
             "--data_path PREFIX or --text FILE."
         )
     return Path(paths[0])
-
-
-def _of_dataset(prefix: Path, config: RunConfig, wanted: int) -> list[int]:
-    documents = dataset_format(config.data.impl, prefix).open(prefix)
-    tokens: list[int] = []
-    for index, size in enumerate(documents.sizes.tolist()):
-        if len(tokens) >= wanted:
-            break
-        tokens += documents.read(index, 0, min(size, wanted - len(tokens))).tolist()
-    return tokens
-
-
-def _of_text(path: Path, config: RunConfig) -> list[int]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text: {path} cannot be read: {error}. Name a text in UTF-8.") from error
-    return build_tokenizer(config.data.tokenizer).tokenize(content)

@@ -24,14 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.checkpointing.store.run_state import RunState
-from megatron.config.batch_triangle import implied_data_parallel_size, resolve_batch
 from megatron.config.command_line import CommandLine, parse_command_line
 from megatron.config.load_config import LoadedConfig, load_config, print_warnings
 from megatron.config.local_path import local_path
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.data.dataset_manifest import require_manifests, tokenizer_facts
 from megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.errors import CheckpointError, ConfigError
 from megatron.io.durable import atomic_write
+from tools.command_line import planned_batch_size
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +47,12 @@ def main(argv: Sequence[str]) -> int:
             f"its length. View steps up to {last}, or add `train_iters=...` as that run will have it."
         )
     tokenizer = build_tokenizer(loaded.run.data.tokenizer)
-    size = global_batch_size(loaded, command)
+    size = planned_batch_size(loaded, command)
+    from megatron.data.data_fingerprint import data_fingerprint
+
+    data, seed, seq_length = loaded.run.data, loaded.run.training.seed, loaded.run.model.seq_length
+    fingerprint = data_fingerprint(data, seq_length=seq_length, seed=seed)
+    require_manifests(data, tokenizer_facts(data.tokenizer, tokenizer), fingerprint)
     steps = range(args.start, args.end + 1)
     shape = (len(steps), size, loaded.run.model.seq_length + 1)
     with ExitStack() as stack:
@@ -84,18 +90,6 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, CommandLine]:
     return args, parse_command_line(rest)
 
 
-def global_batch_size(loaded: LoadedConfig, command: CommandLine) -> int:
-    """Returns the samples per step. --world-size matters only where the configuration leaves it to the ranks.
-
-    Without it, there is one model replica.
-    """
-    if command.world_size is not None:
-        return loaded.batch(command.world_size).global_batch_size
-    training = loaded.run.training
-    replicas = implied_data_parallel_size(training) or 1
-    return training.train_batch_size or resolve_batch(training, replicas, loaded.origins).global_batch_size
-
-
 def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range) -> Iterator[npt.NDArray[np.int64]]:
     """Yields the samples of each step [global batch, seq_length + 1].
 
@@ -107,7 +101,7 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
     state = resumed_state(run.checkpoint)
     num_samples = sample_counts(run.training, size).train if state is None else state.train_index_samples
     dataset = build_datasets(
-        run.data,
+        run.data.model_copy(update={"train_label_data_paths": None}),
         SampleCounts(train=num_samples, valid=0, test=0),
         seq_length=run.model.seq_length,
         seed=run.training.seed,
@@ -126,13 +120,15 @@ def step_samples(loaded: LoadedConfig, vocab_size: int, size: int, steps: range)
 
 def resumed_state(checkpoint: CheckpointConfig) -> RunState | None:
     """Returns the state of this run's newest checkpoint, or of the one that it continues; None without any."""
+    from megatron.checkpointing.store.fetch import local_source
     from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 
     found = None
     if checkpoint.save is not None:
         found = find_checkpoint(Path(checkpoint.save), None, "sizes")
     if found is None and checkpoint.load is not None and not checkpoint.finetune:
-        found = find_checkpoint(Path(checkpoint.load), checkpoint.iteration, "sizes")
+        source = local_source(checkpoint.load, checkpoint.iteration, checkpoint)
+        found = find_checkpoint(source, checkpoint.iteration, "sizes")
         if found is None:
             raise CheckpointError(f"load: {checkpoint.load} holds no checkpoint. Correct the path, or remove `load`.")
     return None if found is None else found.state

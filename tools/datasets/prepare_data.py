@@ -1,19 +1,25 @@
-"""Prepares real text to train on, without a download: tokenizer, training set and held-out set.
+"""Prepares data to train on: a public corpus by its name, or real text that needs no download.
 
+    python tools/datasets/prepare_data.py -d ./data -t HFTokenizer --vocab-file tokenizer.json pile
     python tools/datasets/prepare_data.py --output-dir demo/data
     python tools/datasets/prepare_data.py --output-dir demo/data --text mine.txt
 
-Without --text, the text is what every CPython carries: the language reference (pydoc's topics) and, for each module of
-the standard library, its docstrings and its source. With --text, the paragraphs of a .txt file, or the "text" of each
-line of a .jsonl file. About one character in twenty is held out, by whole documents.
+Downloads pile, openwebtext2 and enwik8 over https into DATA_DIR/NAME, and tokenizes them, each document ended, to
+DATA_DIR/NAME/NAME_text_document; openwebtext, fineweb_edu and wikitext are streamed from the Hugging Face hub. Stopped
+at any point, the same command goes on. Files are compared with published hashes, where there are some; a mirror that
+has the same files can be named (--base-url).
 
-Writes train.jsonl, valid.jsonl, tokenizer.json (byte-level BPE), train_text_document.bin/.idx,
-valid_text_document.bin/.idx, and data.json with the counts and the loss that a model must beat: the cross entropy of
-the held-out tokens under the frequencies of the training tokens.
+python_docs, which is meant without a name, makes everything from text that is there. Without --text, that is what every
+CPython carries: the language reference (pydoc's topics) and, for each module of the standard library, its docstrings
+and its source. With --text, the paragraphs of a .txt file, or the "text" of each line of a .jsonl file. About one
+character in twenty is held out, by whole documents. Writes train.jsonl, valid.jsonl, tokenizer.json (byte-level BPE),
+train_text_document.bin/.idx, valid_text_document.bin/.idx, and data.json with the counts and the loss that a model must
+beat: the cross entropy of the held-out tokens under the frequencies of the training tokens.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import json
@@ -24,6 +30,7 @@ import time
 import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 from megatron_tokenformer import run_tool
 
@@ -36,15 +43,21 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from megatron.config.local_path import local_path
-from megatron.config.sections.data import TokenizerConfig
+from megatron.config.sections.data import TokenizerConfig, TokenizerType
 from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
-from megatron.data.prepare.text_files import read_documents, require_text_files, texts_of
-from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.data.prepare.batches import TokenizeOptions
+from megatron.data.prepare.corpora import CORPORA
+from megatron.data.prepare.documents import Limits, place, texts_of
+from megatron.data.prepare.progress import Tally
+from megatron.data.prepare.text_files import TextFile
+from megatron.data.prepare.tokenize_files import Work, dataset_prefix, tokenize_files
+from megatron.data.prepare.tokenizing_pool import TokenizingPool
 from megatron.data.tokenizer import END_OF_DOCUMENT
 from megatron.errors import DataError
 from megatron.io.durable import atomic_write
-from tools.command_line import tool_parser
+from tools.command_line import positive, progress_bar, tool_parser
 
+PYTHON_DOCS = "python_docs"
 HELD_OUT = 0.05  # share of the characters
 SMALLEST_TEXT = 20_000  # characters
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
@@ -60,15 +73,58 @@ Group = list[str]
 
 def main(argv: Sequence[str]) -> int:
     """Prepares the data in the given folder."""
-    parser = tool_parser(__doc__)
-    parser.add_argument("--output-dir", type=local_path, required=True, help="folder for all files")
-    parser.add_argument("--text", type=local_path, help="your own text, .txt or .jsonl, instead of Python's")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (2048)")
-    args = parser.parse_args(argv)
-    if args.vocab_size < SMALLEST_VOCABULARY:
-        parser.error(f"--vocab-size: {args.vocab_size} does not hold the 256 bytes and {END_OF_DOCUMENT}")
-    prepare(args.output_dir, args.text, args.vocab_size)
+    args = parse_args(argv)
+    if args.dataset != PYTHON_DOCS:
+        prepare_corpus(args)
+    else:
+        prepare(args.output_dir or args.data_dir / PYTHON_DOCS, args.text, args.vocab_size)
     return 0
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses NeoX's flags, and those of text that needs no download."""
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "dataset", nargs="?", default=PYTHON_DOCS, choices=[*CORPORA, PYTHON_DOCS], help="what to prepare"
+    )
+    parser.add_argument("-d", "--data-dir", type=local_path, default=Path("data"), help="folder of all corpora (data)")
+    corpora = parser.add_argument_group("public corpora")
+    corpora.add_argument("-t", "--tokenizer", choices=get_args(TokenizerType), help="kind of tokenizer")
+    corpora.add_argument("-v", "--vocab-file", type=local_path, help="tokenizer.json, vocab.json or .model")
+    corpora.add_argument("-m", "--merge-file", type=local_path, help="merges.txt of GPT2BPETokenizer")
+    corpora.add_argument("--base-url", help="address of a mirror that has the files under the same names")
+    corpora.add_argument("--workers", type=positive, default=1, help="processes that tokenize (1)")
+    docs = parser.add_argument_group(PYTHON_DOCS)
+    docs.add_argument("--output-dir", type=local_path, help="folder for all files (DATA_DIR/python_docs)")
+    docs.add_argument("--text", type=local_path, help="your own text, .txt or .jsonl, instead of Python's")
+    docs.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (2048)")
+    args = parser.parse_args(argv)
+    if args.dataset == PYTHON_DOCS and args.vocab_size < SMALLEST_VOCABULARY:
+        parser.error(f"--vocab-size: {args.vocab_size} does not hold the 256 bytes and {END_OF_DOCUMENT}")
+    if args.dataset != PYTHON_DOCS and args.tokenizer is None:
+        parser.error(f"{args.dataset} needs --tokenizer, such as -t HFTokenizer --vocab-file tokenizer.json")
+    if args.dataset != PYTHON_DOCS and (args.output_dir or args.text):
+        parser.error(f"--output-dir and --text belong to {PYTHON_DOCS}; corpora lie in --data-dir")
+    return args
+
+
+def prepare_corpus(args: argparse.Namespace) -> None:
+    """Downloads and tokenizes a public corpus. Raises DataError when its source is dead."""
+    vocab, merges = (None if path is None else str(path) for path in (args.vocab_file, args.merge_file))
+    tokenizer = TokenizerConfig(type=args.tokenizer, vocab_file=vocab, merge_file=merges)
+    folder = args.data_dir / args.dataset
+    with TokenizingPool(TokenizeOptions(tokenizer, append_eod=True), args.workers) as pool, progress_bar() as bar:
+        task = bar.add_task(args.dataset, total=None)
+        inputs = CORPORA[args.dataset].inputs(folder, args.base_url, lambda text: bar.update(task, description=text))
+        bar.update(task, total=sum(source.size for source in inputs) or None)
+
+        def report(tally: Tally) -> None:
+            text = f"{tally.documents:,} documents, {sum(tally.tokens.values()):,} tokens"
+            bar.update(task, completed=tally.bytes_read, description=text)
+
+        tally = tokenize_files(inputs, folder / args.dataset, pool, Work(report=report))
+    prefix = dataset_prefix(folder / args.dataset, "text")
+    print(f"{prefix}: {tally.written['text']:,} documents, {tally.tokens['text']:,} tokens")
 
 
 def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
@@ -91,10 +147,12 @@ def prepare(output_dir: Path, text: Path | None, vocab_size: int) -> None:
     vocab_size = train_tokenizer(parts["train"], vocab_size, tokenizer_file)
     facts["vocab_size"] = vocab_size
     options = TokenizeOptions(TokenizerConfig(type="HFTokenizer", vocab_file=str(tokenizer_file)), append_eod=True)
-    for part in parts:
-        say(f"tokenizing {part}.jsonl")
-        tally = tokenize_files([output_dir / f"{part}.jsonl"], output_dir / part, options)
-        facts[f"{part}_tokens"] = tally.tokens["text"]
+    with TokenizingPool(options, workers=1) as pool:
+        for part in parts:
+            say(f"tokenizing {part}.jsonl")
+            inputs = [TextFile(output_dir / f"{part}.jsonl")]
+            tally = tokenize_files(inputs, output_dir / part, pool, Work(overwrite=True))
+            facts[f"{part}_tokens"] = tally.tokens["text"]
     train, valid = (token_counts(dataset_prefix(output_dir / part, "text"), vocab_size) for part in parts)
     facts["valid_unigram_nats_per_token"] = unigram_loss(train, valid)
     with atomic_write(output_dir / "data.json") as temporary:
@@ -148,13 +206,13 @@ def docstrings(
 
 def own_groups(path: Path) -> Iterator[Group]:
     """Yields the paragraphs of a .txt file, or the texts of a .jsonl file."""
-    require_text_files([path])
-    for raw in read_documents([path]):
+    source = TextFile(path)
+    for raw in source.read(["text"], -1, Limits()):
         try:
             text = texts_of(raw, ["text"])["text"]
         except ValueError as error:
-            raise DataError(f"{raw.place}: {error}.") from error
-        documents = [text] if raw.line is not None else re.split(r"\n\s*\n", text)
+            raise DataError(f"{place(source, raw.number)}: {error}.") from error
+        documents = [text] if raw.number else re.split(r"\n\s*\n", text)
         yield from ([document] for document in documents if document.strip())
 
 

@@ -39,7 +39,7 @@ from megatron.errors import STOPPED_ON_REQUEST, DataError
 from megatron.io.durable import atomic_write
 from megatron.io.json_files import read_json_object
 from megatron.io.lease import LEASE_FILE, leased
-from megatron.launch.local import FORWARDED_SIGNALS
+from megatron.launch.supervise import FORWARDED_SIGNALS
 from megatron.monitor.format_quantities import format_duration
 from megatron.monitor.metrics_file import METRICS_FILE, sound_records
 from megatron.monitor.provenance import git_commit

@@ -84,6 +84,7 @@ PANELS = {
     "loss": Panel(
         "loss [nat/token]", ("train/lm_loss", "valid/lm_loss", "test/lm_loss"), from_zero=False, smoothed=True
     ),
+    "distillation": Panel("distillation loss [nat/token]", ("train/distillation_loss",), smoothed=True),
     "perplexity": Panel("perplexity", ("valid/perplexity", "test/perplexity"), from_zero=False),
     "learning_rate": Panel("learning rate", ("train/learning_rate",), format=format_power),
     "grad_norm": Panel("gradient norm", ("train/grad_norm",), smoothed=True),

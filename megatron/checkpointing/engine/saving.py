@@ -64,18 +64,21 @@ class Saver:
         run_id: str,
         versions: Mapping[str, str | None],
         folder_is_ours: Callable[[], bool] = lambda: True,
+        published: Callable[[Path], None] = lambda checkpoint: None,
     ) -> None:
         """Takes what every save needs.
 
         `versions` are of the packages and the code, for the manifest. `folder_is_ours` is asked before a save and
         before its publishing, collectively: it raises when another run has the folder, and returns False when the
-        folder was removed and is made again.
+        folder was removed and is made again. `published` is told, on rank 0, of each checkpoint before old
+        ones are removed.
         """
         self.engine = engine
         self.config = config
         self.run_id = run_id
         self.versions = versions
         self.folder_is_ours = folder_is_ours
+        self.published = published
         self._pending: _Save | None = None
 
     @property
@@ -116,7 +119,7 @@ class Saver:
         save.wait()
         ours = self.folder_is_ours()
         if ours:
-            save.publish(self.run_id, self.versions)
+            save.publish(self.run_id, self.versions, self.published)
             ours = self.folder_is_ours()
         if not ours:
             logger.info("the checkpoint of step %d was removed while it was saved", save.state.iteration)
@@ -168,7 +171,7 @@ class _Save:
             if self.thread is not None:
                 self.thread.join()
 
-    def publish(self, run_id: str, versions: Mapping[str, str | None]) -> Path:
+    def publish(self, run_id: str, versions: Mapping[str, str | None], published: Callable[[Path], None]) -> Path:
         """Gives the checkpoint its name once all ranks have waited for it, and removes old ones. Collective."""
         with self._training_waits():
             try:
@@ -184,6 +187,7 @@ class _Save:
                     "`auto_resume: true`."
                 ) from error
             with os_errors_as(CheckpointError, "the checkpoint folder"):
+                on_first_rank(partial(published, final))
                 on_first_rank(partial(remove_old, self.folder, self.config.checkpoint, run_id))
         logger.info(
             "saved %s, %.2f GiB, in %.1f s; training waited %.2f s of them",

@@ -6,6 +6,8 @@
 <save>/global_step<N>/config.json             the resolved configuration
 <save>/global_step<N>/layer_*-model_*.pt …    DeepSpeed's weights and optimizer states
 <save>/.global_step<N>.<writing|replaced|removed>   on its way in or out (publish.py); never read
+<save>/.global_step<N>.fetching               on its way from a store (remote_folder.py)
+<save>/.uploading/global_step<N>              to be sent to a store: links to the files (uploads.py)
 <save>/.lease                                 the process that writes all of this, while it runs (io/lease.py)
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -17,9 +18,8 @@ from megatron.checkpointing.store.checkpoint import (
     read_latest,
 )
 from megatron.checkpointing.store.manifest import FileEntry, damage, unlisted
-from megatron.config.sections.checkpoint import CheckpointConfig, Verification
-from megatron.errors import CheckpointError, ConfigError, os_errors_as
-from megatron.io.checkout import hint_at_checkout
+from megatron.config.sections.checkpoint import Verification
+from megatron.errors import CheckpointError, os_errors_as
 from megatron.io.progress import PeriodicReport
 from megatron.mpu.agreement import gather_objects, on_first_rank, rank_and_size
 
@@ -63,22 +63,6 @@ def find_checkpoint(folder: Path, iteration: int | None, level: Verification) ->
     return None
 
 
-def configured_checkpoint(config: CheckpointConfig, iteration: int | None = None) -> Checkpoint:
-    """Finds the checkpoint that `load`, or else `save`, holds: of `iteration`, of the configured one, or the newest.
-
-    Collective. Raises ConfigError when no folder is named, CheckpointError when it holds nothing whole.
-    """
-    folder = config.load or config.save
-    if folder is None:
-        raise ConfigError("load: no checkpoint is named. Add `load=FOLDER` to the command.")
-    iteration = config.iteration if iteration is None else iteration
-    checkpoint = find_checkpoint(Path(folder), iteration, config.verify_checkpoint)
-    if checkpoint is None:
-        hint = hint_at_checkout(Path(folder))
-        raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.{hint}")
-    return checkpoint
-
-
 def newest_checkpoint(folder: Path, level: Verification) -> Checkpoint:
     """Finds the newest whole checkpoint, for callers that need one. Raises CheckpointError when there is none."""
     found = find_checkpoint(folder, None, level)
@@ -93,12 +77,24 @@ def problems_of(checkpoint: Checkpoint, level: Verification) -> list[str]:
     Collective: each rank looks at a share of the files.
     """
     rank, size = rank_and_size()
+    _require_seen_by_all(checkpoint.path)
     files = checkpoint.manifest.files
     by_size = sorted(files, key=lambda name: files[name].size, reverse=True)
     own = _damage_with_progress(checkpoint.path, {name: files[name] for name in by_size[rank::size]}, level)
     if rank == 0:
         own += [f"{name} is not in its manifest" for name in unlisted(checkpoint.path, files)]
     return sorted(chain.from_iterable(gather_objects(own)))
+
+
+def _require_seen_by_all(path: Path) -> None:
+    """Raises CheckpointError where rank 0 sees a checkpoint that other ranks do not. Collective."""
+    seen = gather_objects((socket.gethostname(), path.is_dir()))
+    blind = [f"{rank} ({host})" for rank, (host, sees) in enumerate(seen) if not sees]
+    if blind and seen[0][1]:
+        raise CheckpointError(
+            f"{path} is on the machine of rank 0 ({seen[0][0]}), and not on that of rank {blind[0]}. Put it on a file "
+            "system that all machines mount in the same place, or into a store, with its URL in `load`."
+        )
 
 
 def _damage_with_progress(folder: Path, files: Mapping[str, FileEntry], level: Verification) -> list[str]:

@@ -93,6 +93,11 @@ def complete(
     return _publish(temporary, temporary.parent / checkpoint_name(state.iteration), run_id)
 
 
+def mark_latest(checkpoint: Path) -> None:
+    """Names a checkpoint in the file `latest` beside it."""
+    replace_durably(checkpoint.parent / LATEST, f"{checkpoint.name}\n")
+
+
 def remove_old(folder: Path, config: CheckpointConfig, run_id: str) -> None:
     """Deletes the run's whole checkpoints but the newest `keep_last_n_checkpoints` and those kept for ever.
 
@@ -119,7 +124,7 @@ def _publish(temporary: Path, final: Path, run_id: str) -> Path:
             _keep_aside(final)
     temporary.rename(final)
     flush_folder(final.parent)
-    replace_durably(final.parent / LATEST, f"{final.name}\n")
+    mark_latest(final)
     if replaced.exists():
         _delete(replaced)
     return final

@@ -75,6 +75,9 @@ class RunState:
     growth: tuple[GrowthRecord, ...] = ()
     """Growths of the model so far, the first one first."""
 
+    teacher: str | None = None
+    """SHA-256 of the teacher that the run is distilled from; None without one."""
+
 
 _STATE = TypeAdapter(RunState)
 
@@ -83,6 +86,9 @@ def write_state(folder: Path, state: RunState) -> None:
     """Writes state.json."""
     growth = [record.model_dump(mode="json") for record in state.growth]
     values = {"format": STATE_FORMAT, **asdict(state), "growth": growth}
+    if state.teacher is None:
+        # As it was before there were teachers, so that older versions read it.
+        del values["teacher"]
     write_durably(folder / STATE_FILE, json.dumps(values, indent=1) + "\n")
 
 

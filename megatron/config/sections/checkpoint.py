@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron.config.bounds import Count, StepCount, StepNumber
-from megatron.config.local_path import PathText
+from megatron.config.local_path import PathOrUrl, PathText, SavePath, UrlText
 from megatron.config.section import Key, Section
 
 Ratio = Annotated[float, Field(gt=0.0, le=1e12)]
@@ -17,14 +17,24 @@ Verification = Literal["full", "sizes"]
 class CheckpointConfig(Section):
     """Checkpoints: where they are written and read, when, and how they are checked."""
 
-    save: PathText | None = None
+    save: SavePath | None = None
     """Folder for this run's checkpoints; None saves nothing."""
 
+    save_remote: Annotated[UrlText | None, Key(difference="NeoX's s3_path sets it as well")] = None
+    """URL to which every checkpoint in `save` is uploaded in the background, whole or not at all, such as
+    s3://bucket/run, or any that fsspec knows; nothing is ever deleted there. `auto_resume` goes on from there on an
+    empty disk. Credentials come from the environment."""
+
+    remote_cache_dir: Annotated[PathText | None, Key(difference="not a NeoX key")] = None
+    """Folder that keeps what is fetched for a URL in `load`; None means ~/.cache/megatron-tokenformer/checkpoints, or
+    below XDG_CACHE_HOME."""
+
     load: Annotated[
-        PathText | None,
+        PathOrUrl | None,
         Key(difference="must hold a checkpoint unless it is save; NeoX always starts from step 0 without"),
     ] = None
-    """Folder to load from. It must hold a checkpoint, unless it is the folder `save`, in which a run starts fresh."""
+    """Folder or URL to load from. It must hold a checkpoint, unless it is the folder `save`, in which a run starts
+    fresh."""
 
     checkpoint_factor: StepCount | Ratio | None = None
     """Steps between checkpoints (linear, a whole number) or ratio between them (log, above 1); None saves only at
@@ -59,8 +69,8 @@ class CheckpointConfig(Section):
     """Go on with a run although its datasets, tokenizer, seed or sequence length are not those of the checkpoint."""
 
     auto_resume: Annotated[bool, Key(difference="not a NeoX key; there, load equal to save")] = False
-    """Continue from the newest complete checkpoint in `save` when there is one; otherwise start from `load`, or
-    fresh."""
+    """Continue from the newest complete checkpoint in `save`, or in `save_remote` where that has a newer one; without
+    any, start from `load`, or fresh."""
 
     iteration: StepNumber | None = None
     """Step of the checkpoint to load [steps]; None means the newest complete one."""

@@ -62,6 +62,29 @@ class DataConfig(Section):
     test_data_weights: list[NonNegative] | None = None
     """Weights of the test datasets; equal when unset."""
 
+    train_label_data_paths: list[PathText] | None = None
+    """Prefixes of the labels of train_data_paths, one for each: the token itself, or -100 where the loss does not
+    count it."""
+
+    valid_label_data_paths: list[PathText] | None = None
+    """Prefixes of the labels of valid_data_paths."""
+
+    test_label_data_paths: list[PathText] | None = None
+    """Prefixes of the labels of test_data_paths."""
+
+    weight_by_num_documents: Annotated[
+        bool, Key(difference="NeoX divides by zero for a single dataset, whose weight is 1 here")
+    ] = False
+    """Weigh each dataset of train, valid and test_data_paths by its number of documents d, in place of the weights:
+    with p = d / sum(d), in proportion to p ** weighted_sampler_alpha * (1 - p)."""
+
+    weighted_sampler_alpha: float = Field(default=1.0, ge=0, le=100)
+    """Exponent of weight_by_num_documents: below 1, it favours datasets of few documents."""
+
+    preshuffled: Annotated[bool, Key(difference="not a NeoX key; Pythia's fork of it did so without one")] = False
+    """Datasets hold rows of seq_length + 1 tokens, which are the samples in the order of training, as in Pythia's
+    pre-shuffled datasets; each list of paths has one then."""
+
     impl: Annotated[DatasetFormat, Key("data_impl", difference="infer means mmap")] = "mmap"
     """Dataset format; both names mean NeoX's memory-mapped .bin/.idx files."""
 

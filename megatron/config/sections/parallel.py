@@ -1,4 +1,4 @@
-"""Ranks: the model and the optimizer spread over them, and their start on this machine."""
+"""Ranks: the model and the optimizer spread over them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron.config.bounds import ElementCount, LayerCount, LocalCount, RankCount
+from megatron.config.bounds import ElementCount, LayerCount, RankCount
 from megatron.config.section import Key, Section
 
 
@@ -52,15 +52,3 @@ class ParallelConfig(Section):
 
     zero: ZeroConfig = ZeroConfig()
     """ZeRO-1 settings."""
-
-
-class LaunchConfig(Section):
-    """Ranks on this machine, and where they meet. Ranks started by torchrun, srun or mpirun ignore these."""
-
-    num_gpus: Annotated[LocalCount | None, Key(difference="ranks on this machine, also on CPUs")] = None
-    """Ranks that deepy.py starts on this machine [ranks]; None means every visible GPU, or one rank on a CPU."""
-
-    master_port: Annotated[int | None, Key(difference="a free port when unset; NeoX's default is 29500")] = Field(
-        default=None, ge=1, le=65535
-    )
-    """Port on which the ranks meet; None picks a free one."""

@@ -9,14 +9,20 @@ from pydantic import SerializerFunctionWrapHandler, model_serializer
 from megatron.config.section import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
+from megatron.config.sections.distillation import DistillationConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.grow import GrowConfig
+from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.monitor import MonitorConfig
-from megatron.config.sections.parallel import LaunchConfig, ParallelConfig
+from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
+from megatron.config.sections.watchdog import WatchdogConfig
+
+OPTIONAL_SECTIONS = ("grow", "distillation")
+"""Sections that a run has only where its configuration says something in them."""
 
 
 class RunConfig(Section):
@@ -30,15 +36,17 @@ class RunConfig(Section):
     monitor: MonitorConfig = MonitorConfig()
     launch: LaunchConfig = LaunchConfig()
     speedups: SpeedupsConfig = SpeedupsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     grow: GrowConfig | None = None
+    distillation: DistillationConfig | None = None
 
     @model_serializer(mode="wrap")
-    def _without_unused_growth(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Configurations without it are saved as they were before there was growth, so that older versions read them.
+    def _without_unused_sections(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Configurations without them are saved as they were before these sections existed, for older versions to read.
         values: dict[str, Any] = dump(self)
-        return {name: value for name, value in values.items() if name != "grow" or value is not None}
+        return {name: value for name, value in values.items() if name not in OPTIONAL_SECTIONS or value is not None}
 
 
 def config_text(run: RunConfig) -> str:

@@ -17,20 +17,18 @@ The writer stores one sequence per document; the reader takes what Megatron's an
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, dataset_file
+from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, Position, dataset_file
 from megatron.errors import DataError
 from megatron.io.checkout import hint_at_checkout
-from megatron.io.durable import atomic_write
+from megatron.io.working_file import FileFacts, WorkingFile, publish, working_path
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -45,6 +43,8 @@ _DTYPE_CODES: dict[int, np.dtype] = {
 }
 _DATA_SUFFIX = ".bin"
 _INDEX_SUFFIX = ".idx"
+_SIZES_SUFFIX = ".sizes"
+_SIZE_DTYPE = np.dtype(np.int32)
 _LARGEST_UINT16_VOCABULARY = 65500
 ENTRIES_AT_A_TIME = 1 << 20
 """Entries of an index that are handled at once."""
@@ -61,8 +61,11 @@ def index_file(prefix: Path) -> Path:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the type in which NeoX stores tokens: uint16 for vocabularies below 65,500, else int32."""
-    return np.dtype(np.uint16 if vocab_size < _LARGEST_UINT16_VOCABULARY else np.int32)
+    """Returns the type in which NeoX stores tokens: uint16 for vocabularies below 65,500, else int32.
+
+    Labels, for which `vocab_size` is 0, are int32.
+    """
+    return np.dtype(np.uint16 if 0 < vocab_size < _LARGEST_UINT16_VOCABULARY else np.int32)
 
 
 class IndexedDataset:
@@ -72,8 +75,11 @@ class IndexedDataset:
     documents start.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        """Opens both files. Raises DataError when one is missing, truncated, damaged or of another format."""
+    def __init__(self, prefix: Path, *, is_checked: bool = False) -> None:
+        """Opens both files. Raises DataError when one is missing, truncated, damaged or of another format.
+
+        The index is read whole for that, unless another process of this machine has done so (`is_checked`).
+        """
         self.prefix = prefix
         self.token_file = data_file(prefix)
         index_path, data_path = index_file(prefix), self.token_file
@@ -91,7 +97,8 @@ class IndexedDataset:
         self.sizes = buffer[_HEADER.size : sizes_end].view(np.int32)
         self._pointers = buffer[sizes_end:pointers_end].view(np.int64)
         self.document_indices = buffer[pointers_end : pointers_end + 8 * num_boundaries].view(np.int64)
-        self._check_positions(data_path)
+        if not is_checked:
+            self._check_positions(data_path)
         self._tokens = _mapped(data_path, self.dtype)
 
     def __len__(self) -> int:
@@ -113,9 +120,26 @@ class IndexedDataset:
         start = int(self._pointers[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
-    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[Path]]:
+    def blocks(
+        self, tokens_at_a_time: int = 1 << 22
+    ) -> Iterator[tuple[int, npt.NDArray[np.integer], npt.NDArray[np.int64]]]:
+        """Yields the first sequence, the tokens and the lengths of consecutive sequences, read into memory.
+
+        A block ends before `tokens_at_a_time` tokens, unless it is a single sequence.
+        """
+        start = position = 0
+        while start < len(self):
+            lengths = self.sizes[start : start + ENTRIES_AT_A_TIME].astype(np.int64)
+            fitting = int(np.searchsorted(np.cumsum(lengths), tokens_at_a_time, side="right"))
+            lengths = lengths[: max(fitting, 1)]
+            count = int(lengths.sum())
+            tokens = np.fromfile(self.token_file, self.dtype, count, offset=position * self.dtype.itemsize)
+            yield start, tokens, lengths
+            start, position = start + len(lengths), position + count
+
+    def __reduce__(self) -> tuple[Callable[[Path], IndexedDataset], tuple[Path]]:
         # A loader process started by spawn opens the files itself; pickling a memory map would copy the dataset.
-        return IndexedDataset, (self.prefix,)
+        return open_checked, (self.prefix,)
 
     def _check_positions(self, data_path: Path) -> None:
         """Raises DataError unless each sequence starts where its predecessor ends, up to the end of the data file."""
@@ -137,78 +161,136 @@ class IndexedDataset:
             )
 
 
-class IndexedDatasetWriter:
-    """Streams documents into `<prefix>.bin` and `<prefix>.idx`.
+def open_checked(prefix: Path) -> IndexedDataset:
+    """Opens a dataset whose index another process of this machine has looked through."""
+    return IndexedDataset(prefix, is_checked=True)
 
-    Both files appear when the `with` block ends without an exception; otherwise nothing is left, and an older pair
-    stays as it was. Keeps 4 bytes of memory per document.
+
+class IndexedDatasetWriter:
+    """Streams documents into `<prefix>.bin` and `<prefix>.idx`; takes no more memory for many documents.
+
+    As a context manager it publishes both files when the `with` block ends without an exception; otherwise nothing is
+    left, and an older pair stays as it was.
     """
 
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike, position: Position | None = None) -> None:
+        """Opens the working files, at the position that an earlier writer has saved."""
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
-        self.num_tokens = 0
         self._code = next(code for code, known in _DTYPE_CODES.items() if known == self.dtype)
         self._limits = np.iinfo(self.dtype)
-        self._sizes = array("i")
-        self._files = ExitStack()
+        position = position or {}
+        self._tokens = WorkingFile(data_file(prefix), position.get(_DATA_SUFFIX, 0))
+        # The index begins with all lengths and goes on with all starts: the lengths wait in a file of their own.
+        self._sizes = WorkingFile(dataset_file(prefix, _SIZES_SUFFIX), position.get(_SIZES_SUFFIX, 0))
 
     @property
     def num_documents(self) -> int:
         """Returns the number of documents added so far."""
-        return len(self._sizes)
+        return self._sizes.size // _SIZE_DTYPE.itemsize
+
+    @property
+    def num_tokens(self) -> int:
+        """Returns the number of tokens added so far."""
+        return self._tokens.size // self.dtype.itemsize
 
     def __enter__(self) -> IndexedDatasetWriter:
-        with ExitStack() as files:
-            # Left in reverse order: the data file is in place before the index that makes the dataset complete.
-            self._index_path = files.enter_context(atomic_write(index_file(self.prefix)))
-            self._data_path = files.enter_context(atomic_write(data_file(self.prefix)))
-            self._data: BinaryIO = files.enter_context(self._data_path.open("wb"))
-            self._files = files.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._files.__exit__(kind, error, trace)
-            return
-        with self._files:
-            self._write_index()
-            self._data.flush()
+        try:
+            if error is None:
+                self.finish()
+                self.publish()
+        finally:
+            self.discard()
 
     def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Appends one document. Raises DataError when a token id does not fit the file's type."""
         ids = np.asarray(tokens, dtype=np.int64)
-        if ids.size and (ids.min() < self._limits.min or ids.max() > self._limits.max):
-            raise DataError(
-                f"{data_file(self.prefix)}: token ids {ids.min()} to {ids.max()} of document {self.num_documents:,} do "
-                f"not fit {self.dtype.name}. The tokenizer's ids exceed its own vocabulary size; check its files."
-            )
-        self._data.write(ids.astype(self.dtype).tobytes())
-        self._sizes.append(len(ids))
-        self.num_tokens += len(ids)
+        self.add_documents(ids, np.array([len(ids)]))
 
-    def _write_index(self) -> None:
-        sizes = np.frombuffer(self._sizes, dtype=np.int32)
-        with self._index_path.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(sizes) + 1))
-            file.write(sizes.tobytes())
-            position = 0
-            for start in range(0, len(sizes), ENTRIES_AT_A_TIME):
-                chunk = sizes[start : start + ENTRIES_AT_A_TIME].astype(np.int64)
-                file.write((position + _starts(chunk) * self.dtype.itemsize).tobytes())
-                position += int(chunk.sum()) * self.dtype.itemsize
-            for start in range(0, len(sizes) + 1, ENTRIES_AT_A_TIME):
-                file.write(np.arange(start, min(start + ENTRIES_AT_A_TIME, len(sizes) + 1), dtype=np.int64).tobytes())
+    def add_documents(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> None:
+        """Appends documents of `lengths` [documents] tokens each, which stand one after the other in `tokens`.
+
+        Raises DataError when a token id does not fit the file's type, or the disk is full.
+        """
+        if tokens.dtype != self.dtype:
+            if tokens.size and (tokens.min() < self._limits.min or tokens.max() > self._limits.max):
+                raise self._misfit(tokens, lengths)
+            tokens = tokens.astype(self.dtype)
+        self._tokens.write(np.ascontiguousarray(tokens).data.cast("B"))
+        self._sizes.write(lengths.astype(_SIZE_DTYPE).tobytes())
+
+    def save(self) -> Position:
+        """Brings what was added to disk; returns the position from which another writer continues."""
+        return {_DATA_SUFFIX: self._tokens.save(), _SIZES_SUFFIX: self._sizes.save()}
+
+    def finish(self) -> dict[str, FileFacts]:
+        """Writes the index; both files are whole then, under their working names. Returns their sizes and hashes."""
+        self._sizes.finish()
+        return {_DATA_SUFFIX: self._tokens.finish(), _INDEX_SUFFIX: self._write_index()}
+
+    def publish(self) -> None:
+        """Gives both files their names: the tokens first, for the index makes the dataset complete."""
+        self._tokens.publish()
+        publish(index_file(self.prefix))
+        self._sizes.discard()
+
+    def discard(self) -> None:
+        """Deletes the working files."""
+        self._tokens.discard()
+        self._sizes.discard()
+        working_path(index_file(self.prefix)).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes the working files and leaves them to a later writer."""
+        self._tokens.close()
+        self._sizes.close()
+
+    def _misfit(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> DataError:
+        wrong = int(np.flatnonzero((tokens < self._limits.min) | (tokens > self._limits.max))[0])
+        document = int(np.searchsorted(np.cumsum(lengths), wrong, side="right"))
+        start = int(lengths[:document].sum())
+        ids = tokens[start : start + int(lengths[document])]
+        return DataError(
+            f"{data_file(self.prefix)}: token ids {ids.min()} to {ids.max()} of document "
+            f"{self.num_documents + document:,} do not fit {self.dtype.name}. The tokenizer's ids exceed its own "
+            "vocabulary size; check its files."
+        )
+
+    def _write_index(self) -> FileFacts:
+        num_documents = self.num_documents
+        index = WorkingFile(index_file(self.prefix))
+        index.write(_HEADER.pack(_MAGIC, _VERSION, self._code, num_documents, num_documents + 1))
+        for sizes in self._saved_sizes():
+            index.write(sizes.tobytes())
+        position = 0
+        for sizes in self._saved_sizes():
+            chunk = sizes.astype(np.int64)
+            index.write((position + _starts(chunk) * self.dtype.itemsize).tobytes())
+            position += int(chunk.sum()) * self.dtype.itemsize
+        for start in range(0, num_documents + 1, ENTRIES_AT_A_TIME):
+            stop = min(start + ENTRIES_AT_A_TIME, num_documents + 1)
+            index.write(np.arange(start, stop, dtype=np.int64).tobytes())
+        return index.finish()
+
+    def _saved_sizes(self) -> Iterator[npt.NDArray[np.int32]]:
+        with self._sizes.working.open("rb") as file:
+            while content := file.read(ENTRIES_AT_A_TIME * _SIZE_DTYPE.itemsize):
+                yield np.frombuffer(content, _SIZE_DTYPE)
 
 
 DATASET_FORMATS.register("mmap")(
     DatasetFormat(
         token_suffix=_DATA_SUFFIX,
         index_suffixes=(_INDEX_SUFFIX,),
+        working_suffixes=(_SIZES_SUFFIX,),
         open=IndexedDataset,
-        write=lambda prefix, vocab_size: IndexedDatasetWriter(prefix, token_dtype(vocab_size)),
+        open_checked=open_checked,
+        write=lambda prefix, vocab_size, position: IndexedDatasetWriter(prefix, token_dtype(vocab_size), position),
     )
 )
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import struct
 import time
 import tokenize
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +19,13 @@ import numpy.typing as npt
 from megatron.data.order.sample_index import IndexExtent, SampleIndex, build_sample_index, index_extent
 from megatron.errors import DataError
 from megatron.io.durable import atomic_write, file_lock
+from megatron.io.hashing import HashingWriter, file_sha256
+from megatron.io.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
+_BYTES_AT_A_TIME = 1 << 24
 MALFORMED_NPY = (
     ValueError,
     TypeError,
@@ -45,27 +51,31 @@ def cached_sample_index(
     *,
     folder: Path,
     name: str,
-) -> SampleIndex:
-    """Loads the result of `build_sample_index` from .npy files in `folder`, or builds and saves it.
+    checked_key: str | None = None,
+) -> tuple[SampleIndex, str]:
+    """Loads the result of `build_sample_index` from .npy files in `folder`, or builds and saves it; returns its key.
 
-    The arrays returned are memory maps. The file names carry a hash of everything that the index is computed from, so
-    data that was tokenized again never meets an old order. Ranks that race build it once and then share it. Damaged
-    files are built again. Raises DataError like `build_sample_index`, and when the folder cannot be written.
+    The arrays returned are memory maps. The file names carry the key, a hash of everything that the index is computed
+    from, so data that was tokenized again never meets an old order. Ranks that race build it once and then share it.
+    Files that are not what was written are built again: their hashes are compared, unless another process of this
+    machine has done so and gives the key (`checked_key`). Raises DataError like `build_sample_index`, and when the
+    folder cannot be written.
     """
     extent = index_extent(sizes, documents, num_samples, seq_length)
-    files = _IndexFiles(folder / f"{name}_{_key(sizes, documents, extent.num_epochs, seq_length, seed)}", extent)
-    cached = files.load()
+    key = checked_key or _key(sizes, documents, extent.num_epochs, seq_length, seed)
+    files = _IndexFiles(folder / f"{name}_{key}", extent)
+    cached = files.load(hashes=checked_key is None)
     if cached is not None:
-        return cached
+        return cached, key
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(files.lock):
-            cached = files.load()
+            cached = files.load(hashes=True)
             if cached is None:
                 started = time.perf_counter()
                 files.save(build_sample_index(sizes, documents, num_samples, seq_length, seed))
                 logger.info("%s: sample index built in %.1f s", files.stem, time.perf_counter() - started)
-                cached = files.load()
+                cached = files.load(hashes=False)
     except OSError as error:
         raise DataError(
             f"{folder}: the sample index cannot be written ({error.strerror}). Set index_cache_dir to a folder with "
@@ -73,7 +83,7 @@ def cached_sample_index(
         ) from error
     if cached is None:
         raise DataError(f"{files.stem}: the sample index cannot be read back after writing; check the disk.")
-    return cached
+    return cached, key
 
 
 def _key(sizes: npt.NDArray[np.integer], documents: range, num_epochs: int, seq_length: int, seed: int) -> str:
@@ -84,25 +94,40 @@ def _key(sizes: npt.NDArray[np.integer], documents: range, num_epochs: int, seq_
     return digest.hexdigest()
 
 
+def _write_npy(file: HashingWriter, array: npt.NDArray[np.integer]) -> None:
+    """Writes a contiguous array as np.save does, which would copy it piece by piece for a file that hashes."""
+    np.lib.format.write_array_header_1_0(cast(Any, file), np.lib.format.header_data_from_array_1_0(array))
+    content = array.data.cast("B")
+    for start in range(0, len(content), _BYTES_AT_A_TIME):
+        file.write(content[start : start + _BYTES_AT_A_TIME])
+
+
 class _IndexFiles:
-    """The .npy files of one index, a file for each of its arrays."""
+    """The .npy files of one index, a file for each of its arrays, and one with their hashes."""
 
     def __init__(self, stem: Path, extent: IndexExtent) -> None:
         self.stem = stem
         self.extent = extent
         self.lock = stem.with_name(f"{stem.name}.lock")
+        self.hashes = stem.with_name(f"{stem.name}_hashes.json")
 
     def _path(self, part: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}_{part}.npy")
 
     def save(self, index: SampleIndex) -> None:
         """Writes all arrays. Raises OSError where the disk is full, DataError where the folder cannot be written."""
+        self.hashes.unlink(missing_ok=True)
+        hashes = {}
         for part, array in vars(index).items():
             with atomic_write(self._path(part)) as temporary, temporary.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+                hashing = HashingWriter(file)
+                _write_npy(hashing, array)
+                hashes[part] = hashing.sha256
+        with atomic_write(self.hashes) as temporary:
+            temporary.write_text(json.dumps(hashes) + "\n")
 
-    def load(self) -> SampleIndex | None:
-        """Maps the index; None when a file is missing or damaged. Damage is logged."""
+    def load(self, *, hashes: bool) -> SampleIndex | None:
+        """Maps the index; None when a file is missing or damaged. Damage is logged. `hashes` reads all of it."""
         paths = [self._path(field.name) for field in fields(SampleIndex)]
         if not all(path.is_file() for path in paths):
             return None
@@ -110,16 +135,15 @@ class _IndexFiles:
             # open_memmap reads .npy alone and refuses pickled objects, whatever the file holds.
             index = SampleIndex(*(np.lib.format.open_memmap(path, mode="r").view(np.ndarray) for path in paths))
             self._check(index)
+            if hashes:
+                self._check_hashes()
         except (OSError, *MALFORMED_NPY) as error:
             logger.warning("%s: the sample index there is damaged (%s) and is built again", self.stem, error)
             return None
         return index
 
     def _check(self, index: SampleIndex) -> None:
-        """Raises ValueError unless the arrays have the sizes and types of this index.
-
-        Their values are looked at where they are used (gpt_dataset.py): reading all of them would take minutes.
-        """
+        """Raises ValueError unless the arrays have the sizes and types of this index."""
         extent = self.extent
         expected = {
             "doc_idx": ((extent.num_entries,), extent.types.doc),
@@ -130,3 +154,13 @@ class _IndexFiles:
             shape, dtype = expected[name]
             if array.shape != shape or array.dtype != np.dtype(dtype):
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
+
+    def _check_hashes(self) -> None:
+        """Raises ValueError or OSError unless every file has the hash that was noted when it was written."""
+        noted = read_json_object(self.hashes)
+        parts = [field.name for field in fields(SampleIndex)]
+        with ThreadPoolExecutor(len(parts)) as pool:  # hashing leaves the other threads of Python alone
+            found = list(pool.map(lambda part: file_sha256(self._path(part)), parts))
+        for part, sha256 in zip(parts, found, strict=True):
+            if noted.get(part) != sha256:
+                raise ValueError(f"{part} is not what was written")

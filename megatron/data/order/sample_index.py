@@ -6,7 +6,6 @@ more than s, so that neighbours share a token); the samples are shuffled once mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -136,23 +135,23 @@ def _cut_samples(
 
     An entry is the first document that ends beyond the token, and the token's offset in that.
     """
-    num_samples = len(sample_idx) - 1
-    aligned_sizes = np.require(sizes, requirements="A")
+    num_entries = len(sample_idx)
     filled, stream_start = 0, 0
     for first in range(0, len(doc_idx), chunk):
-        ends = np.cumsum(aligned_sizes[doc_idx[first : first + chunk]], dtype=np.int64)
-        stream_end = stream_start + int(ends[-1])
-        last = min(num_samples, (stream_end - 1) // seq_length)
-        for start, stop in _pieces(filled, last + 1, chunk):
-            tokens = np.arange(start, stop, dtype=np.int64) * seq_length - stream_start
-            found = np.searchsorted(ends, tokens, side="right")
-            sample_idx[start:stop, 0] = first + found
-            sample_idx[start:stop, 1] = tokens - np.where(found > 0, ends[found - 1], 0)
-        filled, stream_start = max(filled, last + 1), stream_end
+        lengths = sizes.take(doc_idx[first : first + chunk], mode="clip").astype(np.int64)
+        ends = stream_start + np.cumsum(lengths)
+        # Entries whose token comes before the end of each document: no search, for the tokens are evenly spaced.
+        bounds = np.minimum(-(-ends // seq_length), num_entries)
+        done = 0
+        while filled < bounds[-1]:
+            # Entries are bounded as documents are, unless one document alone has more of them.
+            stop = max(int(np.searchsorted(bounds, filled + chunk, side="right")), done + 1)
+            counts = np.diff(bounds[done:stop], prepend=filled)
+            last = int(bounds[stop - 1])
+            tokens = np.arange(filled, last, dtype=np.int64) * seq_length
+            sample_idx[filled:last, 0] = np.repeat(np.arange(first + done, first + stop), counts)
+            sample_idx[filled:last, 1] = tokens - np.repeat(ends[done:stop] - lengths[done:stop], counts)
+            filled, done = last, stop
+        stream_start = int(ends[-1])
     # NeoX starts at the first document even when that one is empty.
     sample_idx[0] = 0
-
-
-def _pieces(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, chunk):
-        yield first, min(first + chunk, stop)

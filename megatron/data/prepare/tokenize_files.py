@@ -1,78 +1,71 @@
-"""Tokenizes text files into datasets.
+"""Tokenizes inputs into datasets: in bounded memory, byte for byte the same after any number of kills.
 
-Documents are read in order, tokenized in batches, by worker processes if wanted, and written in order, so that the
-result does not depend on the number of workers.
+Documents are read in order, encoded in batches, by worker processes if wanted, and written in order under working
+names. Every few seconds all is brought to disk, with a note of the last document that was written; the same request
+goes on from there. A dataset gets its name, and its manifest, when it is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.metadata
 import logging
-import multiprocessing
-import os
-import signal
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron.config.sections.data import TokenizerConfig
-from megatron.data.dataset_format import DATASET_FORMATS, DEFAULT_FORMAT
-from megatron.data.prepare.text_files import RawDocument, read_documents, require_text_files, texts_of
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.errors import DataError, EnvironmentSetupError
-from megatron.registry import require
+from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, TokenDatasetWriter, dataset_file
+from megatron.data.dataset_manifest import (
+    Manifest,
+    TokenizerFacts,
+    manifest_file,
+    parse_manifest,
+    read_manifest,
+    tokenizer_facts,
+)
+from megatron.data.prepare.batches import Batch, EncodedBatch, FinishedInput
+from megatron.data.prepare.documents import Input, Limits, place
+from megatron.data.prepare.encoders import FastEncoderMismatchError
+from megatron.data.prepare.progress import Progress, Tally, progress_file, read_progress, remove_progress
+from megatron.data.prepare.tokenizing_pool import TokenizingPool
+from megatron.errors import CheckpointError, DataError
+from megatron.io.hashing import sampled_sha256
+from megatron.io.lease import FolderLease
+from megatron.io.working_file import working_path
 
 logger = logging.getLogger(__name__)
 
+SAVE_SECONDS = 10.0
+"""Time between two saves [s], which a kill may cost."""
 _BATCH_BYTES = 1 << 20
-_BATCHES_AHEAD = 4  # per worker
+_BATCH_DOCUMENTS = 4096
+_BAD_LINES_KEPT = 100
 _BAD_LINES_SHOWN = 10
+_PACKAGES = ("tokenizers", "fastokens", "sentencepiece", "zstandard", "numpy", "ftfy", "pyarrow", "datasets")
 
 
 @dataclass(frozen=True)
-class TokenizeOptions:
-    """Options that decide the tokens of a dataset."""
+class Work:
+    """Whatever decides how the work is done, and not its result."""
 
-    tokenizer: TokenizerConfig
+    max_bad_lines: int = 0
+    """Malformed documents to leave out before failing."""
 
-    format: str = DEFAULT_FORMAT
-    """Dataset format to write."""
+    limits: Limits = field(default_factory=Limits)
 
-    keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line's texts; each gets a dataset of its own. The text of a .txt file counts as the first."""
+    overwrite: bool = False
+    """Replace an existing dataset, or start an unfinished one over."""
 
-    append_eod: bool = False
-    """End each document with the tokenizer's end-of-document token."""
+    part: tuple[int, int] | None = None
+    """Number of this output among the parts of a larger one, from 1, and the number of parts. A part without a document
+    gets a manifest alone."""
 
-    fix_text: bool = False
-    """Mend broken Unicode with the ftfy library."""
-
-
-@dataclass
-class Tally:
-    """Counts of the work done so far."""
-
-    documents: int = 0
-    """Documents read, without bad lines."""
-
-    empty: int = 0
-    """Texts without a token; they are left out."""
-
-    bad_lines: list[str] = field(default_factory=list)
-    """file:line and reason of each malformed line; they are left out."""
-
-    tokens: dict[str, int] = field(default_factory=dict)
-    """Tokens written, by key."""
-
-    bytes_read: int = 0
-    """Of the input files as they lie on disk [bytes]."""
+    report: Callable[[Tally], None] = lambda tally: None
+    """Called after each batch."""
 
 
 def dataset_prefix(output_prefix: Path, key: str) -> Path:
@@ -80,145 +73,278 @@ def dataset_prefix(output_prefix: Path, key: str) -> Path:
     return output_prefix.with_name(f"{output_prefix.name}_{key}_document")
 
 
-def tokenize_files(
-    inputs: Sequence[Path],
-    output_prefix: Path,
-    options: TokenizeOptions,
-    *,
-    workers: int = 1,
-    max_bad_lines: int = 0,
-    report: Callable[[Tally], None] = lambda tally: None,
-) -> Tally:
-    """Writes the dataset `<output_prefix>_<key>_document` of each key from text files.
+def tokenize_files(inputs: Sequence[Input], output_prefix: Path, pool: TokenizingPool, work: Work) -> Tally:
+    """Writes the dataset `<output_prefix>_<key>_document` of each key, and its manifest; returns what it counted.
 
-    `report` is called after each batch. Memory stays bounded by the longest document and a few batches per worker.
-    Raises DataError, leaving nothing half-written, when an input is missing or damaged, more than `max_bad_lines` lines
-    are malformed, or no token comes out.
+    A finished request is not done again. Memory is bounded by a few batches of 1 MB for each worker and the longest
+    document. Raises DataError when an input is missing or damaged, more documents than allowed are malformed, no token
+    comes out, another dataset is in the way, or the disk is full.
     """
-    require_text_files(inputs)
-    tokenizer = build_tokenizer(options.tokenizer)
-    files = DATASET_FORMATS[options.format]
-    tally = Tally(tokens=dict.fromkeys(options.keys, 0))
-    with ExitStack() as stack:
-        writers = {
-            key: stack.enter_context(files.write(dataset_prefix(output_prefix, key), tokenizer.vocab_size))
-            for key in options.keys
+    with _only_writer(output_prefix) as lease:
+        while True:
+            try:
+                return _Tokenizing(inputs, output_prefix, pool, work, lease).run()
+            except FastEncoderMismatchError as error:
+                if pool.options.encoder != "auto":
+                    raise
+                logger.warning("%s Starting over with the tokenizer itself, which is slower.", error)
+                pool.use_tokenizer_itself()
+                work = dataclasses.replace(work, overwrite=True)
+
+
+class _Tokenizing:
+    """One request, from where it was left to its end."""
+
+    def __init__(
+        self, inputs: Sequence[Input], output_prefix: Path, pool: TokenizingPool, work: Work, lease: FolderLease
+    ) -> None:
+        self._inputs = inputs
+        self._lease = lease
+        self._pool = pool
+        self._work = work
+        self._format: DatasetFormat = DATASET_FORMATS[pool.options.format]
+        self._prefixes = {name: dataset_prefix(output_prefix, name) for name in pool.options.outputs()}
+        self._progress_file = progress_file(output_prefix)
+        self._tokenizer: TokenizerFacts = tokenizer_facts(pool.options.tokenizer, pool.local.tokenizer)
+        self._request: dict[str, Any] = {
+            "inputs": [source.identity() for source in inputs],
+            "options": pool.options.facts(),
+            "tokenizer": dataclasses.asdict(self._tokenizer),
         }
-        if workers == 1:
-            tokenized: Iterator[_TokenizedBatch] = map(partial(_tokenize, options, tokenizer), _batches(inputs))
-        else:
-            tokenized = _in_order(_start(workers, stack), options, _batches(inputs), _BATCHES_AHEAD * workers)
-        for batch in tokenized:
-            _note_bad_lines(tally, batch.bad_lines, max_bad_lines)
-            for key, documents in batch.documents.items():
-                for tokens in documents:
-                    if len(tokens):
-                        writers[key].add_document(tokens)
-                        tally.tokens[key] += len(tokens)
-                    else:
-                        tally.empty += 1
-            tally.documents += batch.num_documents
-            tally.bytes_read = batch.bytes_read
-            report(tally)
-        for key, count in tally.tokens.items():
-            if count == 0:
-                raise DataError(f"{inputs[0]}: no text under {key!r} in the input, so there is no dataset to write.")
-    return tally
+        self._writers: dict[str, TokenDatasetWriter] = {}
+        self._progress = Progress(self._request)
+        self._saved = False
 
-
-def _note_bad_lines(tally: Tally, bad_lines: Sequence[str], limit: int) -> None:
-    for bad_line in bad_lines:
-        tally.bad_lines.append(bad_line)
-        if len(tally.bad_lines) > limit:
-            shown = "\n  ".join(tally.bad_lines[-_BAD_LINES_SHOWN:])
+    def run(self) -> Tally:
+        """Does what is left to do."""
+        done = self._complete()
+        if done is not None:
+            return done
+        found = read_progress(self._progress_file) if not self._work.overwrite else None
+        if found is not None and found.request != self._request:
             raise DataError(
-                f"{len(tally.bad_lines)} malformed lines; at most {limit} are allowed (--max-bad-lines):\n  {shown}"
+                f"{self._progress_file}: an unfinished run with other inputs, options or tokenizer has been here "
+                f"({_first_difference(found.request, self._request)}). Run its command again to finish it, name "
+                "another --output-prefix, or start over with --overwrite."
             )
-        logger.warning("%s; left out", bad_line)
+        if found is None:
+            remove_progress(self._progress_file)
+        else:
+            self._progress, self._saved = found, True
+        if self._progress.finished is None:
+            self._tokenize()
+        self._publish()
+        return self._progress.tally
 
+    def _complete(self) -> Tally | None:
+        """Returns the counts of a request that is done. Raises DataError when something else is in its place."""
+        if self._work.overwrite or self._progress_file.exists():
+            return None
+        tally = None
+        for prefix in self._prefixes.values():
+            manifest = read_manifest(prefix)
+            if manifest is None and not any(path.exists() for path in self._format.files(prefix)):
+                return None
+            if manifest is None or manifest.options.get("request") != self._request:
+                what = "made from other inputs, options or tokenizer" if manifest else "without a manifest"
+                raise DataError(
+                    f"{prefix}: a dataset is there already, {what}. It is not overwritten: name another "
+                    "--output-prefix, or give --overwrite."
+                )
+            for suffix, facts in manifest.files.items():
+                path = dataset_file(prefix, suffix)
+                if not path.is_file() or path.stat().st_size != facts.size:
+                    raise DataError(
+                        f"{path}: missing, or not of the size in its manifest. Give --overwrite to make it again."
+                    )
+            tally = Tally(**manifest.counts)
+        logger.info("%s: complete already, from the same inputs", next(iter(self._prefixes.values())))
+        return tally
 
-@dataclass(frozen=True)
-class _TokenizedBatch:
-    documents: dict[str, list[npt.NDArray[np.int64]]]
-    num_documents: int
-    bad_lines: list[str]
-    bytes_read: int
+    def _tokenize(self) -> None:
+        progress, tally = self._progress, self._progress.tally
+        kinds = self._pool.options.outputs()
+        try:
+            for name, prefix in self._prefixes.items():
+                vocab_size = self._tokenizer.vocab_size if kinds[name] == "tokens" else 0
+                self._writers[name] = self._format.write(prefix, vocab_size, progress.positions.get(name, {}))
+                tally.tokens.setdefault(name, 0)
+                tally.written.setdefault(name, 0)
+            last_save = time.monotonic()
+            for batch, encoded in self._pool.encode(self._batches()):
+                self._add(batch, encoded)
+                self._work.report(tally)
+                if time.monotonic() - last_save >= SAVE_SECONDS:
+                    self._save()
+                    last_save = time.monotonic()
+            self._finish()
+        except BaseException:
+            for writer in self._writers.values():
+                writer.close() if self._saved else writer.discard()
+            raise
 
-
-def _batches(inputs: Sequence[Path]) -> Iterator[list[RawDocument]]:
-    batch: list[RawDocument] = []
-    size = 0
-    for document in read_documents(inputs):
-        batch.append(document)
-        size += len(document.content)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
+    def _batches(self) -> Iterator[Batch]:
+        """Cuts the documents that are left into batches; the last one tells of the inputs that end behind them."""
+        progress, work = self._progress, self._work
+        before = sum(source.size for source in self._inputs[: progress.input])
+        batch = Batch()
+        for number in range(progress.input, len(self._inputs)):
+            source = self._inputs[number]
+            after = progress.document if number == progress.input else -1
+            for raw in source.read(self._pool.options.columns(), after, work.limits):
+                batch.places.append((number, raw.number))
+                batch.contents.append(raw.content)
+                batch.size += len(raw.content) if isinstance(raw.content, bytes) else _row_size(raw.content)
+                batch.bytes_read = before + raw.bytes_read
+                if batch.size >= _BATCH_BYTES or len(batch.places) >= _BATCH_DOCUMENTS:
+                    yield batch
+                    batch = Batch()
+            before += source.size
+            batch.bytes_read = before
+            batch.finished.append(FinishedInput(number, source.sha256()))
         yield batch
 
+    def _add(self, batch: Batch, encoded: EncodedBatch) -> None:
+        """Writes a batch and counts it."""
+        progress, tally = self._progress, self._progress.tally
+        self._note_bad(encoded)
+        for name, (tokens, lengths) in encoded.outputs.items():
+            self._writers[name].add_documents(tokens, lengths)
+            tally.tokens[name] += len(tokens)
+            tally.written[name] += len(lengths)
+        tally.documents += encoded.documents
+        tally.empty += encoded.empty
+        tally.text_bytes += encoded.text_bytes
+        tally.bytes_read = max(tally.bytes_read, batch.bytes_read)
+        if encoded.longest[0] > tally.longest:
+            tally.longest = encoded.longest[0]
+            tally.longest_place = self._place(encoded.longest[1])
+        for input_, _ in batch.places:
+            progress.inputs[self._entry(input_)]["documents"] += 1
+        if batch.places:
+            progress.input, progress.document = batch.places[-1]
+        for finished in batch.finished:
+            progress.inputs[self._entry(finished.input)]["sha256"] = finished.sha256
+            if finished.input + 1 > progress.input:
+                progress.input, progress.document = finished.input + 1, -1
 
-def _start(workers: int, stack: ExitStack) -> ProcessPoolExecutor:
-    # Spawned, not forked: the caller's progress display may run a thread, and the tokenizers library its own.
-    spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread_per_worker)
-    stack.callback(executor.shutdown, cancel_futures=True)
-    return executor
+    def _note_bad(self, encoded: EncodedBatch) -> None:
+        tally, limit = self._progress.tally, self._work.max_bad_lines
+        for where, reason in encoded.bad:
+            tally.bad += 1
+            line = f"{self._place(where)}: {reason}"
+            if len(tally.bad_lines) < _BAD_LINES_KEPT:
+                tally.bad_lines.append(line)
+                logger.warning("%s; left out", line)
+            if tally.bad > limit:
+                shown = "\n  ".join([*tally.bad_lines[-_BAD_LINES_SHOWN:-1], line])
+                raise DataError(
+                    f"{tally.bad} malformed lines; at most {limit} are allowed (--max-bad-lines):\n  {shown}"
+                )
+
+    def _place(self, where: tuple[int, int]) -> str:
+        return place(self._inputs[where[0]], where[1])
+
+    def _entry(self, number: int) -> int:
+        """Returns the place of an input's facts, which it adds with those of the inputs before."""
+        inputs = self._progress.inputs
+        while len(inputs) <= number:
+            source = self._inputs[len(inputs)]
+            inputs.append({"name": source.name, "size": source.size, "sha256": "", "documents": 0})
+        return number
+
+    def _save(self) -> None:
+        if self._lease.is_in_doubt:
+            self._lease.check()
+        self._progress.positions = {name: writer.save() for name, writer in self._writers.items()}
+        self._progress.write(self._progress_file)
+        self._saved = True
+
+    def _finish(self) -> None:
+        """Completes the files under their working names, and notes that they are whole."""
+        tally = self._progress.tally
+        without = [name for name, documents in tally.written.items() if documents == 0]
+        if without and not (self._work.part and len(without) == len(tally.written)):
+            remove_progress(self._progress_file)
+            self._saved = False
+            raise DataError(
+                f"{self._inputs[0].name}: no text under {without[0]!r} in the input, so there is no dataset to write."
+            )
+        manifests = {}
+        for name, writer in self._writers.items():
+            files = writer.finish() if tally.written[name] else {}
+            token_file = working_path(self._format.token_file(self._prefixes[name]))
+            manifests[name] = Manifest(
+                documents=tally.written[name],
+                tokens=tally.tokens[name],
+                files=files,
+                tokenizer=self._tokenizer,
+                sampled_sha256=sampled_sha256(token_file) if files else "",
+                kind=self._pool.options.outputs()[name],
+                append_eod=self._pool.options.append_eod,
+                options={"request": self._request, "encoder": self._pool.local.encoder.name, "part": self._work.part},
+                inputs=self._progress.inputs,
+                counts=dataclasses.asdict(tally),
+                versions=_versions(),
+            )
+        self._progress.finished = {name: dataclasses.asdict(manifest) for name, manifest in manifests.items()}
+        self._progress.write(self._progress_file)
+        self._saved = True
+        for writer in self._writers.values():
+            writer.close()
+
+    def _publish(self) -> None:
+        """Gives whole files their names: the manifest, which says that the dataset is complete, comes last."""
+        for name, content in (self._progress.finished or {}).items():
+            prefix, manifest = self._prefixes[name], parse_manifest(content)
+            manifest_file(prefix).unlink(missing_ok=True)
+            if manifest.files:
+                self._format.publish(prefix)
+            else:
+                for path in self._format.files(prefix):
+                    path.unlink(missing_ok=True)
+            self._format.discard(prefix)
+            manifest.write(prefix)
+        remove_progress(self._progress_file)
 
 
-def _in_order(
-    executor: ProcessPoolExecutor, options: TokenizeOptions, batches: Iterator[list[RawDocument]], ahead: int
-) -> Iterator[_TokenizedBatch]:
-    pending: deque[Future[_TokenizedBatch]] = deque()
+@contextmanager
+def _only_writer(output_prefix: Path) -> Iterator[FolderLease]:
+    """Holds the lease of an output. Raises DataError when another process is writing it, or takes it for dead."""
+    lease = FolderLease(
+        output_prefix.parent, "preprocess_data.py", file=output_prefix.with_name(f"{output_prefix.name}.lease")
+    )
     try:
-        for batch in batches:
-            pending.append(_submit(executor, options, batch))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise EnvironmentSetupError(
-            "a tokenizing process died, most likely for lack of memory. Use fewer --workers, or split long documents."
-        ) from error
-
-
-def _submit(
-    executor: ProcessPoolExecutor, options: TokenizeOptions, batch: list[RawDocument]
-) -> Future[_TokenizedBatch]:
-    # Which may start a worker. It keeps what is blocked here: Ctrl-C is for this process, which ends its workers.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return executor.submit(_tokenize_in_worker, options, batch)
+        lease.acquire()
+        yield lease
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        lease.release()
 
 
-def _one_thread_per_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Describes the first fact in which two requests differ."""
+    for section in ("tokenizer", "options"):
+        for key in sorted({*theirs.get(section, {}), *ours[section]}):
+            before, now = theirs.get(section, {}).get(key), ours[section].get(key)
+            if before != now:
+                return f"{key}: {before} then, {now} now"
+    before, now = theirs.get("inputs", []), ours["inputs"]
+    if len(before) != len(now):
+        return f"{len(before)} inputs then, {len(now)} now"
+    changed: dict[str, Any] = next((ours for other, ours in zip(before, now, strict=True) if other != ours), {})
+    return f"{changed.get('name', 'an input')} has changed"
 
 
-_worker_tokenizer = cache(build_tokenizer)  # built once in each worker process
+def _row_size(values: Any) -> int:
+    return sum(len(value if isinstance(value, str) else repr(value)) for value in (values or {}).values())
 
 
-def _tokenize_in_worker(options: TokenizeOptions, batch: list[RawDocument]) -> _TokenizedBatch:
-    return _tokenize(options, _worker_tokenizer(options.tokenizer), batch)
-
-
-def _tokenize(options: TokenizeOptions, tokenizer: Tokenizer, batch: list[RawDocument]) -> _TokenizedBatch:
-    documents: list[dict[str, str]] = []
-    bad_lines: list[str] = []
-    for raw in batch:
-        try:
-            documents.append(texts_of(raw, options.keys))
-        except ValueError as error:
-            bad_lines.append(f"{raw.place}: {error}")
-    tokens = {}
-    for key in options.keys:
-        texts = [document[key] for document in documents if key in document]
-        if options.fix_text:
-            ftfy = require("ftfy", "--ftfy", "Install it with `pip install ftfy`, or leave the flag out.")
-            texts = [ftfy.fix_text(text) for text in texts]
-        end = [tokenizer.eod] if options.append_eod else []
-        tokens[key] = [np.array(ids + end if ids else ids, dtype=np.int64) for ids in tokenizer.tokenize_batch(texts)]
-    return _TokenizedBatch(tokens, len(documents), bad_lines, batch[-1].bytes_read)
+def _versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide tokens, as far as they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -22,6 +22,9 @@ class CharLevelTokenizer:
         self.eod = _EOD
         self.bos = None
 
+    def vocabulary(self) -> list[tuple[int, str]]:
+        return [(byte, f"byte {byte}") for byte in range(256)]
+
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode())
 

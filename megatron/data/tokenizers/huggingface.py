@@ -37,6 +37,14 @@ class LibraryTokenizer:
         self.bos = _first_id(tokenizer, BEGINS_OF_SEQUENCE)
         self.vocab_size = tokenizer.get_vocab_size()
 
+    def vocabulary(self) -> list[tuple[int, str]]:
+        return [(id_, token) for token, id_ in self._tokenizer.get_vocab().items()]
+
+    def definition(self) -> str:
+        """Returns the tokenizer as the content of a tokenizer.json."""
+        with _library_errors(self._path):
+            return self._tokenizer.to_str()
+
     def tokenize(self, text: str) -> list[int]:
         with _library_errors(self._path):
             return self._tokenizer.encode(text).ids

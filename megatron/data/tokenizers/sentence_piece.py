@@ -32,6 +32,9 @@ class SPMTokenizer:
         self.bos = begin if begin >= 0 else None
         self.vocab_size = self._processor.get_piece_size()
 
+    def vocabulary(self) -> list[tuple[int, str]]:
+        return [(id_, self._processor.id_to_piece(id_)) for id_ in range(self.vocab_size)]
+
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids

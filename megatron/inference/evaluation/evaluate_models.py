@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from lm_eval.evaluator import evaluate
 
-from megatron.checkpointing.store.checkpoint import checkpoint_name, checkpoint_paths, read_checkpoint
+from megatron.checkpointing.store.checkpoint import checkpoint_name, read_checkpoint
+from megatron.checkpointing.store.fetch import steps_of
 from megatron.checkpointing.store.manifest import MANIFEST_FILE
+from megatron.config.local_path import is_url
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import CheckpointError, ConfigError
@@ -89,8 +91,8 @@ def _iterations(config: RunConfig) -> Sequence[int | None]:
     wanted = config.evaluation.iterations
     if wanted != "all" and len(wanted) <= 1:
         return wanted or [None]
-    folder = Path(config.checkpoint.load or config.checkpoint.save or ".")
-    there = sorted(iteration for iteration, _ in checkpoint_paths(folder))
+    folder = config.checkpoint.load or config.checkpoint.save or "."
+    there = steps_of(folder)
     if not there:
         raise CheckpointError(f"{folder} holds no checkpoint to read. Name a run's folder with `load=...`.")
     steps = there if wanted == "all" else list(dict.fromkeys(wanted))
@@ -100,8 +102,9 @@ def _iterations(config: RunConfig) -> Sequence[int | None]:
             f"{folder} holds no checkpoint of step {', '.join(map(str, missing))}. Steps there: "
             f"{', '.join(map(str, there))}."
         )
-    for step in steps:
-        path = folder / checkpoint_name(step)
+    # In a store, what has a manifest is whole.
+    for step in [] if is_url(folder) else steps:
+        path = Path(folder) / checkpoint_name(step)
         try:
             read_checkpoint(path)
         except CheckpointError as error:

@@ -5,7 +5,6 @@ Importing this module makes transformers know our TokenFormer, so that exports l
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import megatron.hf  # noqa: F401 - registers TokenFormer
 from megatron.checkpointing.store.safe_load import MALFORMED, unpickling_reason
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.errors import ConfigError, UntypedErrorsAs
-from megatron.io.hashing import file_sha256
+from megatron.io.hashing import folder_sha256
 
 CPU_BATCH = 8
 """lm-eval's search for the largest batch would take minutes and all memory on a CPU."""
@@ -76,10 +75,3 @@ def describe_hf_model(config: EvaluationConfig, model: HFLM) -> dict[str, Any]:
         "sha256": folder_sha256(folder) if folder.is_dir() else None,
         "hub_commit": commit,
     }
-
-
-def folder_sha256(folder: Path) -> str:
-    """Hashes the names and SHA-256 digests of a folder's files."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    lines = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()

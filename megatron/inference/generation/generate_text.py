@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
+from megatron.checkpointing.store.fetch import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import Tokenizer, build_tokenizer

@@ -77,6 +77,7 @@ _SPLITS = {"train": "", "valid": "validation", "test": "test"}
 # Columns of a line, in this order; an empty text is left out.
 _COLUMNS: dict[str, Callable[[float], str]] = {
     "lm_loss": lambda value: f"loss {value:.4f}",
+    "distillation_loss": lambda value: f"distillation {value:.4f}",
     "perplexity": lambda value: f"perplexity {value:,.2f}" if value < 1e6 else f"perplexity {value:.2e}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "grad_norm": lambda value: f"grad norm {value:.3f}",

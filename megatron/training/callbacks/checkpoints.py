@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron.checkpointing.engine.saving import Saver, save_iterations
+from megatron.checkpointing.store.uploads import Uploads, begin_uploads
 from megatron.errors import NonFiniteError, UserError
+from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
 from megatron.training.run_description import described_versions
@@ -26,10 +30,16 @@ class Checkpoints(Callback):
             run_id=run.run_id,
             versions=described_versions(run.description),
             folder_is_ours=run.lease.check,
+            published=self._upload,
         )
+        self.uploads: Uploads | None = None
 
     def start(self) -> None:
-        """Saves the initial weights of a run that starts from step 0."""
+        """Begins to upload what an earlier start has left; saves the initial weights of a run that starts from step 0.
+
+        Raises EnvironmentSetupError when a package for the URL is missing.
+        """
+        on_first_rank(self._begin_uploads)
         if self.context.progress.iteration == 0 and 0 in self.iterations:
             self._save(wait=False)
 
@@ -43,8 +53,10 @@ class Checkpoints(Callback):
                 self.saver.publish_if_written()
 
     def finish(self) -> None:
-        """Publishes a save that is still being written."""
+        """Publishes a save that is still being written, and waits for uploads, as long as the store takes them."""
         self.saver.finish()
+        if self.context.run.config.checkpoint.save_remote is not None:
+            on_first_rank_meanwhile(self._finish_uploads)
 
     def on_error(self, error: UserError) -> None:
         """Publishes a save that is still being written when all ranks give up on a step that is not finite.
@@ -53,6 +65,17 @@ class Checkpoints(Callback):
         """
         if isinstance(error, NonFiniteError):
             self.saver.finish()
+
+    def _begin_uploads(self) -> None:
+        self.uploads = begin_uploads(self.context.run.config.checkpoint)
+
+    def _finish_uploads(self) -> None:
+        if self.uploads is not None:
+            self.uploads.finish()
+
+    def _upload(self, checkpoint: Path) -> None:
+        if self.uploads is not None:
+            self.uploads.add(checkpoint)
 
     def _save(self, *, wait: bool) -> None:
         with self.context.throughput.saving():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from packaging.version import Version
 
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.io.durable import atomic_write
+from megatron.io.user_cache import user_cache
 from megatron.training.stability.pipeline_check import check_pipelines
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ DIVIDING_AGAIN = (Version("0.18.5"), Version("0.19.2"))
 """First and last version with wrong gradients."""
 REMEDY = "Install the tested one (`pip install -c requirements/constraints.txt deepspeed`), or train one stage: \
 pipe_parallel_size: 1."
-CACHE_FOLDER = "megatron-tokenformer"
 
 
 def refuse_known_faults(stages: int) -> None:
@@ -63,13 +62,8 @@ def compare_unknown(stages: int) -> None:
 
 def _passed_file(installed: str) -> Path | None:
     """Returns the file that is there once a version has passed; None where there is no place for it."""
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        # The specification of XDG_CACHE_HOME has relative paths ignored.
-        caches = chosen if chosen.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:  # there is no home folder
-        return None
-    return caches / CACHE_FOLDER / f"deepspeed-{installed}-torch-{version('torch')}-passed.json"
+    cache = user_cache()
+    return None if cache is None else cache / f"deepspeed-{installed}-torch-{version('torch')}-passed.json"
 
 
 def _keep(passed: Path | None, result: dict[str, object]) -> None:

@@ -71,7 +71,7 @@ def test_during_imports(command: list[str], library: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [1, 2])
 def test_while_text_is_tokenized(workers: int, tmp_path: Path) -> None:
-    """Its worker processes are told as well, and say nothing; no file is left."""
+    """Its worker processes are told as well, and say nothing; only what a second run goes on from is left."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"line {number} of a text"}) + "\n" for number in range(400_000)))
     output = tmp_path / "out"
@@ -79,7 +79,7 @@ def test_while_text_is_tokenized(workers: int, tmp_path: Path) -> None:
     command = ["tools/datasets/preprocess_data.py", "--input", str(text), "--output-prefix", str(output / "data")]
     command += ["--tokenizer-type", "CharLevelTokenizer", "--workers", str(workers)]
     assert_one_line(interrupt(command, lambda pid: any(path.stat().st_size > 10_000 for path in output.iterdir())))
-    assert list(output.iterdir()) == []
+    assert all(path.name.endswith((".partial", ".progress.json")) for path in output.iterdir())
 
 
 @pytest.mark.full

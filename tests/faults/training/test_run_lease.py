@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -109,7 +108,7 @@ def test_a_holder_in_another_process_namespace_is_seen_by_its_heartbeat(running:
 
 
 @pytest.mark.full
-def test_ranks_of_a_killed_launcher_hold_the_folder(write_config: Callable[..., Path]) -> None:
+def test_ranks_of_a_killed_launcher_end_and_leave_the_folder_to_the_next(write_config: Callable[..., Path]) -> None:
     config = write_config(ENDLESS, num_gpus=2)
     run = config.with_suffix("")
     command = [sys.executable, "deepy.py", "train.py", str(config)]
@@ -118,13 +117,6 @@ def test_ranks_of_a_killed_launcher_hold_the_folder(write_config: Callable[..., 
         wait_for_steps(run, 3)
         children = [int(pid) for pid in Path(f"/proc/{deepy.pid}/task/{deepy.pid}/children").read_text().split()]
         deepy.kill()
-    try:
-        steps = len(records(run, "train/lm_loss"))
-        assert_refused(run_ranks(config), children[0])
-        wait_for_steps(run, steps + 3)
-    finally:
-        os.killpg(deepy.pid, signal.SIGKILL)
-    # Nobody asks for their exit codes: they may stay in the list of processes.
     begin = time.monotonic()
     finished = run_ranks(config, "train_iters=3", "checkpoint_factor=3")
     assert finished.code == 0, finished.output

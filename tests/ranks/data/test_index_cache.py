@@ -36,4 +36,4 @@ def _build_count(folder: Path) -> int:
 def test_racing_ranks_build_it_once(tmp_path: Path) -> None:
     counts = run_distributed(_build_count, 2, tmp_path / "cache")
     assert sum(counts) == 1
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 5

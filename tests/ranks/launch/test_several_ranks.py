@@ -66,6 +66,26 @@ def test_tensor_parallel_ranks_train_what_one_rank_trains(write_config: Callable
     assert sorted(shares) == ["layer_01-model_00-model_states.pt", "layer_01-model_01-model_states.pt"]
 
 
+@pytest.mark.full
+def test_torchrun_trains_what_one_rank_trains(write_config: Callable[..., Path]) -> None:
+    alone, together = (write_config(TOKENFORMER, name, train_iters=10) for name in ("alone", "by torchrun"))
+    train(alone)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*torchrun, "train.py", str(together), "pipe_parallel_size=2"],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    want = records(alone.with_suffix(""), "train/lm_loss")
+    assert len(want) == 10
+    assert records(together.with_suffix(""), "train/lm_loss") == pytest.approx(want, abs=1e-5, rel=0)
+
+
 def test_a_master_port_that_is_taken_is_named_before_any_rank_starts(write_config: Callable[..., Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

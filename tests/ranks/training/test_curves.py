@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from megatron.config.load_config import load_config
+from megatron.data.formats.mmap import IndexedDataset, IndexedDatasetWriter
 from megatron.model.causal_lm import VocabSize, build_local
 from tests.helpers.configs import VOCAB_SIZE
 from tests.helpers.covers import covered
@@ -95,6 +97,29 @@ def test_positions_that_count_weigh_the_same_in_every_layout(
     reference = plain_curve(case.model, case.tied, eod_mask_loss=True)
     assert_same_curve(layout_runs.trained(case, eod_mask_loss=True).curve, reference)
     assert largest_differences(reference, plain_curve(case.model, case.tied))[0] > 1e-3, "nothing was masked"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("tokenformer", (1, 1, 2), tied=True, accumulation=4),
+        Case("pythia", (1, 2, 2), tied=False),
+        Case("pythia", (2, 1, 1), tied=False, accumulation=2),
+    ],
+    ids=str,
+)
+def test_labels_of_a_dataset_weigh_the_same_in_every_layout(case: Case, dataset: Path, tmp_path: Path) -> None:
+    """Labels that mask the first token of each document are eod_mask_loss, which is compared with plain torch above."""
+    tokens = IndexedDataset(dataset)
+    with IndexedDatasetWriter(tmp_path / "label", np.int32) as writer:
+        for number in range(len(tokens)):
+            writer.add_document([-100, *tokens[number][1:]])
+    masked, labelled = LayoutRuns(tmp_path, dataset), LayoutRuns(tmp_path, dataset)
+    paths = {"train_data_paths": [str(dataset)], "index_cache_dir": str(tmp_path / "index")}
+    masked.data = paths | {"eod_mask_loss": True, "save": str(tmp_path / "masked")}
+    labelled.data = paths | {"train_label_data_paths": [str(tmp_path / "label")], "save": str(tmp_path / "labelled")}
+    assert_same_curve(labelled.trained(case).curve, masked.trained(case.alone).curve)
 
 
 def test_groups_that_the_ranks_do_not_divide_evenly(layout_runs: LayoutRuns) -> None:

@@ -201,7 +201,7 @@ def test_suggestions_come_from_the_keys_own_values(path: str) -> None:
         ("mlp_type=llama", "mlp_type: llama: a gate by gelu is not implemented; add activation: silu"),
         ("mlp_type=llama activation=silu", None),
         ("mlp_type=moe", "known to NeoX, not supported here with this value; only regular and llama are accepted"),
-        ("launcher=bogus", "expected one of pdsh, openmpi, mvapich, mpich, impi, slurm, jsrun"),
+        ("launcher=bogus", "expected one of impi, local, mpich, mvapich, openmpi, pdsh, slurm, ssh"),
         ("launcher=slrum", "did you mean slurm?"),
         ("batch_size=0", "command line batch_size: 0: expected a whole number above 0"),
         ("batch_size=9000000", "(batch_size sets train_micro_batch_size_per_gpu"),
@@ -263,10 +263,10 @@ def test_null_clears_a_key_and_all_in_it() -> None:
 
 def test_null_clears_what_no_table_knows(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.yml"
-    foreign.write_text("row_model_parallel_size: 1\nlauncher_args: {key: 1}\ncomms_logger: {enabled: true}\n")
+    foreign.write_text("row_model_parallel_size: 1\nstage_args: {key: 1}\ncomms_logger: {enabled: true}\n")
     with pytest.raises(ConfigError, match="2 errors"):
         load_config([PYTHIA, foreign])
-    loaded = load_config([PYTHIA, foreign], ["row_model_parallel_size=null", "launcher_args=null", "comms_logger=null"])
+    loaded = load_config([PYTHIA, foreign], ["row_model_parallel_size=null", "stage_args=null", "comms_logger=null"])
     assert not any("comms_logger" in warning for warning in loaded.warnings)
     assert refusal("sede=null") == "command line sede: null: unknown key; did you mean seed?"
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +12,14 @@ import pytest
 
 from megatron.config.sections.data import DataConfig, TokenizerConfig
 from megatron.data.data_fingerprint import data_fingerprint
-from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, dataset_format
+from megatron.data.dataset_format import DATASET_FORMATS, DatasetFormat, Position, dataset_format
 from megatron.data.datasets import Datasets, SampleCounts, build_datasets
 from megatron.data.formats.mmap import IndexedDataset
-from megatron.data.prepare.tokenize_files import TokenizeOptions, dataset_prefix, tokenize_files
+from megatron.data.prepare.batches import TokenizeOptions
+from megatron.data.prepare.text_files import TextFile
+from megatron.data.prepare.tokenize_files import Work, dataset_prefix, tokenize_files
+from megatron.data.prepare.tokenizing_pool import TokenizingPool
+from megatron.io.working_file import FileFacts, WorkingFile
 
 SEQ_LENGTH = 4
 TEXTS = ["one", "two", "three and more", "four"] * 8
@@ -40,20 +42,19 @@ class JsonDataset:
 
 
 class JsonWriter:
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        self.path = prefix.with_name(f"{prefix.name}.tokens")
-        self.lines: list[str] = []
+    def __init__(self, prefix: Path, vocab_size: int, position: Position) -> None:
+        self.file = WorkingFile(prefix.with_name(f"{prefix.name}.tokens"), position.get(".tokens", 0))
+        self.publish, self.discard, self.close = self.file.publish, self.file.discard, self.file.close
 
-    def __enter__(self) -> Self:
-        return self
+    def add_documents(self, tokens: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> None:
+        for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+            self.file.write(f"{json.dumps(document.tolist())}\n".encode())
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.path.write_text("".join(f"{line}\n" for line in self.lines))
+    def save(self) -> Position:
+        return {".tokens": self.file.save()}
 
-    def add_document(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> None:
-        self.lines.append(json.dumps([int(token) for token in tokens]))
+    def finish(self) -> dict[str, FileFacts]:
+        return {".tokens": self.file.finish()}
 
 
 @pytest.fixture
@@ -66,7 +67,8 @@ def tokenize(folder: Path, name: str) -> Path:
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     options = TokenizeOptions(TokenizerConfig(type="CharLevelTokenizer"), format=name)
-    tokenize_files([text], folder / name, options)
+    with TokenizingPool(options, workers=1) as pool:
+        tokenize_files([TextFile(text)], folder / name, pool, Work())
     return dataset_prefix(folder / name, "text")
 
 

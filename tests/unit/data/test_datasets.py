@@ -1,5 +1,6 @@
 """Splits, blends and counts are NeoX's; what is too small is named."""
 
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron.data.datasets import (
     sample_counts,
     split_documents,
     split_shares,
+    weights_by_num_documents,
 )
 from megatron.data.formats.mmap import IndexedDatasetWriter
 from megatron.data.order.blendable_dataset import BlendableDataset
@@ -148,3 +150,105 @@ def test_missing_dataset_and_missing_configuration(tmp_path: Path) -> None:
         build(DataConfig(data_path=str(tmp_path / "nowhere")), SampleCounts(1, 1, 1))
     with pytest.raises(ConfigError, match="data_path: no training data"):
         build(DataConfig(), SampleCounts(1, 1, 1))
+
+
+def neox_weights(counts: list[int], alpha: float) -> list[Fraction]:
+    """The rule in exact numbers: p ** alpha * (1 - p), normalized; `alpha` is whole here."""
+    shares = [Fraction(count, sum(counts)) for count in counts]
+    weights = [share ** int(alpha) * (1 - share) for share in shares]
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [3, 1, 7], [210_000_000, 5, 12_345], list(range(1, 101))])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0])
+def test_weights_by_number_of_documents(counts: list[int], alpha: float) -> None:
+    expected = [float(weight) for weight in neox_weights(counts, alpha)]
+    np.testing.assert_allclose(weights_by_num_documents(counts, alpha), expected, rtol=1e-12)
+
+
+def test_a_fractional_exponent_favours_small_datasets() -> None:
+    shares = np.array([9, 1]) / 10
+    expected = shares**0.3 * (1 - shares)
+    np.testing.assert_allclose(weights_by_num_documents([90, 10], 0.3), expected / expected.sum(), rtol=1e-12)
+    assert weights_by_num_documents([5], 0.3) == [1.0]
+
+
+def test_documents_weigh_a_blend(tmp_path: Path) -> None:
+    """As NeoX: in place of the given weights, which do not matter then."""
+    paths = []
+    for name, documents in (("a", 30), ("b", 90)):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            for _ in range(documents):
+                writer.add_document(range(20))
+        paths.append(str(tmp_path / name))
+    by_documents = DataConfig(train_data_paths=paths, train_data_weights=[9, 1], weight_by_num_documents=True)
+    explicit = DataConfig(train_data_paths=paths, train_data_weights=weights_by_num_documents([30, 90], 1.0))
+    ours, expected = (build(data, SampleCounts(200, 0, 0)).train for data in (by_documents, explicit))
+    assert isinstance(ours, BlendableDataset) and isinstance(expected, BlendableDataset)
+    np.testing.assert_array_equal(ours.order.choices, expected.order.choices)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    with IndexedDatasetWriter(tmp_path / "rows", np.uint16) as writer:
+        for row in range(50):
+            writer.add_document(np.full(SEQ_LENGTH + 1, row))
+    return tmp_path / "rows"
+
+
+def test_preshuffled_rows_are_read_in_their_order(rows: Path) -> None:
+    whole = DataConfig(train_data_paths=[str(rows)], valid_data_paths=[str(rows)], preshuffled=True)
+    datasets = build(whole, SampleCounts(500, 20, 0))
+    assert [int(datasets.train[item][0]) for item in range(55)] == [*range(50), *range(5)]
+    assert len(datasets.train) == 50 and datasets.train[0].dtype == np.int64
+    parts = build(DataConfig(data_path=str(rows), split="8,2,0", preshuffled=True), SampleCounts(500, 20, 0))
+    assert parts.valid is not None
+    assert (len(parts.train), int(parts.train[39][0]), int(parts.valid[0][0])) == (40, 39, 40)
+    assert not list(rows.parent.glob("*index_cache*"))
+
+
+def test_preshuffled_rows_have_one_length_and_one_dataset(rows: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train_data_paths: 2 datasets, but `preshuffled` reads one"):
+        build(DataConfig(train_data_paths=[str(rows)] * 2, preshuffled=True), SampleCounts(5, 0, 0))
+    with IndexedDatasetWriter(rows, np.uint16) as writer:
+        writer.add_document(range(SEQ_LENGTH + 1))
+        writer.add_document(range(SEQ_LENGTH + 3))
+    with pytest.raises(DataError, match=rf"row 1 has {SEQ_LENGTH + 3} tokens; .* Set seq_length to {SEQ_LENGTH + 2}"):
+        build(DataConfig(train_data_paths=[str(rows)], preshuffled=True), SampleCounts(5, 0, 0))
+
+
+def write_labels(prefix: Path, documents: list[list[int]]) -> str:
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return str(prefix)
+
+
+def test_labels_stand_beside_their_tokens(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "text", 20)
+    labels = write_labels(tmp_path / "label", [[-100] * 4 + [document] * 6 for document in range(20)])
+    data = DataConfig(train_data_paths=[tokens], train_label_data_paths=[labels])
+    plain = build(DataConfig(train_data_paths=[tokens]), SampleCounts(60, 0, 0)).train
+    ours = build(data, SampleCounts(60, 0, 0)).train
+    masked = 0
+    for item in range(60):
+        sample = ours[item]
+        np.testing.assert_array_equal(sample[0], plain[item])
+        counted = sample[1] != -100
+        np.testing.assert_array_equal(sample[1][counted], sample[0][counted])
+        masked += int((~counted).sum())
+    assert masked == pytest.approx(0.4 * 60 * (SEQ_LENGTH + 1), rel=0.2)
+
+
+def test_labels_of_other_documents_are_refused(tmp_path: Path) -> None:
+    tokens = write(tmp_path / "text", 20)
+    for documents, message in (
+        ([[1] * 10] * 19, r"label\.bin: has labels of other documents"),
+        ([[1] * 10] * 19 + [[1] * 9], r"label\.bin: has labels of other documents"),
+        ([[-7] * 10] * 20, r"label\.bin: document \d+ holds the token id -7"),
+        ([[1024] * 10] * 20, r"label\.bin: document \d+ holds the token id 1024"),
+    ):
+        labels = write_labels(tmp_path / "label", documents)
+        data = DataConfig(train_data_paths=[tokens], train_label_data_paths=[labels])
+        with pytest.raises(DataError, match=message):
+            build(data, SampleCounts(10, 0, 0)).train[0]

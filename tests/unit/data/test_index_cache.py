@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from megatron.data.order import index_cache
+from megatron.data.order.index_cache import cached_sample_index
 from megatron.data.order.sample_index import build_sample_index
 from megatron.errors import DataError
 from tests.helpers.index_requests import REQUEST, SIZES, assert_right, read
@@ -69,6 +70,39 @@ def _truncated(path: Path) -> None:
 
 def _of_another_index(path: Path) -> None:
     np.save(path, np.zeros((3, 2), dtype=np.int32))
+
+
+def _flipped(path: Path) -> None:
+    """One bit of a value that stays in range."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["doc_idx", "sample_idx", "shuffle_idx"])
+def test_a_changed_order_is_built_again(folder: Path, part: str, caplog: pytest.LogCaptureFixture) -> None:
+    (path,) = folder.glob(f"*_{part}.npy")
+    _flipped(path)
+    assert_right(read(folder))
+    assert f"{part} is not what was written" in caplog.text
+
+
+def test_files_without_hashes_are_built_again(folder: Path) -> None:
+    (hashes,) = folder.glob("*_hashes.json")
+    hashes.unlink()
+    (path,) = folder.glob("*_shuffle_idx.npy")
+    _flipped(path)
+    assert_right(read(folder))
+    assert hashes.exists()
+
+
+def test_what_another_process_has_checked_is_only_mapped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, key = cached_sample_index(SIZES, *REQUEST, folder=folder, name="corpus")
+    monkeypatch.setattr(index_cache, "file_sha256", None)
+    monkeypatch.setattr(index_cache, "_key", None)
+    monkeypatch.setattr(index_cache, "build_sample_index", None)
+    index, _ = cached_sample_index(SIZES, *REQUEST, folder=folder, name="corpus", checked_key=key)
+    assert_right(index)
 
 
 @pytest.mark.parametrize(

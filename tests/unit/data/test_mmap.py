@@ -149,7 +149,7 @@ def test_failure_leaves_nothing_new(tmp_path: Path) -> None:
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(DataError, match=r"file/corpus\.idx: cannot be written"),
+        pytest.raises(DataError, match=r"file/corpus\.bin: cannot be written"),
         IndexedDatasetWriter(tmp_path / "file" / "corpus", np.uint16),
     ):
         pass

@@ -32,7 +32,6 @@ def _tokenizer_type(value: YamlValue, flat: Flat) -> Converted:
 
 
 _BOUNDARIES = "positions and attention that start anew at the boundaries of documents are not implemented"
-_LABELS = "labels always are the next tokens"
 _PREFERENCES = "preference training is not implemented"
 _ONLINE = "only read with dataset_impl: online, which is refused"
 
@@ -48,8 +47,6 @@ DATA_KEYS: dict[str, TableEntry] = {
         bool,
     ),
     "mmap_warmup": Inert(bool, "only reads the dataset once to fill the page cache"),
-    "weight_by_num_documents": absent_flag("blends take explicit weights", "use train_data_weights"),
-    "weighted_sampler_alpha": Inert(float, "only read with weight_by_num_documents: true, which is refused"),
     "dataset_impl": Rejected("only GPT datasets are implemented", harmless=("gpt2",), accepts=str),
     "pack_impl": Rejected("samples are always packed", harmless=("packed",), accepts=str),
     "allow_chopped": Inert(bool, "only read with a pack_impl other than packed, which is refused"),
@@ -59,10 +56,9 @@ DATA_KEYS: dict[str, TableEntry] = {
     "curriculum_learning": Rejected("sequence-length curricula are not implemented"),
     "curriculum_seqlen": Rejected("sequence-length curricula are not implemented", harmless=(0,), accepts=int),
     "data_efficiency": Rejected("DeepSpeed's data-efficiency features are not supported"),
-    "label_data_paths": Rejected(_LABELS),
+    "label_data_paths": Rejected("an earlier name of NeoX's", "use train_label_data_paths"),
 }
 
-DATA_KEYS |= {f"{part}_label_data_paths": Rejected(_LABELS) for part in ("train", "valid", "test")}
 DATA_KEYS |= {f"{part}_reward_data_paths": Rejected(_PREFERENCES) for part in ("train", "valid", "test")}
 DATA_KEYS |= {
     f"{sign}_{part}_{kind}": Rejected(_PREFERENCES)

@@ -22,8 +22,10 @@ CHECKPOINT_KEYS: dict[str, TableEntry] = {
     "load_module_strict": Rejected("every tensor of a checkpoint must fit", harmless=(True,), accepts=bool),
     "checkpoint_validation_with_forward_pass": absent_flag("files are checked by size and hash instead"),
     "checkpoint": Rejected("DeepSpeed's checkpoint options are set by this project"),
-    "s3_path": Rejected("checkpoints are written to a file system"),
-    "s3_chunk_size": Inert(int, "only read with s3_path, which is refused"),
+    "s3_path": MapsTo(
+        "checkpoint.save_remote", difference="checkpoints are whole there or not at all, and stay in save"
+    ),
+    "s3_chunk_size": Inert(int, "the store's package chooses the size of the parts that it sends"),
     "eval_ckpt": Inert(str, "only the TokenFormer release's eval.py reads it", warn=True),
     "adlr_autoresume": Inert(
         bool, "NeoX resumes through a library of NVIDIA's clusters; auto_resume: true does it here", warn=True

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated
 
 from pydantic import Field
 
 from megatron.config.neox_entries import (
+    UNSET,
     Conversion,
     Converted,
     Flat,
     Inert,
+    MapsTo,
     RefusedError,
     Rejected,
     TableEntry,
@@ -32,9 +35,15 @@ def _pipe_parallel_size(value: YamlValue, flat: Flat) -> Converted:
     return 1 if value == 0 else value
 
 
-_ONE_MACHINE = "deepy.py starts the ranks of one machine"
-_START_ELSEWHERE = "start train.py with torchrun, srun or mpirun"
-_RANKS_READ_ENVIRONMENT = "every rank reads its place from the environment of whatever started it"
+def _switch_of(launcher: str) -> Callable[[YamlValue, Flat], Converted]:
+    """Converts NeoX's switch for a launcher, which says nothing where `launcher` names one."""
+
+    def convert(value: YamlValue, flat: Flat) -> Converted:
+        return launcher if value is True and flat.get("launcher") is None else UNSET
+
+    return convert
+
+
 _SET_BY_LAUNCHER = "set by whatever starts the ranks, never by a configuration"
 _MEMORY_ONLY = "decides how gradients lie in memory or travel between ranks; nothing computed changes"
 _ZERO_DERIVED = "NeoX overwrites it from zero_optimization"
@@ -88,21 +97,10 @@ PARALLEL_KEYS: dict[str, TableEntry] = {
 }
 
 LAUNCH_KEYS: dict[str, TableEntry] = {
-    "launcher": Inert(
-        Literal["pdsh", "openmpi", "mvapich", "mpich", "impi", "slurm", "jsrun"],
-        f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}",
-    ),
-    "deepspeed_slurm": Inert(bool, _RANKS_READ_ENVIRONMENT),
-    "deepspeed_mpi": Inert(bool, _RANKS_READ_ENVIRONMENT),
-    "no_ssh_check": Inert(bool, "nothing is started over ssh"),
-    "force_multi": absent_flag(_ONE_MACHINE, _START_ELSEWHERE),
-    "hostfile": Inert(str, f"{_ONE_MACHINE}; across machines, {_START_ELSEWHERE}", warn=True),
-    "include": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=str),
-    "exclude": Rejected(_ONE_MACHINE, "choose devices by CUDA_VISIBLE_DEVICES", accepts=str),
-    "num_nodes": Rejected(_ONE_MACHINE, _START_ELSEWHERE, harmless=(-1, 1), accepts=int),
-    "master_addr": Rejected(_ONE_MACHINE, f"{_START_ELSEWHERE}, which set MASTER_ADDR", accepts=str),
-    "comment": Inert(str, "a note for Slurm, given to sbatch or srun instead"),
-    "account": Rejected(_ONE_MACHINE, "give the account to sbatch or srun", accepts=str),
+    "deepspeed_slurm": MapsTo("launch.launcher", _switch_of("slurm"), bool, meaning="True means launcher: slurm."),
+    "deepspeed_mpi": MapsTo("launch.launcher", _switch_of("openmpi"), bool, meaning="True means launcher: openmpi."),
+    "num_nodes": Conversion(lambda value, flat: UNSET if value == -1 else value, accepts=Annotated[int, Field(ge=-1)]),
+    "force_multi": Inert(bool, "a hostfile is always followed, also one of a single machine"),
     "detect_nvlink_pairs": absent_flag("devices are used in their order", "set CUDA_VISIBLE_DEVICES"),
     "distributed_backend": Inert(
         str,

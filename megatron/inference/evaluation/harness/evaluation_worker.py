@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
+from megatron.checkpointing.store.fetch import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.prompt_tokenizer import PromptTokenizer
 from megatron.data.tokenizer import Tokenizer

@@ -15,7 +15,9 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.datasets import build_datasets, sample_counts
 from megatron.data.formats.mmap import IndexedDatasetWriter
 from megatron.data.micro_batch import micro_batches
+from megatron.data.order import index_cache
 from megatron.errors import CheckpointError, ConfigError, DataError
+from tools.datasets import build_index
 from tools.datasets.batch_viewer import main
 
 SEQ_LENGTH = 8
@@ -188,3 +190,24 @@ def test_wrong_flags(arguments: list[str], message: str, capsys: pytest.CaptureF
         main(["config.yml", *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_indices_are_built_ahead_of_a_run(
+    configure: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    assert build_index.main([config]) == 0
+    monkeypatch.setattr(index_cache, "build_sample_index", None)
+    assert main([config, "--start", "1", "--end", "30", "--output", str(tmp_path / "out.npy")]) == 0
+
+
+def test_steps_of_preshuffled_rows_are_their_rows(configure: Callable[..., str], tmp_path: Path) -> None:
+    """Step N of a batch B reads rows (N - 1) B to N B - 1, as Pythia's utils/batch_viewer.py shows them."""
+    config = configure(preshuffled=True)
+    rows = np.random.default_rng(3).integers(97, 123, (400, SEQ_LENGTH + 1))
+    with IndexedDatasetWriter(tmp_path / "corpus", np.uint16) as writer:
+        for row in rows:
+            writer.add_document(row)
+    assert main([config, "--start", "7", "--end", "9", "--output", str(tmp_path / "out.npy")]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), rows[72:108].reshape(3, 12, SEQ_LENGTH + 1))
+    np.testing.assert_array_equal(trained_on(config, 2, 9)[6:], rows[72:108].reshape(3, 12, SEQ_LENGTH + 1))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron.config.load_config import load_config
-from megatron.config.model_size import training_flops
+from megatron.config.model_size import forward_flops, training_flops
 from megatron.errors import CheckpointError, ConfigError
 from megatron.io.lease import leased
 from tests.helpers.forkserver import ROOT
@@ -267,3 +267,28 @@ def test_the_shipped_matrices_are_sound_and_of_equal_cost(name: str, count: int,
             assert end == (steps - branch if restarts else steps)
         if cell.variables.get("arm") != "published" or cell.variables["at"] != 0.8:
             assert decays == pytest.approx(0.2, abs=2e-3), cell.name
+
+
+def test_the_matrix_of_inheritune_compares_at_equal_cost(tmp_path: Path) -> None:
+    """Costs of the models without inheritance, which changes no size, and with the teacher's passes."""
+    cells = resolved("inheritune")
+    assert len({cell.name for cell in cells}) == len(cells) == 49
+    costs: dict[str, float] = {}
+    for cell in cells:
+        file = tmp_path / "cell.yml"
+        file.write_text(yaml.safe_dump({key: value for key, value in cell.keys.items() if "inherit." not in key}))
+        run = load_config([file]).run
+        flops = training_flops(run.model, 512, 128)
+        if run.distillation is not None:
+            assert run.distillation.teacher == cell.variables["reference"]
+            teacher = run.model.model_copy(update={"num_layers": 12})
+            flops += forward_flops(teacher, 512, 128).total
+        kind = f"{cell.cell.group} {run.training.train_iters}"
+        cost = flops * run.training.train_iters
+        assert costs.setdefault(kind, cost) == cost
+        assert cell.commands[0][:2] == ("deepy.py", "train.py")
+        assert cell.commands[1][:2] == ("tools/analysis/measure_attention.py", str(cell.folder))
+    student, reference = costs["random 640"], costs["reference 640"]
+    for equal in ("inherited 640", "stack 640", "half 1040", "distilled 390"):
+        assert costs[equal] == pytest.approx(student, rel=1e-12), equal
+    assert costs["charged 1871"] == pytest.approx(student + reference, rel=2e-4)

@@ -1,0 +1,1 @@
+"""Analysis of trained models: how much of its context each attention head uses."""

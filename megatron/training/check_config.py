@@ -1,0 +1,26 @@
+"""Checks of a training run's configuration against what it names on disk, before any rank starts."""
+
+from __future__ import annotations
+
+from megatron.config.load_config import LoadedConfig
+from megatron.errors import CheckpointError, ConfigError
+from megatron.growth.check_config import require_growable
+
+
+def require_trainable(loaded: LoadedConfig) -> list[str]:
+    """Returns what a run grows to and whom it is distilled from, a line each, for its user.
+
+    Raises ConfigError and CheckpointError, naming the line of the YAML, when it cannot be so.
+    """
+    found = require_growable(loaded)
+    if loaded.run.distillation is None:
+        return found
+    # A teacher's checkpoint needs torch, which a configuration without one is checked without.
+    from megatron.training.distillation.find_teacher import find_teacher
+
+    where = loaded.origins["distillation.teacher"]
+    try:
+        teacher = find_teacher(loaded.run, "sizes")
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{where} {error}") from error
+    return found if teacher is None else [*found, teacher.summary(loaded.run)]

@@ -1,0 +1,1 @@
+"""Knowledge distillation: training on a teacher's distributions beside the text itself."""

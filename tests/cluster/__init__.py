@@ -1,0 +1,1 @@
+"""Real launchers on this machine: `make test-cluster`; one alone: `python -m tests.cluster.check_slurm`."""
