@@ -15,6 +15,7 @@ from megatron.config.model_size import count_parameters
 from megatron.config.optimizer import facts_of, registered_optimizers
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
+from megatron.registry import variant_names
 
 
 @dataclass(frozen=True)
@@ -429,6 +430,40 @@ def _flash_attention(run: RunConfig) -> Iterator[Finding]:
         )
 
 
+_SCORES = "training.checkpoint_activations.scores"
+_TRITON_THETAS = "megatron.kernels.pattention.triton_thetas"
+
+
+def _loss_of_a_teacher(run: RunConfig) -> Iterator[Finding]:
+    if run.distillation is not None and run.speedups.fused_cross_entropy == "on":
+        yield Finding(
+            "speedups.fused_cross_entropy", "the divergence from a teacher is one of whole logits; use auto or off"
+        )
+
+
+def _pattention(run: RunConfig) -> Iterator[Finding]:
+    choice, tokens = run.speedups.pattention, run.model.param_tokens
+    if choice == "reference" and run.parallel.model_parallel_size > 1:
+        yield Finding(
+            "speedups.pattention",
+            f"the reference needs all parameter tokens on one rank, and model_parallel_size is "
+            f"{run.parallel.model_parallel_size}; use eager",
+        )
+    if choice == "reference" and run.training.checkpoint_activations.scores:
+        yield Finding(_SCORES, "the reference keeps all its scores; use eager")
+    if tokens is None:
+        asked = {"speedups.pattention": choice != "auto", _SCORES: run.training.checkpoint_activations.scores}
+        for path, is_asked in asked.items():
+            if is_asked:
+                yield Finding(path, f"architecture {run.model.architecture} has no Pattention; leave it out")
+    elif choice == "triton" and tokens.theta not in (known := variant_names(_TRITON_THETAS)):
+        yield Finding(
+            "speedups.pattention",
+            f"norm_activation_type {tokens.theta} has no formulas in Triton, only {', '.join(known)} have; use auto, "
+            "eager or compile",
+        )
+
+
 def _evaluation_output(run: RunConfig) -> Iterator[Finding]:
     evaluation = run.evaluation
     if evaluation.iterations != "all" and len(evaluation.iterations) > 1 and evaluation.output.endswith(".json"):
@@ -477,6 +512,8 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _checkpoint_steps,
     _checkpoint_to_load,
     _flash_attention,
+    _pattention,
+    _loss_of_a_teacher,
     _evaluation_output,
     _prompts,
 )

@@ -26,6 +26,8 @@ class Machine:
     on_gpu: bool
     dtype: str
     """Number format that the model computes in: fp32, bf16 or fp16."""
+    theta: str | None = None
+    """Normalization of Pattention's scores; None where the model has no Pattention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class Candidate:
     """Whether it needs a GPU, or auto leaves it out on a CPU though it would run there."""
     dtypes: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
     """Number formats that it computes in; the tests use the first."""
+    own_obstacle: Callable[[Machine], str | None] = lambda machine: None
+    """What else it needs: returns the reason why it cannot run there, and the remedy, or None."""
 
     def obstacle(self, machine: Machine) -> str | None:
         """Returns the reason why it cannot run there, and the remedy; None when it can."""
@@ -57,7 +61,7 @@ class Candidate:
             return f"the package {self.package!r} is not installed. {INSTALL}"
         if self.gpu == "required" and not machine.on_gpu:
             return f"{self.package or self.label} needs a GPU, and torch sees none. Set it to auto or off."
-        return None
+        return self.own_obstacle(machine)
 
     def fits(self, machine: Machine) -> bool:
         """Tells whether `auto` uses it there."""
@@ -95,11 +99,38 @@ class Backend(Candidate, Generic[Signature]):
 
 
 class Operation(Registry[Backend[Signature]]):
-    """The backends of one operation, by name. Each folder has a `reference`, the definition in plain torch."""
+    """The backends of one operation, by name. Each folder has a `reference`, the definition in plain torch.
+
+    `key` is the key of the configuration that names the backend, or says auto; without one, backends have switches of
+    their own.
+    """
+
+    def __init__(self, kind: str, package: str, key: str | None = None) -> None:
+        super().__init__(kind, package)
+        self.key = key
 
     def choose(self, config: SpeedupsConfig, machine: Machine) -> Backend[Signature]:
-        """Returns the backend that a run uses. Raises EnvironmentSetupError as the function `choose` does."""
-        return choose((self[name] for name in self), config, machine)
+        """Returns the backend that a run uses.
+
+        Raises EnvironmentSetupError for one that the configuration asks for and that cannot run there.
+        """
+        if self.key is None or getattr(config, self.key) == "auto":
+            return choose((self[name] for name in self), config, machine)
+        name = getattr(config, self.key)
+        if obstacle := self[name].obstacle(machine):
+            raise EnvironmentSetupError(f"{self.key}: {name}: {obstacle}")
+        return self[name]
+
+    def missed(self, config: SpeedupsConfig, machine: Machine) -> str | None:
+        """Returns a line on the faster backend that `auto` would have taken there, and why it did not; else None."""
+        if self.key is None or getattr(config, self.key) != "auto":
+            return None
+        chosen = self.choose(config, machine)
+        for backend in sorted((self[name] for name in self), key=lambda backend: -(backend.rank or 0)):
+            if (backend.rank or 0) <= (chosen.rank or 0) or (backend.gpu != "irrelevant" and not machine.on_gpu):
+                continue
+            return f"{self.key}: auto takes {chosen.label}, not {backend.label}: {backend.obstacle(machine)}"
+        return None
 
     def has_choice(self) -> bool:
         """Tells whether there are several backends that a run could use."""

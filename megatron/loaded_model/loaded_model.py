@@ -134,10 +134,14 @@ def load_model(
     `context`; CheckpointError for weights that are damaged or not finite; EnvironmentSetupError for a speed-up that is
     on and cannot be had.
     """
-    speedups = choose_speedups(
-        config.speedups, config.training.precision, config.training.optimizer, on_gpu=device.type == "cuda"
-    )
     model = described_model(config, checkpoint)
+    speedups = choose_speedups(
+        config.speedups,
+        config.training.precision,
+        config.training.optimizer,
+        on_gpu=device.type == "cuda",
+        theta=None if model.param_tokens is None else model.param_tokens.theta,
+    )
     differences = model_differences(checkpoint.config.model, model)
     if differences:
         raise ConfigError(

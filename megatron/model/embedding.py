@@ -103,6 +103,15 @@ def tied_logits(embedding: TokenEmbedding | TiedHead, x_BSD: Tensor) -> Tensor:
     return logits(x_BSD, embedding.word_embeddings.weight, embedding.word_embeddings.context)
 
 
+def head_factors(head: Head | TokenEmbedding | TiedHead, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what the logits are the product of: the whole sequence x [B, S, D], and the head's matrix [V/tp, D].
+
+    The matrix is a view: both pass through the graph, where DeepSpeed learns from them that the backward pass begins.
+    """
+    owner = head if isinstance(head, Head) else head.word_embeddings
+    return from_residual(x_BSD, owner.context), owner.weight.view_as(owner.weight)
+
+
 def logits(x_BSD: Tensor, weight_vD: Tensor, context: ParallelContext) -> Tensor:
     """Computes x W^T over this rank's rows of the vocabulary, for the whole sequence."""
     return F.linear(from_residual(x_BSD, context), weight_vD)

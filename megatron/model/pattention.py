@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from megatron.config.architectures.tokenformer import param_tokens
 from megatron.config.sections.model import ModelConfig
-from megatron.kernels.pattention.backends.autograd import pattention
-from megatron.kernels.pattention.pattention import PattentionFunction
+from megatron.kernels.pattention.pattention import PATTENTION, PattentionFunction
 from megatron.kernels.pattention.theta import RowReduction
 from megatron.model.attention import SelfAttention
 from megatron.model.init_methods import input_initializer, output_initializer
@@ -40,7 +39,8 @@ class Pattention(nn.Module):
         tokens = param_tokens(model)
         self.theta = tokens.theta
         self.scale_base = scale_base
-        self.kernel: PattentionFunction = pattention
+        self.kernel: PattentionFunction = PATTENTION["eager"].load()
+        self.recompute_scores = False
         self.context = context
         shape, what = (num_tokens, model.hidden_size), "parameter tokens"
         self.key_tokens = new_parameter(shape, input_initializer(model), context, what=what, shard_dim=0)
@@ -114,6 +114,7 @@ def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
         theta=first.theta,
         scale_base=first.scale_base,
         rows=row_reduction(first.context),
+        recompute_scores=first.recompute_scores,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -22,9 +23,10 @@ from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.training import CheckpointedActivations
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LayerEntry, VocabSize, global_parameters, layer_entries
-from megatron.model.embedding import TiedHead, tied_logits
+from megatron.model.embedding import TiedHead, head_factors, tied_logits
 from megatron.model.layer import TransformerLayer
-from megatron.model.loss import CausalLMLoss
+from megatron.model.loss import CausalLMLoss, FusedCausalLMLoss
+from megatron.model.pattention import Pattention
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters
 
@@ -34,6 +36,9 @@ Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 
 class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
     """This rank's pipeline stage: token ids [B, S] to logits [B, S, V/tp], of which the loss takes the mean.
+
+    With `fused_cross_entropy` the last stage returns the head's input and matrix in place of their product, the logits,
+    and the loss multiplies them a few rows at a time.
 
     Between stages goes one tensor, the residual stream [B, S or S/tp, D].
 
@@ -50,6 +55,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         context: ParallelContext,
         *,
         checkpointed: CheckpointedActivations,
+        fused_cross_entropy: bool = False,
         loss: Loss | None = None,
     ) -> None:
         if context.pipe_size > model.num_layers:
@@ -58,17 +64,24 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
                 f"a stage would be left without a layer. Use at most {model.num_layers}."
             )
         entries = layer_entries(model, vocab, context)
+        own_loss = FusedCausalLMLoss if fused_cross_entropy else CausalLMLoss
         super().__init__(
             layers=layer_specs(entries, model),
             topology=PipeModelDataParallelTopology(
                 num_pp=context.pipe_size, num_mp=context.tensor_size, num_dp=context.data_size
             ),
-            loss_fn=loss or CausalLMLoss(vocab.num_valid(model), context),
+            loss_fn=loss or own_loss(vocab.num_valid(model), context),
             partition_method=parallel.pipe_partition_method,
         )
         self.model_config = model
         local_entries = entries[self._local_start : self._local_stop]
         self._segments = list(_segments(local_entries, checkpointed))
+        if fused_cross_entropy and self._local_stop == len(entries):
+            head = self.tied_modules["embedding"] if model.tie_embeddings else self.forward_funcs[-1]
+            self.forward_funcs[-1] = partial(head_factors, head)
+        for module in self.modules():
+            if isinstance(module, Pattention):
+                module.recompute_scores = checkpointed.scores
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """Decides each stage's layers. Raises ConfigError, on all ranks alike, as `stage_bounds` does."""
@@ -76,8 +89,8 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(self.parts[stage], self.parts[stage + 1])
 
-    def forward(self, forward_input: torch.Tensor) -> torch.Tensor:
-        x = forward_input
+    def forward(self, forward_input: torch.Tensor) -> Any:
+        x: Any = forward_input
         for start, stop, recompute in self._segments:
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(self._run, start, stop, x, use_reentrant=False)
@@ -85,7 +98,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
                 x = self._run(start, stop, x)
         return x
 
-    def _run(self, start: int, stop: int, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, start: int, stop: int, x: Any) -> Any:
         for layer in self.forward_funcs[start:stop]:
             x = layer(x)
         return x
@@ -108,6 +121,7 @@ def build_pipeline(
     *,
     seed: int,
     checkpointed: CheckpointedActivations,
+    fused_cross_entropy: bool = False,
     loss: Loss | None = None,
 ) -> CausalLMPipeline:
     """Builds this rank's stage with its initial weights, on DeepSpeed's device; `loss` in place of CausalLMLoss.
@@ -115,7 +129,15 @@ def build_pipeline(
     Collective over all ranks; `deepspeed.init_distributed` comes first. Raises ConfigError for sizes that do not
     divide, or more stages than layers.
     """
-    module = CausalLMPipeline(model, vocab, parallel, context, checkpointed=checkpointed, loss=loss)
+    module = CausalLMPipeline(
+        model,
+        vocab,
+        parallel,
+        context,
+        checkpointed=checkpointed,
+        fused_cross_entropy=fused_cross_entropy,
+        loss=loss,
+    )
     initialize_parameters(module.global_parameters(), seed, context)
     return module
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import ConfigError
+from megatron.kernels.rotary.rotary import ROTARY, Rotation
 
 RotaryTables = tuple[Tensor, Tensor]
 """Cosines and sines of the angles of the r rotated features, each [B or 1, S, 1, r] in float32."""
@@ -33,6 +34,7 @@ class RotaryEmbedding(nn.Module):
                 "pairs are rotated, so it must be even and at least 2. Change rotary_pct, or use pos_emb: none."
             )
         self.base = model.rotary_emb_base
+        self.rotate: Rotation = ROTARY["eager"].load()
         self._tables: RotaryTables | None = None
 
     def forward(self, q_BSHE: Tensor, k_BSHE: Tensor, tables: RotaryTables | None = None) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,7 @@ class RotaryEmbedding(nn.Module):
         if self.num_rotated == 0:
             return q_BSHE, k_BSHE
         cos_BS1r, sin_BS1r = tables or self._first_positions(q_BSHE.shape[1], q_BSHE.device)
-        return self._rotate(q_BSHE, cos_BS1r, sin_BS1r), self._rotate(k_BSHE, cos_BS1r, sin_BS1r)
+        return self.rotate(q_BSHE, k_BSHE, cos_BS1r, sin_BS1r)
 
     def tables(self, positions_BS: Tensor) -> RotaryTables:
         """Computes the tables of positions [B or 1, S]; they are the same in every layer."""
@@ -48,12 +50,6 @@ class RotaryEmbedding(nn.Module):
         frequencies = 1.0 / self.base ** (exponents / max(self.num_rotated, 1))
         angles_BS1r = (positions_BS.unsqueeze(-1).float() * frequencies).repeat(1, 1, 2).unsqueeze(-2)
         return angles_BS1r.cos(), angles_BS1r.sin()
-
-    def _rotate(self, x_BSHE: Tensor, cos_BS1r: Tensor, sin_BS1r: Tensor) -> Tensor:
-        rotated, kept = x_BSHE.tensor_split([self.num_rotated], dim=-1)
-        first, second = rotated.chunk(2, dim=-1)
-        turned = rotated * cos_BS1r + torch.cat((-second, first), dim=-1) * sin_BS1r
-        return torch.cat((turned.to(x_BSHE.dtype), kept), dim=-1)
 
     def _first_positions(self, length: int, device: torch.device) -> RotaryTables:
         """Returns the tables of positions 0 to `length` - 1, which are kept between calls.

@@ -39,7 +39,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.first = context.tensor_rank * logits_BSv.shape[-1]
         ctx.num_valid = num_valid
-        local_BS, elsewhere_BS = _local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
+        local_BS, elsewhere_BS = local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
         x_BSv = softmax_inputs(logits_BSv, ctx.first, num_valid)
         largest_BS = max_over_ranks(x_BSv.amax(-1), context)
         at_label_BS = x_BSv.gather(-1, local_BS.unsqueeze(-1)).squeeze(-1).sub_(largest_BS)
@@ -54,7 +54,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None, None]:
         logits_BSv, labels_BS, log_normalizer_BS = ctx.saved_tensors
-        local_BS, elsewhere_BS = _local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
+        local_BS, elsewhere_BS = local_labels(labels_BS, ctx.first, logits_BSv.shape[-1])
         x_BSv = softmax_inputs(logits_BSv, ctx.first, ctx.num_valid)
         softmax_BSv = (x_BSv - log_normalizer_BS.unsqueeze(-1)).exp_()
         one_BS1 = (~elsewhere_BS).to(softmax_BSv.dtype).unsqueeze(-1)
@@ -62,7 +62,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return softmax_BSv.mul_(grad_BS.unsqueeze(-1)).to(logits_BSv.dtype), None, None, None
 
 
-def _local_labels(labels_BS: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+def local_labels(labels_BS: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
     """Returns the row of each label in this rank's share, 0 where another rank holds it, and a mask of those."""
     local_BS = labels_BS - first
     elsewhere_BS = (local_BS < 0) | (local_BS >= rows)

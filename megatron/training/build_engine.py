@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +47,14 @@ def require_hardware(config: RunConfig) -> Speedups:
             "fp16 needs a GPU, and torch sees none. On a CPU use `precision: bfloat16` or `precision: fp32` in place "
             "of the `fp16` block."
         )
-    return choose_speedups(config.speedups, config.training.precision, config.training.optimizer, on_gpu=on_gpu)
+    tokens = config.model.param_tokens
+    return choose_speedups(
+        config.speedups,
+        config.training.precision,
+        config.training.optimizer,
+        on_gpu=on_gpu,
+        theta=None if tokens is None else tokens.theta,
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,11 @@ def build_engine(
     import deepspeed
 
     speedups = require_hardware(config)
+    if teacher is not None:  # the divergence from a teacher is one of whole logits
+        speedups = replace(speedups, fused_cross_entropy=False)
     logger.info("speed-ups: %s", speedups)
+    for line in speedups.missed:
+        logger.info(line)
     distillation = None if teacher is None else _load_teacher(teacher, config, batch, vocab, speedups, context)
     # PipelineModule and its engine print to standard output what only their authors need.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -88,6 +99,7 @@ def build_engine(
             context,
             seed=config.training.seed,
             checkpointed=config.training.checkpoint_activations,
+            fused_cross_entropy=speedups.fused_cross_entropy,
             loss=None if distillation is None else distillation.loss,
         )
         apply_speedups(module, speedups)

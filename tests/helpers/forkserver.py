@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "1",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools" / "start"))),
 }
 """Must be set when a process is started, for the first start is also that of the process that is forked."""

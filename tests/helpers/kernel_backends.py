@@ -37,13 +37,19 @@ def load_backend(operation: Operation[Any], name: str) -> LoadedBackend:
     dtype = backend.dtypes[0]
     if obstacle := backend.obstacle(Machine(torch.cuda.is_available(), dtype)):
         pytest.skip(obstacle)
-    device = "cuda" if backend.gpu == "required" else "cpu"
+    device = "cuda" if backend.gpu != "irrelevant" and torch.cuda.is_available() else "cpu"
     return LoadedBackend(backend.load(), device, DTYPES[dtype], TOLERANCES[dtype])
 
 
-def fast_backends(operation: Operation[Any]) -> list[str]:
-    """Lists the backends that runs use: all but those that are there for comparison alone."""
-    return [name for name in operation if operation[name].rank is not None]
+def all_backends(operation: Operation[Any]) -> list[Any]:
+    """Lists the backends as a test's parameters; what torch.compile takes a minute for is in the full tests only."""
+    return [pytest.param(name, marks=pytest.mark.full) if name == "compile" else name for name in operation]
+
+
+def fast_backends(operation: Operation[Any]) -> list[Any]:
+    """Lists the backends that runs use, as `all_backends` does: all but those that are there for comparison alone."""
+    compared = [name for name in operation if operation[name].rank is None]
+    return [parameter for parameter in all_backends(operation) if parameter not in compared]
 
 
 def seeded(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -111,7 +111,7 @@ def test_a_kernel_is_one_registration(registered: Any) -> None:
 
     def counted(x_BSD: Tensor, *tokens: Sequence[Tensor], **options: Any) -> Tensor:
         calls.append(x_BSD.shape)
-        return PATTENTION["autograd"].load()(x_BSD, *tokens, **options)
+        return PATTENTION["eager"].load()(x_BSD, *tokens, **options)
 
     module = build_local(tiny_tokenformer(), VOCAB, seed=1)
     tokens_BS = torch.randint(VOCAB.actual, (2, 16))

@@ -38,6 +38,16 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dic
     The first round of each is for waking up and does not count. The ratio is taken round by round, within which little
     drifts, and its median over the rounds.
     """
+    timed, answers = seconds_by_turns(calls, rounds)
+    ratios = [theirs / ours for ours, theirs in zip(*timed.values(), strict=True)]
+    report = {"seconds": timed, "ratios": ratios, "ratio": statistics.median(ratios)}
+    return report, [answers[name] for name in calls]
+
+
+def seconds_by_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Times calls by turns: returns each one's seconds by round, without the first, and its last result."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     answers = {}
     for number in range(rounds + 1):
@@ -46,10 +56,7 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dic
             start = synchronized_seconds()
             answers[name] = calls[name]()
             seconds[name].append(synchronized_seconds() - start)
-    timed = {name: values[1:] for name, values in seconds.items()}
-    ratios = [theirs / ours for ours, theirs in zip(*timed.values(), strict=True)]
-    report = {"seconds": timed, "ratios": ratios, "ratio": statistics.median(ratios)}
-    return report, [answers[name] for name in calls]
+    return {name: values[1:] for name, values in seconds.items()}, answers
 
 
 def synchronized_seconds() -> float:

@@ -26,13 +26,17 @@ class PattentionFunction(Protocol):
         theta: str,
         scale_base: int,
         rows: RowReduction,
+        recompute_scores: bool = False,
     ) -> Tensor:
         """Computes Theta(X K_j^T) V_j for each projection j: x [B, S, D], K_j [p, D], V_j [p, N] to [J, B, S, N].
 
         Scores have the dtype of x, row statistics and the normalization are float32, or float64 for float64. Where
         other ranks hold further parameter tokens, `rows` completes the statistics, and the result is this rank's
-        summand of the output.
+        summand of the output. `recompute_scores` keeps no scores for the backward pass, which multiplies X K_j^T once
+        more.
         """
 
 
-PATTENTION: Operation[PattentionFunction] = Operation("pattention", package="megatron.kernels.pattention.backends")
+PATTENTION: Operation[PattentionFunction] = Operation(
+    "pattention", package="megatron.kernels.pattention.backends", key="pattention"
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,10 @@ from torch import Tensor
 from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.kernels.pattention.theta import THETAS
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from megatron.model.embedding import tied_logits
+from megatron.model.embedding import head_factors, tied_logits
 from megatron.model.layer import TransformerLayer
-from megatron.model.loss import CausalLMLoss
+from megatron.model.loss import CausalLMLoss, FusedCausalLMLoss
+from megatron.mpu import linear_cross_entropy
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import initialize_parameters, local_shard, parameter_spec
 from tests.helpers.distributed import run_distributed
@@ -99,7 +102,7 @@ def test_block_equals_the_unsplit_block(block: str, sequence_parallel: bool, ten
 
 
 def model_errors(model: ModelConfig, sequence_parallel: bool) -> dict[str, float]:
-    """Errors of embedding, layers, head and loss together."""
+    """Errors of embedding, layers, head and loss together, with the loss of whole logits and with that in chunks."""
     context = ParallelContext.create(torch.distributed.get_world_size(), 1, sequence_parallel)
     generator = torch.Generator().manual_seed(8)
     tokens, labels = torch.randint(VOCAB.actual, (2, 2, 16), generator=generator)
@@ -114,23 +117,36 @@ def model_errors(model: ModelConfig, sequence_parallel: bool) -> dict[str, float
 
     split = prepared(build_local(model, VOCAB, None, context), context)
     errors = {"logits": largest_difference(split(tokens), whole_logits)}
-    loss = CausalLMLoss(num_valid, context)(split_logits(split, tokens), (labels, mask))
-    loss.backward()
-    errors["loss"] = largest_difference(loss, whole_loss)
     whole_parameters = dict(whole.named_parameters())
-    for name, parameter in split.named_parameters():
-        shard_dim = parameter_spec(parameter).shard_dim
-        errors[name] = largest_difference(parameter.grad, local_shard(whole_parameters[name].grad, shard_dim, context))
+    for kind in (CausalLMLoss, FusedCausalLMLoss):
+        split.zero_grad()
+        loss = split_loss(kind, split, tokens, (labels, mask), num_valid)
+        loss.backward()
+        errors[kind.__name__] = largest_difference(loss, whole_loss)
+        for name, parameter in split.named_parameters():
+            want = local_shard(whole_parameters[name].grad, parameter_spec(parameter).shard_dim, context)
+            errors[f"{kind.__name__} {name}"] = largest_difference(parameter.grad, want)
     return errors
 
 
-def split_logits(model: LocalCausalLM, tokens: Tensor) -> Tensor:
-    """Logits [B, S, V/tp] as the last pipeline stage hands them to the loss."""
+def split_loss(
+    kind: type[CausalLMLoss | FusedCausalLMLoss],
+    model: LocalCausalLM,
+    tokens: Tensor,
+    targets: tuple[Tensor, Tensor],
+    num_valid: int | None,
+) -> Tensor:
+    """Loss as the last pipeline stage computes it: of logits [B, S, V/tp], or, in five chunks, of their factors."""
     x = model.embedding(tokens)
     for layer in model.layers:
         x = layer(x)
-    x = model.final_norm(x)
-    return tied_logits(model.embedding, x) if model.head is None else model.head(x)
+    x, head = model.final_norm(x), model.embedding if model.head is None else model.head
+    if kind is CausalLMLoss:
+        logits = head(x) if model.head is not None else tied_logits(head, x)
+        return CausalLMLoss(num_valid, model.context)(logits, targets)
+    rows_of_seven = 7 * VOCAB.padded // model.context.tensor_size * 8
+    with mock.patch.dict(linear_cross_entropy.CHUNK_BYTES, cpu=rows_of_seven):
+        return FusedCausalLMLoss(num_valid, model.context)(head_factors(head, x), targets)
 
 
 MODELS = {

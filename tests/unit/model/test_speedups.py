@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import PrecisionConfig
 from megatron.errors import EnvironmentSetupError
+from megatron.kernels import backends, triton_runtime
 from megatron.kernels.attention.causal_attention import CAUSAL_ATTENTION
 from megatron.kernels.backends import Backend
 from megatron.kernels.layer_norm.layer_norm import LAYER_NORM
 from megatron.kernels.pattention.pattention import PATTENTION
+from megatron.kernels.rotary.rotary import ROTARY
 from megatron.model.causal_lm import build_local
 from megatron.model.speedups import SLOTS, Speedups, apply_speedups, choose_speedups
 from megatron.training.optimizer import build_optimizer
@@ -34,18 +37,41 @@ def speedups(
     layer_norm: str = "native",
     optimizer: str = "torch AdamW",
     *,
+    own: str = "eager",
     compile: bool = False,  # noqa: A002 - the field's name
+    fused_cross_entropy: bool = False,
+    missed: tuple[str, ...] = (),
 ) -> Speedups:
-    """Names the backends by their names in the registries."""
+    """Names the backends by their names in the registries, `own` those of the engine's own kernels."""
     kernels = {
         "attention": CAUSAL_ATTENTION[attention],
-        "pattention": PATTENTION["autograd"],
+        "pattention": PATTENTION[own],
+        "rotary": ROTARY[own],
         "layer norm": LAYER_NORM[layer_norm],
     }
-    return Speedups(kernels, optimizer, compile)
+    return Speedups(kernels, optimizer, compile, fused_cross_entropy, missed)
 
 
 PLAIN = speedups()
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Makes this a machine on which Triton is installed and compiles."""
+    monkeypatch.setitem(sys.modules, "triton", sys.modules.get("triton") or stand_in("triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr(triton_runtime.Path, "is_file", lambda path: True)
+    return monkeypatch
+
+
+def stand_in(name: str, **functions: Any) -> types.ModuleType:
+    """Makes a package of a few functions."""
+    module = types.ModuleType(name)
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    module.__path__ = []
+    module.__dict__.update(functions)
+    return module
 
 
 @pytest.fixture
@@ -84,11 +110,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
         "apex.optimizers": {"FusedAdam": fused_adam},
     }
     for name, functions in contents.items():
-        module = types.ModuleType(name)
-        module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-        module.__path__ = []
-        module.__dict__.update(functions)
-        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setitem(sys.modules, name, stand_in(name, **functions))
     yield calls
 
 
@@ -96,22 +118,69 @@ def test_a_cpu_without_packages_uses_torch_alone() -> None:
     assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
 
 
-def test_a_gpu_uses_torchs_fused_adam_without_packages() -> None:
-    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
-    assert chosen == speedups(optimizer="torch fused AdamW")
+def test_a_gpu_uses_torchs_fused_adam_and_triton_without_packages(triton: pytest.MonkeyPatch) -> None:
+    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True, theta="softmax")
+    assert chosen == speedups(optimizer="torch fused AdamW", own="triton", fused_cross_entropy=True)
+    assert str(chosen) == (
+        "attention torch SDPA | pattention triton | rotary triton | layer norm torch | head and loss in chunks | "
+        "optimizer torch fused AdamW | not compiled"
+    )
 
 
-def test_auto_takes_what_is_installed_and_fits(packages: dict[str, list[Any]]) -> None:
+@pytest.mark.parametrize("lacking", ["package", "compiler", "headers", "formulas"])
+def test_without_triton_or_what_it_needs_auto_says_why_it_is_eager(triton: pytest.MonkeyPatch, lacking: str) -> None:
+    """One line for each operation; the explicit choice is an error with the same reason."""
+    reason = {
+        "package": "the package 'triton' is not installed",
+        "compiler": "there is no 'no-such-compiler'",
+        "headers": "no .*Python.h",
+        "formulas": "'mean_relu' has no formulas in Triton, only gelu_l2_norm, l2_norm_gelu, softmax have",
+    }[lacking]
+    theta = "mean_relu" if lacking == "formulas" else "softmax"
+    if lacking == "package":
+        triton.setattr(backends, "is_installed", lambda package: package != "triton")
+    elif lacking == "compiler":
+        triton.setenv("CC", "no-such-compiler")
+    elif lacking == "headers":
+        triton.setattr(triton_runtime.Path, "is_file", lambda path: False)
+    chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True, theta=theta)
+    assert chosen.kernels["pattention"] is PATTENTION["eager"]
+    assert re.match(f"pattention: auto takes eager, not triton: .*{reason}", chosen.missed[0])
+    assert [line.partition(":")[0] for line in chosen.missed] == ["pattention", "rotary"][: len(chosen.missed)]
+    with pytest.raises(EnvironmentSetupError, match=f"pattention: triton: .*{reason}"):
+        choose_speedups(SpeedupsConfig(pattention="triton"), BF16, ADAMW, on_gpu=True, theta=theta)
+
+
+def test_a_named_backend_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose_speedups(SpeedupsConfig(pattention="reference", rotary="reference"), BF16, ADAMW, on_gpu=False)
+    assert (chosen.kernels["pattention"], chosen.kernels["rotary"]) == (PATTENTION["reference"], ROTARY["reference"])
+    monkeypatch.setitem(sys.modules, "triton", stand_in("triton"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        EnvironmentSetupError, match="pattention: triton: Triton compiles for GPUs, and torch sees none"
+    ):
+        choose_speedups(SpeedupsConfig(pattention="triton"), BF16, ADAMW, on_gpu=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(EnvironmentSetupError, match=r"pattention: compile: .* there is no 'no-such-compiler'"):
+        choose_speedups(SpeedupsConfig(pattention="compile"), BF16, ADAMW, on_gpu=False)
+
+
+def test_auto_takes_what_is_installed_and_fits(packages: dict[str, list[Any]], triton: pytest.MonkeyPatch) -> None:
     chosen = choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=True)
-    assert chosen == speedups("flash_attn", "apex", "apex FusedAdam")
+    assert chosen == speedups("flash_attn", "apex", "apex FusedAdam", own="triton", fused_cross_entropy=True)
     assert choose_speedups(SpeedupsConfig(), FP32, ADAMW, on_gpu=True).kernels["attention"].label == "torch SDPA"
     assert choose_speedups(SpeedupsConfig(), BF16, ADAMW, on_gpu=False) == PLAIN
-    assert str(chosen) == "attention flash-attn | layer norm apex | optimizer apex FusedAdam | not compiled"
 
 
 def test_off_leaves_it_out(packages: dict[str, list[Any]]) -> None:
     off = SpeedupsConfig(
-        flash_attention="off", apex_fused_adam="off", apex_fused_layernorm="off", torch_fused_adamw="off"
+        flash_attention="off",
+        apex_fused_adam="off",
+        apex_fused_layernorm="off",
+        torch_fused_adamw="off",
+        fused_cross_entropy="off",
+        pattention="eager",
+        rotary="eager",
     )
     assert choose_speedups(off, BF16, ADAMW, on_gpu=True) == PLAIN
 
@@ -165,7 +234,11 @@ def test_every_operation_can_be_replaced_by_its_reference(model: Any) -> None:
     apply_speedups(spelled_out, Speedups({kind: counted(kind) for kind in references}, "torch AdamW", compile=False))
     tokens = torch.randint(0, VOCAB.actual, (2, 8), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(spelled_out(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
-    absent = {"pattention": model.param_tokens is None, "layer norm": model.norm == "rmsnorm"}
+    absent = {
+        "pattention": model.param_tokens is None,
+        "rotary": model.pos_emb != "rotary",
+        "layer norm": model.norm == "rmsnorm",
+    }
     assert set(calls) == {operation for operation in references if not absent.get(operation)}
 
 

@@ -35,11 +35,15 @@ def pattention(
     theta: str,
     scale_base: int,
     rows: RowReduction,
+    recompute_scores: bool = False,
 ) -> Tensor:
     """Computes each projection by its definition [J, B, S, N].
 
-    Raises ValueError where other ranks hold further parameter tokens: the definition is one of whole rows.
+    Raises ValueError where other ranks hold further parameter tokens, for the definition is one of whole rows, and for
+    `recompute_scores`: what is saved is autograd's choice here.
     """
+    if recompute_scores:
+        raise ValueError("the reference of Pattention saves whatever autograd does")
     if rows != RowReduction():
         raise ValueError("the reference of Pattention needs all parameter tokens on one rank")
     pairs = zip(key_tokens, value_tokens, strict=True)

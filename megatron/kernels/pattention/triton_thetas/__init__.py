@@ -1,0 +1,1 @@
+"""Thetas in Triton, one module each, called as in `thetas/`."""

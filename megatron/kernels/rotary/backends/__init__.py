@@ -1,0 +1,1 @@
+"""Backends of rotary position embedding, one module each."""
