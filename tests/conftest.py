@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,13 @@ UNIT_SECONDS = 120
 
 
 def pytest_configure() -> None:
-    """Gives each worker of pytest-xdist a core of its own.
+    """Gives each worker of pytest-xdist a core of its own, and lets Ctrl-C reach what tests start.
 
     Ranks of one core hand over to each other as fast as those of two, at little more than half of the processor time.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell lets what it starts in the background ignore it, and so would everything that is started from there.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

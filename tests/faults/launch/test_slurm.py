@@ -104,7 +104,7 @@ def test_a_job_that_may_not_be_queued_again_keeps_the_code(job: Job) -> None:
     script = job.start(CODES="75 75", CANNOT_REQUEUE="1")
     _, said = script.communicate(timeout=30)
     assert script.returncode == 75
-    assert "presently disabled" in said and "the run is saved" in said and "submit it again" in said
+    assert "presently disabled" in said and "the run can go on" in said and "submit it again" in said
 
 
 def test_what_the_ranks_are_given(job: Job) -> None:
