@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron.errors import ConfigError, exit_on_user_error
+from megatron_tokenformer import run_tool
+
+from megatron.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,4 +60,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main(sys.argv[1:]))
+    run_tool(main)

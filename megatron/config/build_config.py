@@ -170,7 +170,14 @@ def _located(finding: Finding, settings: Mapping[str, Setting]) -> Problem:
         return problem_with(setting.given, message)
     field = _fields(settings)[finding.path]
     shown = "" if field.default is None else f": {show(field.default)} (default)"
-    return Problem(field.key + shown, message)
+    section = finding.path.partition(".")[0]
+    given = (path for path in settings if section in OPTIONAL_SECTIONS and path.startswith(f"{section}."))
+    beside = next(given, None)
+    if beside is None:
+        return Problem(field.key + shown, message)
+    # The section is there because another of its keys was given.
+    origin = settings[beside].origin
+    return Problem(f"{origin} {field.key}{shown}", message, origin)
 
 
 def _other_names(finding: Finding, settings: Mapping[str, Setting]) -> str:

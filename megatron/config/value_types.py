@@ -172,6 +172,8 @@ def _fits_alone(value: YamlValue, schema: Schema) -> bool:
     types = {"integer": int, "number": int | float, "string": str}
     if items.get("type") not in types or schema.get("minItems", 1) > 1 or isinstance(value, bool):
         return False
+    if value not in items.get("enum", [value]):
+        return False
     return isinstance(value, types[items["type"]]) and not (
         _size(value) < items.get("minimum", -math.inf) or _size(value) > items.get("maximum", math.inf)
     )

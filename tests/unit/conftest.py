@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.forkserver import CONTEXT
 
-LAUNCHERS = {"train.py", "validate.py", "generate.py", "eval.py", "deepy.py", "torchrun", "srun"}
+LAUNCHERS = {"train.py", "generate.py", "eval.py", "deepy.py", "torchrun", "srun"}
 
 
 def refuse(*_: Any, **__: Any) -> NoReturn:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
-from megatron.checkpointing.store.find_checkpoint import configured_checkpoint
+from megatron.checkpointing.store.fetch import configured_checkpoint
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, ConfigError
