@@ -25,6 +25,7 @@ from megatron.errors import CheckpointError, ConfigError
 from megatron.inference.evaluation.harness.evaluation_worker import EvaluationWorker
 from megatron.inference.evaluation.harness.harness_model import HarnessModel
 from megatron.inference.evaluation.harness.harness_tasks import SEEDS, HarnessTasks, load_tasks
+from megatron.inference.evaluation.harness.resampling import without_forks
 from megatron.inference.evaluation.harness.response_cache import ResponseCache
 from megatron.inference.evaluation.learning_curve import curve_rows, write_curve
 from megatron.inference.evaluation.results_file import (
@@ -146,13 +147,14 @@ def _run(
     print(f"evaluating {what['name']}", flush=True)
     tasks.set_seeds()
     start = time.monotonic()
-    found = evaluate(
-        lm=model,
-        task_dict=tasks.content,
-        limit=config.evaluation.task_limit,
-        bootstrap_iters=config.evaluation.bootstrap_iters,
-        log_samples=config.evaluation.log_samples,
-    )
+    with without_forks():
+        found = evaluate(
+            lm=model,
+            task_dict=tasks.content,
+            limit=config.evaluation.task_limit,
+            bootstrap_iters=config.evaluation.bootstrap_iters,
+            log_samples=config.evaluation.log_samples,
+        )
     samples: Samples = found.pop("samples", None) or {}
     if samples:
         found["task_hashes"] = task_hashes(samples)
