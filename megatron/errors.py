@@ -102,10 +102,10 @@ def exit_on_user_error(main: Callable[[], int]) -> NoReturn:
     try:
         code = _exit_code(main)
     except BaseException as error:
-        if not is_rank():
+        if not _is_rank():
             raise
         code = _uncaught(error)
-    if is_rank():
+    if _is_rank():
         _end_rank(code)
     sys.exit(code)
 
@@ -136,7 +136,7 @@ def _exit_code(main: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-def is_rank() -> bool:
+def _is_rank() -> bool:
     """Tells whether this process is a rank of a run, as its environment says, once it is prepared."""
     return "WORLD_SIZE" in os.environ
 

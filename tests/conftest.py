@@ -82,36 +82,34 @@ def write_config(tmp_path: Path, dataset: Path) -> Callable[..., Path]:
     return write
 
 
+def _checkpoint_of(model: str, folder: Path) -> Checkpoint:
+    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
+
+    return make_checkpoint(write_yaml(folder, MODELS[model]))
+
+
 @pytest.fixture(scope="session")
 def tokenformer(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A TokenFormer's checkpoint of one rank, float32; tests only read it."""
-    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
-
-    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("tokenformer"), MODELS["l2_norm_gelu"]))
+    return _checkpoint_of("l2_norm_gelu", tmp_path_factory.mktemp("tokenformer"))
 
 
 @pytest.fixture(scope="session")
 def pythia(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A Pythia's checkpoint of one rank, float32; tests only read it."""
-    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
-
-    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("pythia"), MODELS["pythia"]))
+    return _checkpoint_of("pythia", tmp_path_factory.mktemp("pythia"))
 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A GPT-2's checkpoint of one rank, float32; tests only read it."""
-    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
-
-    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("gpt2"), MODELS["gpt2"]))
+    return _checkpoint_of("gpt2", tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A LLaMA's checkpoint of one rank, float32; tests only read it."""
-    from tests.helpers.tiny_checkpoints import MODELS, make_checkpoint, write_yaml
-
-    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("llama"), MODELS["llama"]))
+    return _checkpoint_of("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")

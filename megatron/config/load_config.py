@@ -14,7 +14,7 @@ from megatron.config.grow_checks import growth_comes_too_late
 from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate
-from megatron.config.run_yaml import GivenConfiguration, is_kept, run_folder_at, run_yaml_text
+from megatron.config.run_yaml import GivenConfiguration, is_kept, run_folder_at
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.config.yaml.problems import Given, Origin, report
@@ -134,7 +134,7 @@ def load_given(
         sources=tuple(sources),
         warnings=(*notices, *translation.warnings, *_named(translation.ignored)),
         inert=tuple(translation.inert),
-        given=GivenConfiguration(_name(sources), run_yaml_text(given, sources, overrides)),
+        given=GivenConfiguration(_name(sources), given, (*map(str, sources), *overrides)),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,28 @@ class GivenConfiguration:
 
     name: str = ""
     """Name by which figures are to call the run."""
-    text: str = ""
-    """Content of its run.yml."""
+    keys: Mapping[str, Given] = field(default_factory=dict)
+    """All keys that were given, by flat name."""
+    words: Sequence[str] = ()
+    """The files and overrides that gave them."""
+
+    def text(self) -> str:
+        """Writes the keys as the content of a run.yml, with the words that gave them.
+
+        There are no secrets among them: no key takes one, and a URL that holds one is refused.
+        """
+        tree: dict[str, Any] = {}
+        for key, item in self.keys.items():
+            *around, name = _nested(key)
+            block = tree
+            for part in around:
+                block = block.setdefault(part, {})
+            block[name] = item.value
+        return (
+            f"{OPENING}{json.dumps(' '.join(self.words), ensure_ascii=False)[1:-1]}\n"
+            f"# A command takes this folder in place of YAML files; key=value after it overrides {RUN_YAML}.\n"
+            f"{dump_yaml(tree)}"
+        )
 
 
 NOTHING_GIVEN = GivenConfiguration()
@@ -94,26 +114,6 @@ def run_folder_at(path: Path) -> RunFolder | None:
             "older version has none: name its YAML files."
         )
     return RunFolder(path)
-
-
-def run_yaml_text(given: Mapping[str, Given], sources: Sequence[Path], overrides: Sequence[str]) -> str:
-    """Writes the keys that were given as the content of a run.yml, with the files and overrides that gave them.
-
-    There are no secrets among them: no key takes one, and a URL that holds one is refused.
-    """
-    tree: dict[str, Any] = {}
-    for key, item in given.items():
-        *around, name = _nested(key)
-        block = tree
-        for part in around:
-            block = block.setdefault(part, {})
-        block[name] = item.value
-    words = " ".join([*map(str, sources), *overrides])
-    return (
-        f"{OPENING}{json.dumps(words, ensure_ascii=False)[1:-1]}\n"
-        f"# A command takes this folder in place of YAML files; key=value after it overrides {RUN_YAML}.\n"
-        f"{dump_yaml(tree)}"
-    )
 
 
 def _nested(key: str) -> list[str]:

@@ -90,16 +90,32 @@ def folder_model(folder: Path, **fields: Any) -> ModelConfig:
     Its samples are as long as its positions. Raises what `folder_settings` raises.
     """
     config, settings = folder_settings(folder)
-    nested: dict[str, Any] = {"seq_length": config.max_position_embeddings} | fields
-    for path, value in (dict(ARCHITECTURES[settings["architecture"]].defaults) | settings).items():
-        *section, name = path.split(".")
-        (nested.setdefault(section[0], {}) if section else nested)[name] = value
+    values = {"seq_length": config.max_position_embeddings} | fields
+    defaults = dict(ARCHITECTURES[settings["architecture"]].defaults)
+    return _model_with(values, defaults | settings, folder, CheckpointError)
+
+
+def _model_with(
+    values: dict[str, Any], settings: dict[str, Any], folder: Path, kind: type[CheckpointError | ConfigError]
+) -> ModelConfig:
+    """Returns the model of `values`, in which a folder's settings, by dotted path, take their places.
+
+    Raises a `kind` for a value that our configuration does not allow.
+    """
+    for path, value in settings.items():
+        *sections, name = path.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+        place[name] = value
     try:
-        return ModelConfig.model_validate(nested)
+        return ModelConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{folder / 'config.json'}: {where}: {first['msg']}. Copy it again.") from error
+        raise kind(f"{folder / 'config.json'}: {where}: {first['msg']}. Copy it again.") from error
 
 
 @contextmanager
@@ -218,22 +234,7 @@ def model_of_folder(folder: Path, model: ModelConfig) -> ModelConfig:
     Raises what `folder_settings` does, and ConfigError for a value that our configuration does not allow.
     """
     _, settings = folder_settings(folder)
-    values = model.model_dump()
-    for path, value in settings.items():
-        *sections, name = path.split(".")
-        place = values
-        for section in sections:
-            if place.get(section) is None:
-                place[section] = {}
-            place = place[section]
-        place[name] = value
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        details = error.errors()[0]
-        raise ConfigError(
-            f"{folder / 'config.json'}: {'.'.join(map(str, details['loc']))}: {details['msg']}. Copy it again."
-        ) from error
+    return _model_with(model.model_dump(), settings, folder, ConfigError)
 
 
 def _their_shapes(layout: LayerLayout, architecture: HFArchitecture, model: ModelConfig) -> dict[str, torch.Size]:

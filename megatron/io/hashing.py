@@ -40,52 +40,44 @@ def sampled_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class HashingWriter:
-    """Passes bytes on to a file and hashes them on the way, so that nothing is read back."""
+class _Hashing:
+    """A file with the size and the digest of what has passed on the way to it, or from it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = 0
-        """Written so far [bytes]."""
+        """Passed so far [bytes]."""
         self._digest = hashlib.sha256()
 
     @property
     def sha256(self) -> str:
-        """Returns the digest of what was written so far."""
+        """Returns the digest of what has passed so far."""
         return self._digest.hexdigest()
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Hashes and writes `data`; returns the number of bytes written."""
-        self.add(data)
-        return self.file.write(data)
 
     def add(self, data: bytes | memoryview) -> None:
         """Hashes `data`, which the file holds already."""
         self._digest.update(data)
         self.size += len(data)
 
+
+class HashingWriter(_Hashing):
+    """Passes bytes on to a file and hashes them on the way, so that nothing is read back."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Hashes and writes `data`; returns the number of bytes written."""
+        self.add(data)
+        return self.file.write(data)
+
     def flush(self) -> None:
         """Hands what is buffered to the operating system."""
         self.file.flush()
 
 
-class HashingReader:
+class HashingReader(_Hashing):
     """Hashes what is read from a file on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.size = 0
-        """Read so far [bytes]."""
-        self._digest = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        """Returns the digest of what was read so far."""
-        return self._digest.hexdigest()
 
     def read(self, size: int) -> bytes:
         """Reads and hashes at most `size` bytes."""
         data = self.file.read(size)
-        self._digest.update(data)
-        self.size += len(data)
+        self.add(data)
         return data

@@ -86,10 +86,11 @@ class TrainingRun:
         Raises EnvironmentSetupError where a file cannot be written.
         """
         write_description(self.description, self.folder)
-        if not self.given.text:
+        if not self.given.keys:
             return
+        text = self.given.text()
         for folder in {Path(folder).resolve() for folder in (self.folder, self.config.checkpoint.save or self.folder)}:
-            if not write_run_yaml(self.given.text, folder):
+            if not write_run_yaml(text, folder):
                 logger.warning("%s: somebody's own file, which stays as it is", folder / RUN_YAML)
 
 

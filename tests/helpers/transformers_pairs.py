@@ -13,6 +13,8 @@ from megatron.config.sections.model import ModelConfig, ParamTokenConfig
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.kernels.pattention.theta import THETAS
 from megatron.model.causal_lm import LocalCausalLM, build_local
+from megatron.model.loss import CausalLMLoss
+from megatron.mpu.context import ParallelContext
 from tests.helpers.models import VOCAB, tiny_gpt2, tiny_llama, tiny_pythia, tiny_tokenformer
 
 UNEQUAL = {"qkv": 24, "proj": 16, "ffn": 40}
@@ -73,6 +75,21 @@ def same_in_transformers(ours: LocalCausalLM, model: ModelConfig, **settings: An
             their_parameters.pop(architecture.names.to_theirs(name)).copy_(tensor)
     assert not their_parameters
     return theirs
+
+
+def assert_same_logits_and_loss(ours: LocalCausalLM, theirs: PreTrainedModel, tolerance: float) -> None:
+    """Compares logits and loss of random tokens; both models have the gradients of that loss then."""
+    tokens = torch.randint(VOCAB.actual, (3, 17), generator=torch.Generator().manual_seed(2))
+    our_logits = ours(tokens[:, :-1])
+    their_logits = theirs(tokens[:, :-1], use_cache=False).logits
+    torch.testing.assert_close(our_logits, their_logits, rtol=tolerance, atol=tolerance)
+
+    labels = tokens[:, 1:]
+    loss = CausalLMLoss(None, ParallelContext.single())(our_logits, (labels, torch.ones(labels.shape)))
+    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, their_loss.double(), rtol=tolerance, atol=tolerance)
+    loss.backward()
+    their_loss.backward()
 
 
 def random_tokens(*shape: int, seed: int = 2) -> Tensor:

@@ -72,7 +72,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     for run in RUN_FOLDERS:
         (folder / run).mkdir(parents=True)
-        write_run_yaml(load_config([ROOT / "configs" / "demo.yml"], [f"save={run}"]).given.text, folder / run)
+        write_run_yaml(load_config([ROOT / "configs" / "demo.yml"], [f"save={run}"]).given.text(), folder / run)
     return folder
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.config.command_line import parse_command_line
+from megatron.config.load_config import load_config
 from megatron.config.local_path import local_path
+from megatron.config.sections.run_config import RunConfig
 from tools.command_line import positive
 
 
@@ -27,6 +30,20 @@ def benchmark_parser(description: str | None, *, rounds: int) -> argparse.Argume
     parser.add_argument("--vocab-size", type=positive, help="ids of the vocabulary, in place of the tokenizer's")
     parser.add_argument("--output", type=local_path, help="JSON file to write")
     return parser
+
+
+def run_benchmark(
+    args: argparse.Namespace,
+    words: Sequence[str],
+    benchmark: Callable[[RunConfig, argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measures the configuration of `words`, prints the table, and writes the JSON file; returns the exit code."""
+    command = parse_command_line(words)
+    report = {"config": list(words)} | benchmark(load_config(command.files, command.overrides).run, args)
+    print(table(report))
+    write_report(report, args.output)
+    return 0
 
 
 def write_report(report: Mapping[str, Any], output: Path | None) -> None:

@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tokenformer import run_tool
 
-from megatron.config.command_line import parse_command_line
-from megatron.config.load_config import load_config
 from megatron.config.sections.run_config import RunConfig
-from tools.benchmarks.benchmark_command import benchmark_parser, write_report
+from tools.benchmarks.benchmark_command import benchmark_parser, run_benchmark
 from tools.command_line import positive
 
 if TYPE_CHECKING:
@@ -126,12 +124,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints the table, and writes the JSON file."""
-    args, words = parse_args(argv)
-    command = parse_command_line(words)
-    report = {"config": words} | benchmark(load_config(command.files, command.overrides).run, args)
-    print(table(report))
-    write_report(report, args.output)
-    return 0
+    return run_benchmark(*parse_args(argv), benchmark, table)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,12 @@ from typing import Any
 from megatron_tokenformer import run_tool
 
 import tokenizers
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 
 from megatron.config.local_path import local_path
-from megatron.data.tokenizer import END_OF_DOCUMENT
 from megatron.io.hashing import file_sha256
 from tools.benchmarks.benchmark_command import write_report
 from tools.command_line import positive, tool_parser
+from tools.datasets.prepare_data import train_tokenizer
 
 ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cpp", ".cuh", ".c", ".js", ".json", ".html")
 SHORTEST = 200  # bytes of a file
@@ -73,7 +69,7 @@ def measure(folder: Path, megabytes: int, vocab_size: int, tokenizer: Path | Non
     write_corpus(part, size // 4)
     if tokenizer is None:
         tokenizer = folder / "tokenizer.json"
-        train(corpus, vocab_size, tokenizer)
+        train_tokenizer(first_texts(corpus, TRAINING_BYTES), vocab_size, tokenizer)
     report: dict[str, Any] = {
         "text_bytes": size,
         "documents": documents,
@@ -128,21 +124,6 @@ def distinct_texts() -> Iterator[str]:
         if SHORTEST <= len(content) <= LONGEST and digest not in seen:
             seen.add(digest)
             yield text
-
-
-def train(corpus: Path, vocab_size: int, output: Path) -> None:
-    """Trains a byte-level BPE on the first documents of the corpus."""
-    tokenizer = tokenizers.Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(first_texts(corpus, TRAINING_BYTES), trainer)
-    tokenizer.save(str(output))
 
 
 def first_texts(corpus: Path, size: int) -> Iterator[str]:

@@ -28,7 +28,7 @@ import sys
 import sysconfig
 import time
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -251,7 +251,7 @@ def write_jsonl(path: Path, documents: Sequence[str]) -> None:
             print(json.dumps({"text": document}, ensure_ascii=False), file=file)
 
 
-def train_tokenizer(documents: Sequence[str], vocab_size: int, path: Path) -> int:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, path: Path) -> int:
     """Trains a byte-level BPE whose end-of-document token has id 0, and writes it to `path`.
 
     Returns the size of its vocabulary, which a short text leaves smaller than asked for.

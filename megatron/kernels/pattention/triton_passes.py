@@ -7,6 +7,8 @@ Shape letters: see megatron/README.md; k is 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +68,6 @@ class TritonPasses:
         self, a_RJp: Tensor, h_RJp: Tensor, sums_RJk: Tensor, scale_base: int, *, accumulate: bool, weigh: bool
     ) -> None:
         num_rows, num_tokens = a_RJp.shape[:-1].numel(), a_RJp.shape[-1]
-        block, warps = launch_sizes(num_tokens)
         theta = self.theta
         forward_rows[(num_rows,)](
             a_RJp,
@@ -78,10 +79,7 @@ class TritonPasses:
             ACCUMULATE=theta.accumulate if accumulate else None,
             FACTORS=theta.factors,
             WEIGHTS=theta.weights if weigh else None,
-            WIDE=WIDE[sums_RJk.dtype],
-            WHOLE=num_tokens <= block,
-            BLOCK=block,
-            num_warps=warps,
+            **_row_options(num_tokens, sums_RJk.dtype),
         )
 
     def _backward(
@@ -97,7 +95,6 @@ class TritonPasses:
         differentiate: bool,
     ) -> None:
         num_rows, num_tokens = a_RJp.shape[:-1].numel(), a_RJp.shape[-1]
-        block, warps = launch_sizes(num_tokens)
         theta = self.theta
         backward_rows[(num_rows,)](
             g_RJp,
@@ -111,11 +108,14 @@ class TritonPasses:
             PRODUCT=theta.product if accumulate else None,
             WEIGHTS=theta.weights,
             GRADIENT=theta.gradient if differentiate else None,
-            WIDE=WIDE[statistic_RJk.dtype],
-            WHOLE=num_tokens <= block,
-            BLOCK=block,
-            num_warps=warps,
+            **_row_options(num_tokens, statistic_RJk.dtype),
         )
+
+
+def _row_options(num_tokens: int, wide: torch.dtype) -> dict[str, Any]:
+    """Returns what every kernel of rows is compiled with: how a row of `num_tokens` scores is read, and in what."""
+    block, warps = launch_sizes(num_tokens)
+    return {"WIDE": WIDE[wide], "WHOLE": num_tokens <= block, "BLOCK": block, "num_warps": warps}
 
 
 def launch_sizes(num_tokens: int) -> tuple[int, int]:

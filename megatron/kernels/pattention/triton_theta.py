@@ -51,14 +51,14 @@ def sum_over_ranks(sums: Tensor, rows: RowReduction) -> Tensor:
 
 
 @triton.jit
-def length_factor(sum_of_squares, scale_base):
+def length_factors(sum_of_squares, other, scale_base):
     """Computes sqrt(scale_base / sum_of_squares), and 0 for a row whose sum is below the smallest normal number."""
     if sum_of_squares.dtype == tl.float64:
         vanishes = sum_of_squares < 2.2250738585072014e-308
     else:
         vanishes = sum_of_squares < 1.1754943508222875e-38
     length = tl.sqrt(tl.where(vanishes, 1.0, sum_of_squares))
-    return tl.where(vanishes, 0.0, tl.sqrt(scale_base) / length)
+    return tl.where(vanishes, 0.0, tl.sqrt(scale_base) / length), other
 
 
 @triton.jit

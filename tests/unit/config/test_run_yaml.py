@@ -45,7 +45,7 @@ def test_what_is_written_is_read_as_it_was(value: Any, tmp_path_factory: pytest.
 
 def keep(loaded: LoadedConfig, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    assert write_run_yaml(loaded.given.text, folder)
+    assert write_run_yaml(loaded.given.text(), folder)
     return folder
 
 
@@ -142,7 +142,7 @@ def test_folders_that_are_no_run_are_refused(write_config: MappingWriter, tmp_pa
 
 
 def test_somebodys_own_file_stays(write_config: MappingWriter, tmp_path: Path) -> None:
-    text = load_config([write_config(TOKENFORMER)]).given.text
+    text = load_config([write_config(TOKENFORMER)]).given.text()
     (tmp_path / RUN_YAML).write_text("seed: 3\n")
     assert not write_run_yaml(text, tmp_path)
     assert (tmp_path / RUN_YAML).read_text() == "seed: 3\n"

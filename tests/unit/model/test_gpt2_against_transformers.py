@@ -13,9 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.model import ModelConfig
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from megatron.model.loss import CausalLMLoss
-from megatron.mpu.context import ParallelContext
 from tests.helpers.models import VOCAB, tiny_gpt2
+from tests.helpers.transformers_pairs import assert_same_logits_and_loss
 
 HEADS, SIZE = 4, 8
 
@@ -94,17 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_logits_and_gradients_agree(variant: str, dtype: torch.dtype, tolerance: float) -> None:
     ours, theirs = matching_pair(tiny_gpt2(**VARIANTS[variant]), dtype)
-    tokens = torch.randint(VOCAB.actual, (3, 17), generator=torch.Generator().manual_seed(2))
-    our_logits = ours(tokens[:, :-1])
-    their_logits = theirs(tokens[:, :-1], use_cache=False).logits
-    torch.testing.assert_close(our_logits, their_logits, rtol=tolerance, atol=tolerance)
-
-    labels = tokens[:, 1:]
-    loss = CausalLMLoss(None, ParallelContext.single())(our_logits, (labels, torch.ones(labels.shape)))
-    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(loss, their_loss.double(), rtol=tolerance, atol=tolerance)
-    loss.backward()
-    their_loss.backward()
+    assert_same_logits_and_loss(ours, theirs, tolerance)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for their_name, gradient in our_gradients(ours):
         torch.testing.assert_close(

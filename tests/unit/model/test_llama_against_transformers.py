@@ -11,10 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron.config.sections.model import ModelConfig
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from megatron.model.loss import CausalLMLoss
-from megatron.mpu.context import ParallelContext
 from tests.helpers import plain_torch
 from tests.helpers.models import VOCAB, tiny_llama
+from tests.helpers.transformers_pairs import assert_same_logits_and_loss
 
 
 def transformers_model(model: ModelConfig) -> LlamaForCausalLM:
@@ -85,17 +84,7 @@ def test_logits_and_gradients_agree(variant: str) -> None:
         for name, parameter in ours.named_parameters():
             their_parameters.pop(transformers_name(name)).copy_(parameter)
     assert not their_parameters
-    tokens = torch.randint(VOCAB.actual, (3, 17), generator=torch.Generator().manual_seed(2))
-    our_logits = ours(tokens[:, :-1])
-    their_logits = theirs(tokens[:, :-1], use_cache=False).logits
-    torch.testing.assert_close(our_logits, their_logits, rtol=tolerance, atol=tolerance)
-
-    labels = tokens[:, 1:]
-    loss = CausalLMLoss(None, ParallelContext.single())(our_logits, (labels, torch.ones(labels.shape)))
-    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(loss, their_loss.double(), rtol=tolerance, atol=tolerance)
-    loss.backward()
-    their_loss.backward()
+    assert_same_logits_and_loss(ours, theirs, tolerance)
     their_gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert_gradients_agree(
         ours, {name: their_gradients[transformers_name(name)] for name, _ in ours.named_parameters()}, tolerance

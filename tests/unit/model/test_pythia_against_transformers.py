@@ -8,9 +8,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megatron.config.sections.model import ModelConfig
 from megatron.model.causal_lm import LocalCausalLM, build_local
-from megatron.model.loss import CausalLMLoss
-from megatron.mpu.context import ParallelContext
 from tests.helpers.models import VOCAB, tiny_pythia
+from tests.helpers.transformers_pairs import assert_same_logits_and_loss
 
 
 def transformers_model(model: ModelConfig, dtype: torch.dtype) -> GPTNeoXForCausalLM:
@@ -69,17 +68,7 @@ VARIANTS = {
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_logits_and_gradients_agree(variant: str, dtype: torch.dtype, tolerance: float) -> None:
     ours, theirs = matching_pair(tiny_pythia(**VARIANTS[variant]), dtype)
-    tokens = torch.randint(VOCAB.actual, (3, 17), generator=torch.Generator().manual_seed(2))
-    our_logits = ours(tokens[:, :-1])
-    their_logits = theirs(tokens[:, :-1], use_cache=False).logits
-    torch.testing.assert_close(our_logits, their_logits, rtol=tolerance, atol=tolerance)
-
-    labels = tokens[:, 1:]
-    loss = CausalLMLoss(None, ParallelContext.single())(our_logits, (labels, torch.ones(labels.shape)))
-    their_loss = torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), labels.flatten())
-    torch.testing.assert_close(loss, their_loss.double(), rtol=tolerance, atol=tolerance)
-    loss.backward()
-    their_loss.backward()
+    assert_same_logits_and_loss(ours, theirs, tolerance)
     their_parameters = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         their_gradient = their_parameters[transformers_name(name)].grad

@@ -10,7 +10,7 @@ from megatron.kernels.pattention.triton_theta import (
     TritonTheta,
     gelu,
     gelu_derivative,
-    length_factor,
+    length_factors,
     sum_over_ranks,
 )
 
@@ -19,11 +19,6 @@ from megatron.kernels.pattention.triton_theta import (
 def accumulate(first, second, a, inside):
     w = gelu(a)
     return first + tl.sum(w * w, 0), second
-
-
-@triton.jit
-def factors(first, second, scale_base):
-    return length_factor(first, scale_base), second
 
 
 @triton.jit
@@ -46,7 +41,7 @@ TRITON_THETAS.register("gelu_l2_norm")(
         start=0.0,
         accumulate=accumulate,
         complete=sum_over_ranks,
-        factors=factors,
+        factors=length_factors,
         weights=weights,
         product=product,
         gradient=gradient,

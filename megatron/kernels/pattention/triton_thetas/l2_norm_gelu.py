@@ -10,7 +10,7 @@ from megatron.kernels.pattention.triton_theta import (
     TritonTheta,
     gelu,
     gelu_derivative,
-    length_factor,
+    length_factors,
     sum_over_ranks,
 )
 
@@ -18,11 +18,6 @@ from megatron.kernels.pattention.triton_theta import (
 @triton.jit
 def accumulate(first, second, a, inside):
     return first + tl.sum(a * a, 0), second
-
-
-@triton.jit
-def factors(first, second, scale_base):
-    return length_factor(first, scale_base), second
 
 
 @triton.jit
@@ -47,7 +42,7 @@ TRITON_THETAS.register("l2_norm_gelu")(
         start=0.0,
         accumulate=accumulate,
         complete=sum_over_ranks,
-        factors=factors,
+        factors=length_factors,
         weights=weights,
         product=product,
         gradient=gradient,
