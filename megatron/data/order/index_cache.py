@@ -64,18 +64,19 @@ def cached_sample_index(
     extent = index_extent(sizes, documents, num_samples, seq_length)
     key = checked_key or _key(sizes, documents, extent.num_epochs, seq_length, seed)
     files = _IndexFiles(folder / f"{name}_{key}", extent)
-    cached = files.load(hashes=checked_key is None)
+    # Another process may be writing these very files, so what looks damaged here is judged under the lock.
+    cached = files.load(hashes=checked_key is None, report=False)
     if cached is not None:
         return cached, key
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock(files.lock):
-            cached = files.load(hashes=True)
+            cached = files.load(hashes=True, report=True)
             if cached is None:
                 started = time.perf_counter()
                 files.save(build_sample_index(sizes, documents, num_samples, seq_length, seed))
                 logger.info("%s: sample index built in %.1f s", files.stem, time.perf_counter() - started)
-                cached = files.load(hashes=False)
+                cached = files.load(hashes=False, report=True)
     except OSError as error:
         raise DataError(
             f"{folder}: the sample index cannot be written ({error.strerror}). Set index_cache_dir to a folder with "
@@ -126,8 +127,8 @@ class _IndexFiles:
         with atomic_write(self.hashes) as temporary:
             temporary.write_text(json.dumps(hashes) + "\n")
 
-    def load(self, *, hashes: bool) -> SampleIndex | None:
-        """Maps the index; None when a file is missing or damaged. Damage is logged. `hashes` reads all of it."""
+    def load(self, *, hashes: bool, report: bool) -> SampleIndex | None:
+        """Maps the index; None when a file is missing or damaged. `report` logs damage. `hashes` reads all of it."""
         paths = [self._path(field.name) for field in fields(SampleIndex)]
         if not all(path.is_file() for path in paths):
             return None
@@ -138,7 +139,8 @@ class _IndexFiles:
             if hashes:
                 self._check_hashes()
         except (OSError, *MALFORMED_NPY) as error:
-            logger.warning("%s: the sample index there is damaged (%s) and is built again", self.stem, error)
+            if report:
+                logger.warning("%s: the sample index there is damaged (%s) and is built again", self.stem, error)
             return None
         return index
 

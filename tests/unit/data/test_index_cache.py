@@ -1,6 +1,8 @@
 """Cached indices equal built ones, are built once, and never serve other data."""
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,26 @@ def test_damaged_file_is_built_again(folder: Path, damage: object, caplog: pytes
     caplog.clear()
     assert_right(read(folder))
     assert caplog.text == ""
+
+
+def test_files_that_another_process_is_writing_are_not_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (hashes,) = folder.glob("*_hashes.json")
+    written = hashes.read_text()
+    hashes.unlink()
+
+    @contextmanager
+    def lock_of_a_writer_that_ends(path: Path) -> Iterator[None]:
+        hashes.write_text(written)
+        yield
+
+    monkeypatch.setattr(index_cache, "file_lock", lock_of_a_writer_that_ends)
+    monkeypatch.setattr(index_cache, "build_sample_index", None)
+    index = read(folder)
+    assert caplog.text == ""
+    monkeypatch.undo()
+    assert_right(index)
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
