@@ -18,6 +18,8 @@ from megatron.planner.rates import CPU_NETWORK, LINK_ATTAINED, Curve, Rates
 
 FOLDER = "calibration"
 VERSION = 1
+MOST = 1e30
+"""Rates from here on are none."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,14 @@ def _parsed(content: dict[str, Any]) -> Calibration:
     try:
         formats = {str(name): NumberFormat(**one) for name, one in content.pop("formats").items()}
         found = Calibration(formats=formats, **content)
-        numbers = [found.memory, found.functions, found.load, *(one.attention for one in formats.values())]
-        numbers += [value for value in (found.link, found.network, found.latency) if value is not None]
+        rates = [found.ranks, found.memory, found.functions, *(one.attention for one in formats.values())]
+        rates += [value for value in (found.link, found.network, found.latency) if value is not None]
         curves = [found.passes, *(one.products for one in formats.values())]
-        points = [number for curve in curves for point in curve for number in point]
         ordered = all(curve and curve == sorted(curve) and all(len(p) == 2 for p in curve) for curve in curves)
-        names = [found.device, found.host, found.date]
-        positive = all(isinstance(n, int | float) and 0 < n < 1e30 for n in [*points, found.ranks, *numbers[:2]])
-        if not (ordered and positive and all(isinstance(name, str) for name in names)):
+        rates += [number for curve in curves for point in curve for number in point]
+        positive = all(isinstance(rate, int | float) and 0 < rate < MOST for rate in rates)
+        words = all(isinstance(word, str) for word in (found.device, found.host, found.date))
+        if not (ordered and positive and words and isinstance(found.load, int | float)):
             raise ValueError("no calibration")
         return found
     except (TypeError, AttributeError, KeyError) as error:

@@ -198,11 +198,14 @@ class Rank:
 
 
 def start(name: str, loaded: LoadedConfig) -> list[Rank]:
-    """Starts the ranks of a case."""
+    """Starts the ranks of a case, and waits until they are ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [Rank(name, loaded, rank, port) for rank in range(CASES[name].ranks)]
+    ranks = [Rank(name, loaded, rank, port) for rank in range(CASES[name].ranks)]
+    for rank in ranks:
+        rank.receive()
+    return ranks
 
 
 if __name__ == "__main__":

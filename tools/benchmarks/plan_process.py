@@ -40,6 +40,7 @@ def serve(loaded: LoadedConfig, rank: int, size: int, port: int, connection: Con
         engine = build_engine(run, batch, VocabSize(rows, rows), context, StopRequest()).engine
         batches = random_batches(rows, batch.micro_batch_size, run.model.seq_length, context.data_rank)
         clock, number = work_clock(), 0
+        connection.send(0.0)  # ready
         while True:
             try:
                 request = connection.recv()

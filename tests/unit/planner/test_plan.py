@@ -99,7 +99,7 @@ def test_time_follows_operations_bytes_and_messages() -> None:
     assert waits / (busy - waits) == pytest.approx(3 / piped.batch.gradient_accumulation_steps, rel=0.02)
 
 
-def test_layouts_keep_the_batch_and_can_be_pasted(tmp_path: Path) -> None:
+def test_layouts_keep_the_batch_and_can_be_pasted() -> None:
     configured = plan("tokenformer/1-5B.yml", 64, "fp16=null", "precision=bfloat16")
     found = layouts(configured.run, 1024, 64, 50304, configured.target)
     fitting = [one for one in found if one.fits]
@@ -108,8 +108,6 @@ def test_layouts_keep_the_batch_and_can_be_pasted(tmp_path: Path) -> None:
     assert found[: len(fitting)] == fitting
     assert {one.batch.global_batch_size for one in found} == {1024}
     assert fitting[0].step.total <= configured.step.total
-    pasted = tmp_path / "layout.yml"
-    pasted.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in layout_keys(fitting[-1]).items()))
     words = ["fp16=null", "precision=bfloat16", *(f"{k}={json.dumps(v)}" for k, v in layout_keys(fitting[-1]).items())]
     again = load_config([CONFIGS / "tokenformer/1-5B.yml"], words)
     assert again.batch(64) == fitting[-1].batch
