@@ -46,8 +46,13 @@ def main(argv: Sequence[str]) -> int:
     from megatron.growth.check_config import require_growable
     from megatron.training.check_config import require_trainable
 
-    check = require_trainable if script.name == TRAINING_SCRIPT else require_growable
+    trains = script.name == TRAINING_SCRIPT
+    check = require_trainable if trains else lambda loaded, command: require_growable(loaded)
     command, loaded = load_command_line(arguments, script.name, check)
+    if command.plan:
+        from megatron.training.plan_run import plan_report
+
+        print(plan_report(loaded, command))
     if command.answered:
         return 0
     return launch(script, arguments, loaded, dry_run=len(arguments) < len(argv) - 1)

@@ -17,15 +17,30 @@ def main(argv: Sequence[str]) -> int:
     from megatron.training.check_config import require_trainable
 
     command, loaded = load_command_line(argv, "train.py", require_trainable)
+    if command.plan:
+        from megatron.training.plan_run import plan_report
+
+        print(plan_report(loaded, command))
     if command.answered:
         return 0
     from megatron.launch.environment import prepare_environment
 
     prepare_environment()
     print_warnings(loaded)
+    if command.calibrate:
+        from megatron.training.calibrate import calibrate
+
+        report = calibrate(loaded.run)
+        if os.environ["RANK"] == "0":
+            print(report)
+        return 0
+    batch = loaded.batch(int(os.environ["WORLD_SIZE"]))
+    if command.preflight:
+        from megatron.training.preflight import preflight
+
+        return preflight(loaded.run, batch, loaded.run_folder)
     from megatron.training.pretrain import pretrain
 
-    batch = loaded.batch(int(os.environ["WORLD_SIZE"]))
     return pretrain(loaded.run, batch, loaded.run_folder, loaded.given)
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed
 
 from megatron.mpu.agreement import gather_objects, rank_and_size
+from megatron.mpu.network_speed import all_reduce_speed, median_seconds
 from megatron.mpu.process_group import local_device
 from tools.doctor_machine import Finding
 
-TRIES = 5
 SMALL, LARGE = 4, 64 << 20
 """Bytes that are sent to measure latency, and bandwidth."""
 
@@ -38,12 +36,9 @@ def _all_reduce(rank: int, size: int) -> list[Finding]:
     right = gather_objects(bool((values == expected).all()))
     if not all(right):
         return [Finding("ranks", "wrong", f"an all-reduce is wrong on rank {right.index(False)}", "do not train here")]
-    seconds = _median(lambda: distributed.all_reduce(values))
-    latency = _median(lambda: distributed.all_reduce(values[:1]))
-    # What each link carries, as in NCCL's tests: 2 (n - 1) / n of the data in each direction.
-    bus = 2 * (size - 1) / size * LARGE / seconds
-    text = f"all-reduce of {LARGE >> 20} MiB: {LARGE / seconds / 1e9:.2f} GB/s, bus {bus / 1e9:.2f} GB/s"
-    return [Finding("ranks", "ok", f"{text}; of {SMALL} bytes: {latency * 1e6:.0f} us")]
+    speed = all_reduce_speed(values)
+    text = f"all-reduce of {LARGE >> 20} MiB: {speed.bandwidth / 1e9:.2f} GB/s, bus {speed.bus / 1e9:.2f} GB/s"
+    return [Finding("ranks", "ok", f"{text}; of {SMALL} bytes: {speed.latency * 1e6:.0f} us")]
 
 
 def _transfers(rank: int, size: int, hosts: list[str]) -> list[Finding]:
@@ -82,22 +77,5 @@ def _there_and_back(values: Tensor, begins: bool, peer: int) -> tuple[float, flo
             (distributed.send if sends else distributed.recv)(part, peer)
 
     exchange(values)
-    large, small = _median(lambda: exchange(values)), _median(lambda: exchange(values[:1]))
+    large, small = median_seconds(lambda: exchange(values)), median_seconds(lambda: exchange(values[:1]))
     return values.numel() * values.element_size() / (large / 2), small / 2
-
-
-def _median(work: Callable[[], object]) -> float:
-    """Returns the median time of `work` on this rank's device [s]."""
-    times = []
-    for _ in range(TRIES):
-        _wait_for_device()
-        begin = time.perf_counter()
-        work()
-        _wait_for_device()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -46,6 +46,35 @@ def _does_not_split(ranks: int) -> str:
     return f"does not split over model_parallel_size {ranks}"
 
 
+def tensor_sizes(run: RunConfig) -> list[int]:
+    """Lists the tensor-parallel sizes over which heads, vocabulary and every other size of the model split."""
+    model = run.model
+    sizes = [attrgetter(path)(model) for path in ARCHITECTURES[model.architecture].split_sizes]
+    sizes += [model.num_attention_heads, model.num_kv_heads, model.padded_vocab_size]
+    if model.padded_vocab_size is None:
+        sizes.append(model.make_vocab_size_divisible_by)
+    if run.parallel.sequence_parallel:
+        sizes.append(model.seq_length)
+    return divisors(math.gcd(*(size for size in sizes if size)))
+
+
+def _or_tensor_size(run: RunConfig) -> str:
+    """Proposes tensor-parallel sizes that fit the model as it is."""
+    *others, last = (str(size) for size in tensor_sizes(run)[:_MOST_PROPOSED])
+    return f"; or model_parallel_size {', '.join(others)} or {last}" if others else "; or model_parallel_size 1"
+
+
+_MOST_PROPOSED = 8
+
+
+def parallel_sizes(run: RunConfig, world_size: int) -> Iterator[tuple[int, int]]:
+    """Yields the tensor-parallel sizes and pipeline stages into which model and ranks divide."""
+    for tensor in (size for size in tensor_sizes(run) if world_size % size == 0):
+        for stages in divisors(world_size // tensor):
+            if stages <= run.model.num_layers:
+                yield tensor, stages
+
+
 def _heads(run: RunConfig) -> Iterator[Finding]:
     hidden, heads = run.model.hidden_size, run.model.num_attention_heads
     ranks = run.parallel.model_parallel_size
@@ -54,7 +83,8 @@ def _heads(run: RunConfig) -> Iterator[Finding]:
     wrong = f"does not divide hidden_size {hidden}" if hidden % heads else _does_not_split(ranks)
     valid = [count for count in divisors(hidden) if count % ranks == 0]
     if valid:
-        yield Finding("model.num_attention_heads", f"{wrong}; nearest valid value: {_nearest(valid, heads)}")
+        other = "" if hidden % heads else _or_tensor_size(run)
+        yield Finding("model.num_attention_heads", f"{wrong}; nearest valid value: {_nearest(valid, heads)}{other}")
     else:
         yield Finding(
             "parallel.model_parallel_size",
@@ -137,7 +167,9 @@ def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
         size = attrgetter(path)(model)
         if size is not None and size % ranks:
             nearest = nearest_multiple(size, ranks)
-            yield Finding(f"model.{path}", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
+            yield Finding(
+                f"model.{path}", f"{_does_not_split(ranks)}; nearest valid value: {nearest}{_or_tensor_size(run)}"
+            )
     if run.parallel.sequence_parallel and model.seq_length % ranks:
         nearest = nearest_multiple(model.seq_length, ranks)
         if nearest > max(model.max_position_embeddings, ranks):
@@ -160,7 +192,10 @@ def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
         )
     if padded is not None and padded % ranks:
         nearest = nearest_multiple(padded, math.lcm(ranks, multiple))
-        yield Finding("model.padded_vocab_size", f"{_does_not_split(ranks)}; nearest valid value: {nearest}")
+        yield Finding(
+            "model.padded_vocab_size",
+            f"{_does_not_split(ranks)}; nearest valid value: {nearest}{_or_tensor_size(run)}",
+        )
 
 
 _MOST_PARAMETERS = 10**14
@@ -482,6 +517,22 @@ def _prompts(run: RunConfig) -> Iterator[Finding]:
         yield Finding("generation.sample_output_file", "would overwrite the prompts; name another file")
     if run.generation.text_gen_type == "interactive" and run.generation.return_logits:
         yield Finding("generation.return_logits", "a terminal has no room for logits; use text_gen_type: input-file")
+
+
+LAYOUT_CHECKS = (
+    _heads,
+    _key_value_heads,
+    _tensor_parallel_sizes,
+    _tensor_parallel_vocabulary,
+    _pipeline_stages,
+    _pattention,
+)
+"""Checks that depend on the sizes of the parallel groups."""
+
+
+def fits_together(run: RunConfig) -> bool:
+    """Tells whether the model splits over the configured sizes of the parallel groups."""
+    return not any(True for check in LAYOUT_CHECKS for _ in check(run))
 
 
 CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (

@@ -42,6 +42,13 @@ EVALUATION_FLAGS = {
 }
 """Flags of NeoX and of lm-eval, and the key that each sets."""
 
+PLANNING_FLAGS = {
+    "plan": "show memory, time and disk of the run and the layouts that fit, and stop; starts no rank",
+    "calibrate": "measure for a minute, on the run's ranks, the rates that plans for this machine are made of",
+    "preflight": "try on the run's ranks all that it will need: files, disk, network, one step at full size, a save",
+}
+"""Flags of train.py that do something in place of training, and what."""
+
 
 @dataclass(frozen=True)
 class CommandLine:
@@ -55,11 +62,19 @@ class CommandLine:
     """Ranks to validate the batch for."""
     print_effective_config: bool = False
     """Show the effective configuration and stop."""
+    plan: bool = False
+    """Show what the run needs and which layouts fit, and stop."""
+    device: str | None = None
+    """Device to plan for; None means this machine's."""
+    calibrate: bool = False
+    """Measure the rates that plans are made of, on the run's ranks, in place of the run."""
+    preflight: bool = False
+    """Try everything that the run will do, on its ranks, in place of the run."""
 
     @property
     def answered(self) -> bool:
         """Tells whether validating the configuration was all that was asked for."""
-        return self.check or self.print_effective_config
+        return self.check or self.print_effective_config or self.plan
 
 
 def command_parser(script: str | None = None) -> argparse.ArgumentParser:
@@ -86,11 +101,12 @@ def command_parser(script: str | None = None) -> argparse.ArgumentParser:
         help="folder of the YAML files",
     )
     parser.add_argument("--check", action="store_true", help="validate the configuration and stop")
-    parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch for")
+    parser.add_argument("--world-size", type=_ranks, metavar="N", help="ranks to validate the batch, or plan, for")
     parser.add_argument("--print-effective-config", action="store_true", help="show every value and its origin")
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="print the commands that deepy.py would start, and stop"
     )
+    _add_planning_flags(parser, shown=script in {None, TRAINING_SCRIPT})
     parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files or a run, overrides")
     several = "; several, or all, for eval.py" if script in {None, "eval.py"} else ""
     parser.add_argument("--iteration", nargs="+", metavar="N", help=f"step of the checkpoint to load{several}")
@@ -119,9 +135,30 @@ def parse_command_line(argv: Sequence[str], script: str | None = None) -> Comman
     overrides += _evaluation_overrides(options)
     paths = [_path_of(options.conf_dir / name) for name in names]
     files, implied = files_of(paths, overrides, trains=script == TRAINING_SCRIPT)
+    asked = [flag for flag in PLANNING_FLAGS if getattr(options, flag)]
+    if asked and script not in {None, TRAINING_SCRIPT}:
+        parser.error(f"--{asked[0]} is about training; it follows `python deepy.py {TRAINING_SCRIPT}`")
+    if len(asked) > 1:
+        parser.error(f"--{asked[0]} and --{asked[1]} are done one after the other")
+    if options.device is not None and not (options.plan or options.check):
+        parser.error("--device says what to plan for; it goes with --plan or --check")
     return CommandLine(
-        tuple(files), (*implied, *overrides), options.check, options.world_size, options.print_effective_config
+        tuple(files),
+        (*implied, *overrides),
+        options.check,
+        options.world_size,
+        options.print_effective_config,
+        device=options.device,
+        **{flag: getattr(options, flag) for flag in PLANNING_FLAGS},
     )
+
+
+def _add_planning_flags(parser: argparse.ArgumentParser, *, shown: bool) -> None:
+    group = parser.add_argument_group("before a run (train.py)") if shown else parser
+    for name, meaning in PLANNING_FLAGS.items():
+        group.add_argument(f"--{name}", action="store_true", help=meaning if shown else argparse.SUPPRESS)
+    device = "device to plan or check for, such as a100-80gb, h200 or cpu; unset, what this machine has"
+    group.add_argument("--device", metavar="NAME", help=device if shown else argparse.SUPPRESS)
 
 
 def _add_evaluation_flags(parser: argparse.ArgumentParser, *, shown: bool) -> None:
@@ -161,7 +198,9 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def load_command_line(
-    argv: Sequence[str], script: str | None = None, check: Callable[[LoadedConfig], list[str]] = lambda loaded: []
+    argv: Sequence[str],
+    script: str | None = None,
+    check: Callable[[LoadedConfig, CommandLine], list[str]] = lambda loaded, command: [],
 ) -> tuple[CommandLine, LoadedConfig]:
     """Loads the configuration that a command line names, and prints what `--check` and `--print-effective-config` ask.
 
@@ -173,7 +212,7 @@ def load_command_line(
     loaded = load_config(command.files, command.overrides)
     if command.world_size is not None:
         loaded.batch(command.world_size)
-    found = check(loaded)
+    found = check(loaded, command)
     if command.answered and isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal may not have all letters of a path.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -41,13 +41,14 @@ def summary(loaded: LoadedConfig, world_size: int | None = None) -> list[str]:
         count = count_parameters(model, model.padded_vocab_size)
         lines.append(f"{count:,} parameters with a vocabulary of {model.padded_vocab_size:,}")
     try:
-        batch = loaded.batch(_ranks(loaded) if world_size is None else world_size)
+        batch = loaded.batch(fewest_ranks(loaded) if world_size is None else world_size)
     except ConfigError as error:
         return [*lines, str(error)]
     return [*lines, equation(batch, model.seq_length)]
 
 
-def _ranks(loaded: LoadedConfig) -> int:
+def fewest_ranks(loaded: LoadedConfig) -> int:
+    """Returns the ranks that the batch fixes, or else the fewest that the layout takes."""
     parallel = loaded.run.parallel
     data = implied_data_parallel_size(loaded.run.training) or 1
     return parallel.model_parallel_size * parallel.pipe_parallel_size * data

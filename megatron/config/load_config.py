@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron.config.batch_triangle import data_parallel_size, resolve_batch
 from megatron.config.build_config import build, origins
+from megatron.config.checks import parallel_sizes
 from megatron.config.grow_checks import growth_comes_too_late
 from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
@@ -53,7 +54,11 @@ class LoadedConfig:
 
         Raises ConfigError when it or the parallel sizes do not divide, or when the run ends before it grows.
         """
-        batch = resolve_batch(self.run.training, data_parallel_size(self.run.parallel, world_size), self.origins)
+        try:
+            data = data_parallel_size(self.run.parallel, world_size)
+        except ConfigError as error:
+            raise ConfigError(f"{error} {_sizes(self.run, world_size)}") from error
+        batch = resolve_batch(self.run.training, data, self.origins)
         late = growth_comes_too_late(self.run, batch.global_batch_size)
         if late is not None:
             raise ConfigError(f"{self.origins['grow.at_tokens']} grow.at_tokens: {late}")
@@ -65,6 +70,17 @@ class LoadedConfig:
         Raises ConfigError when model_parallel_size does not divide the ranks.
         """
         return data_parallel_size(self.run.parallel.model_copy(update={"pipe_parallel_size": 1}), world_size)
+
+
+def _sizes(run: RunConfig, world_size: int) -> str:
+    """Proposes sizes of the parallel groups for so many ranks, in a sentence."""
+    pairs = sorted(parallel_sizes(run, world_size), key=lambda pair: (pair[0] * pair[1], pair))
+    listed = ", ".join(f"{tensor} x {stages}" for tensor, stages in pairs[:_MOST_SIZES])
+    more = " and larger ones" if len(pairs) > _MOST_SIZES else ""
+    return f"{world_size} ranks and this model divide by {listed}{more}; --plan names the fastest."
+
+
+_MOST_SIZES = 8
 
 
 def load_words(words: Sequence[str]) -> LoadedConfig:

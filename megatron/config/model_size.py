@@ -19,14 +19,15 @@ from megatron.config.sections.model import ModelConfig, Norm
 def count_parameters(model: ModelConfig, padded_vocab_size: int) -> int:
     """Counts the trainable parameters of the whole model; a tied head counts once."""
     facts, hidden = ARCHITECTURES[model.architecture], model.hidden_size
-    layer = facts.layer_matrices(model) + facts.layer_biases(model) + 2 * _norm_parameters(model.norm, model)
+    layer = facts.layer_matrices(model) + facts.layer_biases(model) + 2 * norm_parameters(model.norm, model)
     embeddings = padded_vocab_size * hidden * (1 if model.tie_embeddings else 2)
     if model.pos_emb == "learned":
         embeddings += model.max_position_embeddings * hidden
-    return embeddings + model.num_layers * layer + _norm_parameters(model.final_norm or model.norm, model)
+    return embeddings + model.num_layers * layer + norm_parameters(model.final_norm or model.norm, model)
 
 
-def _norm_parameters(norm: Norm, model: ModelConfig) -> int:
+def norm_parameters(norm: Norm, model: ModelConfig) -> int:
+    """Counts the parameters of one norm."""
     vectors = {"layernorm": 1 + model.use_bias_in_norms, "rmsnorm": 1, "layernorm_nonparam": 0}[norm]
     return vectors * model.hidden_size
 

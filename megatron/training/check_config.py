@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from megatron.config.command_line import CommandLine
 from megatron.config.load_config import LoadedConfig
 from megatron.errors import CheckpointError, ConfigError
 from megatron.growth.check_config import require_growable
+from megatron.training.plan_run import memory_findings, require_plausible
 
 
-def require_trainable(loaded: LoadedConfig) -> list[str]:
-    """Returns what a run grows to and whom it is distilled from, a line each, for its user.
+def require_trainable(loaded: LoadedConfig, command: CommandLine | None = None) -> list[str]:
+    """Returns what a run grows to, whom it is distilled from and what memory it takes, a line each, for its user.
 
     Raises ConfigError and CheckpointError, naming the line of the YAML, when it cannot be so.
     """
+    require_plausible(loaded)
     found = require_growable(loaded)
+    if command is not None and command.check:
+        found += memory_findings(loaded, command)
     if loaded.run.distillation is None:
         return found
     # A teacher's checkpoint needs torch, which a configuration without one is checked without.

@@ -19,11 +19,11 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.datasets import SampleCounts
 from megatron.growth.grow_checkpoint import tokens_read
 from megatron.model.causal_lm import VocabSize
-from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.throughput import Throughput
 from megatron.mpu.agreement import on_first_rank
 from megatron.mpu.context import ParallelContext
+from megatron.planner.devices import peak_flops
 from megatron.training.after_growth import AfterGrowth
 from megatron.training.distillation.distillation import Distillation
 from megatron.training.growth_event import growth_event

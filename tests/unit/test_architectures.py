@@ -8,10 +8,12 @@ from megatron.checkpointing.convert.neox.neox_architecture import NEOX_ARCHITECT
 from megatron.config.architecture import ARCHITECTURES as ARCHITECTURE_FACTS
 from megatron.hf.hf_architecture import HF_ARCHITECTURES
 from megatron.model.layer_spec import ARCHITECTURES as ARCHITECTURE_LAYERS
+from megatron.planner.layer_costs import LAYER_COSTS
 from megatron.registry import Registry
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     ARCHITECTURE_FACTS,
+    LAYER_COSTS,
     ARCHITECTURE_LAYERS,
     HF_ARCHITECTURES,
     NEOX_ARCHITECTURES,
@@ -38,6 +40,7 @@ def test_the_files_that_an_architecture_lacks_are_named() -> None:
     ARCHITECTURE_FACTS.register("mamba")(ARCHITECTURE_FACTS["gpt_neox"])
     try:
         assert missing_files() == [
+            "megatron/planner/layers/mamba.py",
             "megatron/model/architectures/mamba.py",
             "megatron/hf/architectures/mamba.py",
             "megatron/checkpointing/convert/neox/architectures/mamba.py",

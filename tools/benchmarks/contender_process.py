@@ -11,10 +11,10 @@ from megatron.config.load_config import load_config
 from megatron.config.model_size import count_parameters, training_flops
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.model.causal_lm import VocabSize
-from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.provenance import device_name
 from megatron.monitor.throughput import peak_memory_gib
 from megatron.mpu.process_group import process_group
+from megatron.planner.devices import peak_flops
 from megatron.training.build_engine import require_hardware
 from megatron.training.stability.deepspeed_patches import join_process_group
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task

@@ -21,7 +21,6 @@ from megatron.checkpointing.states import universal_info
 from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.publish import begin, complete, remove_old
 from megatron.checkpointing.store.run_state import RunState
-from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError, os_errors_as
 from megatron.model.causal_lm import VocabSize
@@ -31,21 +30,6 @@ if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
 logger = logging.getLogger(__name__)
-
-
-def save_iterations(config: CheckpointConfig, train_iters: int) -> frozenset[int]:
-    """Returns the steps after which a checkpoint is written, spaced as in GPT-NeoX; 0 stands for the initial weights.
-
-    Pythia's 154 checkpoints are `checkpoint_factor: 1000` with `extra_save_iters: [0, 1, 2, 4, ..., 512]` over 143,000
-    steps. The last step is always among them.
-    """
-    iterations = {iteration for iteration in config.extra_save_iters if iteration <= train_iters}
-    factor = config.checkpoint_factor
-    if factor is not None:
-        spaced = range(1, train_iters) if config.checkpoint_scale == "linear" else itertools.count()
-        positions = (k * factor if config.checkpoint_scale == "linear" else float(factor) ** k for k in spaced)
-        iterations.update(int(position) for position in itertools.takewhile(lambda p: p < train_iters, positions))
-    return frozenset(iterations | {train_iters})
 
 
 class Saver:

@@ -15,6 +15,7 @@ from megatron.checkpointing.store.checkpoint import CONFIG_FILE, LATEST, checkpo
 from megatron.checkpointing.store.find_checkpoint import readable_checkpoints
 from megatron.checkpointing.store.manifest import FileEntry, Manifest, damage, describe_file, write_manifest
 from megatron.checkpointing.store.run_state import STATE_FILE, RunState, write_state
+from megatron.config.save_schedule import is_kept_for_ever
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import CheckpointError
@@ -108,7 +109,7 @@ def remove_old(folder: Path, config: CheckpointConfig, run_id: str) -> None:
     own = [found for found in readable_checkpoints(folder) if found.manifest.run_id == run_id]
     whole = [found for found in own if not damage(found.path, found.manifest.files, "sizes")]
     for checkpoint in whole[config.keep_last_n_checkpoints :]:
-        if not _is_kept_for_ever(checkpoint.state.iteration, config):
+        if not is_kept_for_ever(checkpoint.state.iteration, config):
             removed = _hidden(checkpoint.path, REMOVED)
             checkpoint.path.rename(removed)
             _delete(removed)
@@ -151,12 +152,6 @@ def _leftovers(folder: Path) -> list[tuple[Path, str, str]]:
         for match, path in found
         if match and path.is_dir() and not path.is_symlink()
     ]
-
-
-def _is_kept_for_ever(iteration: int, config: CheckpointConfig) -> bool:
-    if config.keep_every_n_iters is not None and iteration % config.keep_every_n_iters == 0:
-        return True
-    return config.keep_extra_save_iters and iteration in config.extra_save_iters
 
 
 def _is_of_run(path: Path, run_id: str) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron.checkpointing.engine.saving import Saver, save_iterations
+from megatron.checkpointing.engine.saving import Saver
 from megatron.checkpointing.store.uploads import Uploads, begin_uploads
+from megatron.config.save_schedule import save_iterations
 from megatron.errors import NonFiniteError, UserError
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.training.callback import Callback

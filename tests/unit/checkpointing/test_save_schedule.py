@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpointing.engine.saving import save_iterations
+from megatron.config.save_schedule import save_iterations
 from megatron.config.sections.checkpoint import CheckpointConfig
 
 

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.checkpointing.engine.saving import save_iterations
 from megatron.config.deepspeed_json import deepspeed_config
 from megatron.config.effective_config import effective_text
 from megatron.config.learning_rate import lr_at
@@ -25,6 +24,7 @@ from megatron.config.model_size import training_flops
 from megatron.config.neox.keys.table import neox_keys, nested_keys
 from megatron.config.neox_entries import MapsTo
 from megatron.config.optimizer import facts_of
+from megatron.config.save_schedule import save_iterations
 from megatron.config.sections.run_config import RunConfig, config_text
 from megatron.config.sections.section_fields import fields
 from megatron.data.datasets import sample_counts

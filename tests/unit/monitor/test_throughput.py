@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from megatron.monitor.device_peaks import peak_flops
 from megatron.monitor.throughput import Throughput, TimedIterator, peak_memory_gib
+from megatron.planner.devices import peak_flops
 
 
 class Clock:

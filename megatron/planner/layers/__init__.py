@@ -1,0 +1,1 @@
+"""Costs of a layer of each architecture, one module each."""
