@@ -20,6 +20,7 @@ from megatron.data.datasets import SampleCounts
 from megatron.growth.grow_checkpoint import tokens_read
 from megatron.model.causal_lm import VocabSize
 from megatron.monitor.device_peaks import peak_flops
+from megatron.monitor.event_log import note_event
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.throughput import Throughput
 from megatron.mpu.agreement import on_first_rank
@@ -166,6 +167,7 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         if last is not None and last.iteration == progress.iteration:
             event = growth_event(last, run.config.model, run.vocab.padded, progress.training_flops)
             on_first_rank(partial(monitor.mark, event))
+            on_first_rank(partial(note_event, run.folder, event))
         yield TrainingContext(run, progress, monitor, throughput)
 
 

@@ -25,8 +25,8 @@ from megatron.config.local_path import local_path
 from megatron.errors import ConfigError, DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.format_quantities import format_count
+from megatron.report.foreign_values import LARGEST, is_number, label, one_line
 from tools.command_line import tool_parser
-from tools.plots.foreign_values import LARGEST, is_number, label, one_line
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (

@@ -17,7 +17,7 @@ from megatron.config.yaml.problems import show
 from megatron.errors import DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
-from tools.plots.foreign_values import is_number, one_line
+from megatron.report.foreign_values import is_number, one_line
 
 SECTIONS_OF_NUMBERS = {"model", "training", "data", "parallel", "speedups"}
 """Sections whose values decide losses and speed."""
