@@ -10,7 +10,6 @@ from megatron.config.bounds import NonNegative, SampleCount, StepCount, TokenCou
 from megatron.config.local_path import PathText
 from megatron.config.section import Key, Section
 
-
 Prompts = Annotated[list[str], Field(max_length=64)]
 """Prompts that a run continues."""
 
