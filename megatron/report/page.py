@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -192,13 +193,15 @@ def _layout(run: RunFiles) -> str:
 
 def _packages(run: RunFiles) -> str:
     packages = run.fact("packages")
-    words = [f"{name} {packages[name]}" for name in ("torch", "deepspeed") if name in packages] if packages else []
+    known = packages if isinstance(packages, Mapping) else {}
+    words = [f"{name} {known[name]}" for name in ("torch", "deepspeed") if name in known]
     commit = run.fact("git_commit")
     return ", ".join([*words, *([f"code {commit[:12]}"] if isinstance(commit, str) else [])])
 
 
 def _lowest(run: RunFiles) -> str:
-    rows = [row for row in run.record.records if isinstance(row.get("valid/lm_loss"), int | float)]
+    rows = [row for row in run.record.records if row.get("valid/lm_loss") is not None]
+    rows = [row for row in rows if math.isfinite(row["valid/lm_loss"])]
     if not rows:
         return ""
     best = min(rows, key=lambda row: row["valid/lm_loss"])

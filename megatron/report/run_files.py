@@ -140,16 +140,15 @@ def _read_run(folder: Path, results: Sequence[Path]) -> RunFiles:
         record=record,
         description=description,
         configuration=_configuration(folder, read),
-        events=sorted(read.lines(folder / EVENTS_FILE, read_events), key=lambda event: _time(event["time"])),
+        events=sorted(
+            (event for event in read.lines(folder / EVENTS_FILE, read_events) if is_number(event["iteration"])),
+            key=lambda event: datetime.fromisoformat(event["time"]),
+        ),
         samples=read.lines(folder / SAMPLES_FILE, _read_samples),
         checkpoints=[checkpoint for checkpoint, _ in checkpoints],
         scores=_scores(results, identities, read),
         problems=tuple(read.problems),
     )
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
 
 
 @dataclass
@@ -190,14 +189,15 @@ def _read_record(folder: Path, description: dict[str, Any], read: _Reader) -> Ru
     for row in rows:
         if "event" in row:
             numbers = (*AXES_IN_ROWS, "parameters_before", "parameters_after")
-            if row["event"] == "growth" and all(is_number(row.get(key)) for key in numbers):
+            if row["event"] == "growth" and all(is_number(row.get(key)) for key in ("iteration", *numbers)):
                 growths.append(row)
             else:
                 read.problems.append(f"{file}: the event of iteration {row['iteration']} left out, no growth of a run")
             continue
         sound = {key: value for key, value in row.items() if value is None or is_number(value)}
         foreign += len(row) - len(sound)
-        records.append(sound)
+        if "iteration" in sound:
+            records.append(sound)
     if foreign:
         read.problems.append(f"{file}: {foreign:,} values left out that are no numbers")
     counts = {key: description.get(key) for key in ("parameters", "flops_per_token")}
@@ -231,6 +231,7 @@ def _is_sample(value: object) -> bool:
     return (
         isinstance(value, dict)
         and type(value.get("iteration")) is int
+        and is_number(value["iteration"])
         and all(isinstance(value.get(key), str) for key in ("prompt", "text"))
     )
 
@@ -267,7 +268,7 @@ def _scores(places: Sequence[Path], identities: set[str], read: _Reader) -> list
             continue
         results, settings = record.get("results"), record.get("config")
         is_sound = isinstance(results, dict) and all(isinstance(entries, dict) for entries in results.values())
-        if not is_sound or type(model.get("iteration")) is not int:
+        if not is_sound or type(model.get("iteration")) is not int or not is_number(model["iteration"]):
             read.problems.append(f"{file}: left out, no results of eval.py")
             continue
         sound = {

@@ -31,7 +31,7 @@ def time_spent(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     lengths = [min([*steps[:1], *lengths[:1]], default=0), *lengths]
     for row, length in zip(timed, lengths, strict=False):
         training = length * _number(row, "train/step_seconds")
-        data = _number(row, "train/data_wait_share") * training
+        data = min(_number(row, "train/data_wait_share"), 1.0) * training
         # What a rank does not spend in collectives; its waiting for data is in there.
         own = length * _number(row, "train/rank_seconds_median")
         ranks = min(max(training - own, 0.0), training - data) if own else 0.0
