@@ -74,7 +74,7 @@ class Samples(Callback):
                     self.sampling,
                     start_token=self.prompt_tokenizer.start,
                     stop_tokens={self.tokenizer.eod},
-                    seeds=[(run.config.training.seed, number) for number in numbers],
+                    seeds=[(run.config.training.seed, number, 0) for number in numbers],
                     use_cache=model.takes_cache,
                 )
                 pairs = zip(numbers, continuations, strict=True)
