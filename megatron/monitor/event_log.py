@@ -28,27 +28,33 @@ EVENTS_FILE = "events.jsonl"
 _logger = logging.getLogger(__name__)
 
 
-def note_event(folder: Path, event: RunEvent) -> None:
-    """Appends an event to the log of the run in `folder`.
+class EventLog:
+    """Appends events to the log of the run in a folder.
 
     The run goes on where that is not possible: nothing that it needs later is kept here.
     """
-    line = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "event": event.kind,
-        "iteration": event.iteration,
-        "text": redact_urls(event.text),
-        **event.details,
-    }
-    path = folder / EVENTS_FILE
-    try:
-        file = AppendedFile(path)
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / EVENTS_FILE
+        # Held open from the first event on, so that a removed file is made again with what it held.
+        self._file: AppendedFile | None = None
+
+    def note(self, event: RunEvent) -> None:
+        """Adds a line."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "event": event.kind,
+            "iteration": event.iteration,
+            "text": redact_urls(event.text),
+            **event.details,
+        }
         try:
-            file.append(json.dumps(line, allow_nan=False))
-        finally:
-            file.close()
-    except OSError as error:
-        _logger.warning("%s: cannot be written (%s); the run goes on without this line: %s", path, error, event.text)
+            if self._file is None:
+                self._file = AppendedFile(self._path)
+            self._file.append(json.dumps(line, allow_nan=False))
+        except OSError as error:
+            why = error.strerror or error
+            _logger.warning("%s: cannot be written (%s), so the run goes on without: %s", self._path, why, line["text"])
 
 
 def read_events(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -19,6 +19,7 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
+from megatron.monitor.event_log import EventLog
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.mpu.collective_trace import CollectiveTrace
 from megatron.mpu.context import ParallelContext
@@ -181,6 +182,7 @@ def assemble(
         given,
         folder=run_folder,
         lease=lease or RunLease(),
+        event_log=EventLog(run_folder),
         watchdog=watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace()),
     )
 

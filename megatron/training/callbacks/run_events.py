@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron.errors import UserError
-from megatron.monitor.event_log import note_event
 from megatron.monitor.metrics_writer import RunEvent
 from megatron.mpu.agreement import rank_and_size
 from megatron.training.callback import Callback
@@ -15,7 +14,7 @@ from megatron.training.training_context import TrainingContext, TrainingRun
 def note(run: TrainingRun, iteration: int, kind: str, text: str, **details: object) -> None:
     """Notes an event of a run, on rank 0."""
     if rank_and_size()[0] == 0:
-        note_event(run.folder, RunEvent(iteration, kind, text, details))
+        run.event_log.note(RunEvent(iteration, kind, text, details))
 
 
 def note_start(run: TrainingRun, start: RunStart) -> None:

@@ -39,6 +39,8 @@ class Samples(Callback):
             generation.temperature, generation.top_k, generation.top_p, generation.maximum_tokens
         )
         prompts = generation.sample_prompts or []
+        self.records: StepRecords | None = None
+        """On rank 0, from the start on."""
         self.prompts = [(prompt, self.prompt_tokenizer.tokenize(prompt) if prompt else []) for prompt in prompts]
 
     def start(self) -> None:
@@ -55,7 +57,7 @@ class Samples(Callback):
         with self.context.throughput.paused("sampling"):
             shares = gather_objects(self._own_samples())
         found = dict(chain.from_iterable(shares))
-        if hasattr(self, "records"):
+        if self.records is not None:
             for number in sorted(found):
                 self.records.append({"iteration": step.iteration, **found[number]})
 
