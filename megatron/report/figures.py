@@ -65,7 +65,7 @@ def curves_figure(runs: Sequence[RunFiles], x: str = "steps", smooth: int = 1) -
     axes = _axes_of_all(runs)
     if x not in axes:
         raise DataError(
-            f"--x {x}: not all of these runs have recorded what that follows from. Use {' or '.join(axes)}."
+            f"--x {x}: not all of these runs have recorded what it needs. Use {' or '.join(axes)}."
         )
     windows = sorted({*WINDOWS, smooth})
     curves = [curve for row, panel in enumerate(panels, 1) for curve in _panel_curves(runs, panel, row, axes, windows)]

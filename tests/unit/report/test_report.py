@@ -55,7 +55,7 @@ def text(run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     "words",
     [
         "2,345,678", "400 of 400", "819k", "4 ranks", "NVIDIA H100 80GB HBM3", "torch 2.13.0", "c0ffeec0ffee",
-        "52k tokens/s", "finished 2026-03-04 05:08 UTC", "hidden_size: 128", "global_step200", "tensor 2 x data 2",
+        "51.9k tokens/s", "finished 2026-03-04 05:08 UTC", "hidden_size: 128", "global_step200", "tensor 2 x data 2",
         "arc_easy", "0.5 ± 0.012", "step 200 (5-shot)", "The history of", "8 of 12 steps", "was not finite",
     ],
 )  # fmt: skip
