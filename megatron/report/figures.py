@@ -16,12 +16,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from megatron.errors import DataError
-from megatron.monitor.format_quantities import format_duration
 from megatron.report.foreign_values import one_line
 from megatron.report.panels import COLOURS, PANELS, SPLITS, Panel, moving_average
 from megatron.report.run_files import RunFiles
 from megatron.report.run_records import RunRecord, positions, series
-from megatron.report.time_spent import PARTS, time_spent
 
 X_TITLES = {"steps": "optimizer steps", "tokens": "training tokens", "flops": "training compute [FLOP]"}
 WINDOWS = (1, 5, 25, 100)
@@ -30,13 +28,13 @@ MOST_POINTS = 2000
 """Points of a curve that are drawn of a single run; several runs share twice as many."""
 SHAPES = ("solid", "dash", "dot", "dashdot")
 """Strokes that tell runs apart once their colours begin again."""
-PART_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
 PANEL_HEIGHT, FIRST_PANEL_HEIGHT, PANEL_GAP, TOP, BOTTOM = 190, 300, 62, 112, 48
 MENU_PLACE, MENU_HEIGHT = 24, 34
 """Heights of a figure's parts, and of the menus above its first panel [pixels]."""
 MARKED_EVENTS = {"growth": "dash", "rollback": "dot", "non_finite": "dot", "resume": "dot"}
 """Events that are drawn through all panels, with their strokes."""
 GREY = "rgba(128, 128, 128, 0.75)"
+MARGIN = {"l": 52, "r": 12, "t": TOP, "b": BOTTOM}
 _LEGEND = {"orientation": "h", "x": 0.0, "xanchor": "left", "yanchor": "bottom"}
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif'
 
@@ -64,9 +62,7 @@ def curves_figure(runs: Sequence[RunFiles], x: str = "steps", smooth: int = 1) -
         return None
     axes = _axes_of_all(runs)
     if x not in axes:
-        raise DataError(
-            f"--x {x}: not all of these runs have recorded what it needs. Use {' or '.join(axes)}."
-        )
+        raise DataError(f"--x {x}: not all of these runs have recorded what it needs. Use {' or '.join(axes)}.")
     windows = sorted({*WINDOWS, smooth})
     curves = [curve for row, panel in enumerate(panels, 1) for curve in _panel_curves(runs, panel, row, axes, windows)]
     heights = [FIRST_PANEL_HEIGHT, *[PANEL_HEIGHT] * (len(panels) - 1)]
@@ -104,38 +100,6 @@ def curves_figure(runs: Sequence[RunFiles], x: str = "steps", smooth: int = 1) -
     return figure
 
 
-def time_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
-    """Draws where the time of each run went, as shares in a bar; None where no run has timed its steps."""
-    spent = [(run.name, time_spent(run.record.records)) for run in runs]
-    spent = [(name, parts) for name, parts in spent if sum(parts.values()) > 0.0]
-    if not spent:
-        return None
-    figure = go.Figure()
-    for part, colour in zip(PARTS, PART_COLOURS, strict=True):
-        seconds = [parts[part] for _, parts in spent]
-        if not any(seconds):
-            continue
-        shares = [100.0 * own / sum(parts.values()) for own, (_, parts) in zip(seconds, spent, strict=True)]
-        figure.add_bar(
-            name=part,
-            y=[_name(name) for name, _ in spent],
-            x=shares,
-            orientation="h",
-            marker_color=colour,
-            customdata=[format_duration(own) for own in seconds],
-            hovertemplate=f"{part}: %{{x:.1f}} %, %{{customdata}}<extra>%{{y}}</extra>",
-        )
-    figure.update_layout(
-        **_style(90 + 34 * len(spent)) | {"margin": {"l": 12, "r": 12, "t": 50, "b": 36}},
-        barmode="stack",
-        legend=_LEGEND | {"y": 1.0, "traceorder": "normal"},
-        uirevision="kept",
-    )
-    figure.update_yaxes(autorange="reversed", showticklabels=len(spent) > 1, automargin=True)
-    figure.update_xaxes(ticksuffix=" %", range=[0, 100], fixedrange=True)
-    return figure
-
-
 def scores_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
     """Draws each task's accuracy over the checkpoints that were scored; None where no run has several of them."""
     points: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
@@ -169,7 +133,12 @@ def scores_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
     figure.update_xaxes(showticklabels=True)
     figure.update_xaxes(title_text=X_TITLES["steps"], row=len(tasks), col=1)
     figure.update_annotations(x=0.0, xanchor="left", font_size=13)
-    figure.update_layout(**_style(inner + TOP + BOTTOM), hovermode="x unified", uirevision="kept")
+    figure.update_layout(
+        **_style(inner + TOP - MENU_HEIGHT + BOTTOM) | {"margin": MARGIN | {"t": TOP - MENU_HEIGHT}},
+        legend=_LEGEND | {"y": 1.0 + MENU_PLACE / inner},
+        hovermode="x unified",
+        uirevision="kept",
+    )
     return figure
 
 
@@ -177,7 +146,7 @@ def _style(height: int) -> dict[str, Any]:
     """Returns the looks that all figures share; the page's style sheet gives text and grid their colours."""
     return {
         "height": height,
-        "margin": {"l": 52, "r": 12, "t": TOP, "b": BOTTOM},
+        "margin": MARGIN,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 12},

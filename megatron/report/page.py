@@ -21,11 +21,11 @@ from megatron.growth.arms import make_arms, shared_spread
 from megatron.growth.loss_curves import read_curve
 from megatron.growth.verdict import gate, judge, verdict
 from megatron.monitor.format_quantities import format_count, format_duration
-from megatron.report.figures import MARKED_EVENTS, curves_figure, scores_figure, time_figure
+from megatron.report.figures import MARKED_EVENTS, curves_figure, scores_figure
 from megatron.report.foreign_values import one_line
 from megatron.report.panels import format_power
 from megatron.report.run_files import RunFiles, SavedCheckpoint
-from megatron.report.time_spent import time_spent
+from megatron.report.time_spent import PARTS, time_spent
 
 FOLDER = Path(__file__).parent
 MOST_EVENTS = 200
@@ -35,6 +35,7 @@ MOST_CHARACTERS = 4000
 """Of a prompt, a sample or an event [characters]."""
 TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Characters that turn the direction of what follows them."""
+UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 FIGURE_OPTIONS = {
     "responsive": True,
     "displaylogo": False,
@@ -82,6 +83,7 @@ class Page:
             runs=runs,
             facts=fact_rows(runs),
             differences=differences(runs),
+            times=time_bars(runs),
             problems=[readable(problem) for problem in self.problems],
             verdict=self.verdict,
             figures={name: _figure_html(name, figure) for name, figure in self.figures.items()},
@@ -102,7 +104,6 @@ def build_page(runs: Sequence[RunFiles], x: str = "steps", smooth: int = 1) -> P
     """Draws the runs. Raises DataError where they have no place on the horizontal axis `x`."""
     figures = {
         "curves": curves_figure(runs, x, smooth),
-        "time": time_figure(runs),
         "scores": scores_figure(runs),
     }
     problems = [problem for run in runs for problem in run.problems]
@@ -250,6 +251,22 @@ def fact_rows(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     return [(label, values) for label, values in rows if any(values)]
 
 
+def time_bars(runs: Sequence[RunFiles]) -> list[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """Returns the whole time of each run that has timed its steps, and its parts: name, colour, share, time."""
+    found = []
+    for run in runs:
+        spent = time_spent(run.record.records)
+        whole = sum(spent.values())
+        if whole > 0.0:
+            parts = [
+                (part, colour, f"{100.0 * spent[part] / whole:.1f}", format_duration(spent[part]))
+                for part, colour in PARTS.items()
+                if spent[part] > 0.0
+            ]
+            found.append((run.name, format_duration(whole), parts))
+    return found
+
+
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
     """Returns the settings in which runs differ, by key, with each run's value; without run.json it is not known."""
     known = [run.record.settings if run.description.get("config") else {} for run in runs]
@@ -301,10 +318,10 @@ def _events(run: RunFiles) -> list[dict[str, str]]:
 
 def _checkpoint(checkpoint: SavedCheckpoint) -> dict[str, str]:
     size = checkpoint.size
-    gib = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    unit, name = next(((unit, name) for unit, name in UNITS if size >= unit), UNITS[-1])
     return {
         "name": checkpoint.name,
-        "size": gib,
+        "size": f"{size / unit:.3g} {name}",
         "num_files": f"{checkpoint.num_files}",
         "layout": checkpoint.layout,
         "damage": readable("; ".join(checkpoint.damage)),

@@ -9,7 +9,11 @@ from typing import Any
 
 from megatron.report.foreign_values import is_number
 
-PARTS = ("computing", "waiting for other ranks", "waiting for data", "saves", "evaluation", "samples")
+PARTS = {
+    "computing": "#0072B2", "waiting for other ranks": "#56B4E9", "waiting for data": "#E69F00", "saves": "#D55E00",
+    "evaluation": "#009E73", "samples": "#CC79A7",
+}  # fmt: skip
+"""Parts of a run's time, and the colours that they are drawn in."""
 PAUSES = {
     "saves": "train/save_wait_seconds",
     "evaluation": "train/evaluation_seconds",

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from megatron.errors import DataError, EnvironmentSetupError
-from megatron.report.figures import curves_figure, thinned, time_figure
+from megatron.report.figures import curves_figure, thinned
 from megatron.report.live_page import LivePage, open_server
-from megatron.report.page import build_page
+from megatron.report.page import build_page, time_bars
 from megatron.report.run_files import changed_at, read_runs
 from megatron.report.time_spent import time_spent
 from tests.helpers.report_runs import (
@@ -142,8 +142,11 @@ def test_where_the_time_went() -> None:
 
 
 def test_shares_of_the_time_are_whole(run: Path) -> None:
-    figure = time_figure(read_runs([run]))
-    assert sum(trace.x[0] for trace in figure.data) == pytest.approx(100.0)
+    ((name, whole, parts),) = time_bars(read_runs([run]))
+    # 400 steps of 0.04 s; 4 evaluations of 2 s, saves of 1 s and samples of 0.5 s.
+    assert (name, whole) == ("first", "30s")
+    assert sum(float(share) for _, _, share, _ in parts) == pytest.approx(100.0, abs=0.3)
+    assert ("evaluation", "26.7", "8s") in [(part, share, seconds) for part, _, share, seconds in parts]
 
 
 def test_runs_are_compared_and_told_apart(run: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ READ_PAGE = """() => {
         const box = each.getBoundingClientRect();
         return box.width > 0 || box.height > 0;
       }).length),
-    bars: document.querySelectorAll("#time .point path").length,
+    bars: [...document.querySelectorAll(".bar span")].filter(shown).length,
     scores: document.querySelectorAll("#scores .subplot .js-line").length,
     hacked: window.hacked === undefined,
   };
