@@ -1,5 +1,5 @@
 # make demo     train a small TokenFormer on the text that every Python carries, and show what it learned
-#               (TEXT=my.txt: on your own, in demo-my/; OUTPUT=folder: there)
+#               (TEXT=my.txt: on your own, in demo-my/; OUTPUT=folder: there; MINUTES=10: a model for that time)
 # make test     run the tests (make test-full: the whole of every big matrix; ARGS="tests/unit -k loss": some of them)
 # make test-cluster  train under a real Slurm, ssh, pdsh, OpenMPI and MPICH, which this machine must have, and clean up
 # make test-transformers  run transformers' own common tests on the modelling file of exports, and on GPTNeoX
@@ -18,7 +18,8 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/base.installed
-	$(PY) tools/demo.py $(if $(TEXT),--text "$(TEXT)") $(if $(OUTPUT),--output-dir "$(OUTPUT)")
+	$(PY) tools/demo.py $(if $(TEXT),--text "$(TEXT)") $(if $(OUTPUT),--output-dir "$(OUTPUT)") \
+	  $(if $(MINUTES),--minutes "$(MINUTES)")
 
 # A worker for each core, up to four; tests that read the same runs stay together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --durations 10

@@ -35,9 +35,9 @@ from megatron.growth.loss_curves import LossCurve, read_curve
 from megatron.growth.verdict import Outcome, gate, judge, saving_bound, saving_of, verdict
 from megatron.io.durable import atomic_write
 from megatron.monitor.format_quantities import format_count
+from megatron.report.foreign_values import label, one_line
+from megatron.report.panels import COLOURS, format_power
 from tools.command_line import tool_parser
-from tools.plots.foreign_values import label, one_line
-from tools.plots.plot_runs import COLOURS, format_power
 
 NAMED_RUN = re.compile(r"(?P<name>[^=]+)=(?P<run>.+)", re.DOTALL)
 SHOWN_ARMS = len(COLOURS)

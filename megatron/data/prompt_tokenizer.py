@@ -32,3 +32,9 @@ class PromptTokenizer:
         if self._template_begins:
             ids = ids[1:]
         return [self.bos, *ids] if begin and ids[:1] != [self.bos] else ids
+
+
+def continuation_text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """Returns the text that `tokens` add to a prompt. Alone they may read otherwise, as without a first space."""
+    before, whole = tokenizer.detokenize(prompt), tokenizer.detokenize(prompt + tokens)
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.detokenize(tokens)

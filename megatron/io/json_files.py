@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,27 @@ def read_json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def sound_lines(path: Path, accepts: Callable[[object], bool], expected: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads what can be read of a file of JSON objects, one on each line, and a sentence for each damaged line.
+
+    An object that `accepts` refuses is damaged too, for there is `expected`. Raises OSError when it cannot be read.
+    """
+    sound: list[dict[str, Any]] = []
+    damaged: list[str] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            damaged.append(f"{path}:{number}: left out, {error}")
+            continue
+        if isinstance(value, dict) and accepts(value):
+            sound.append(value)
+        else:
+            damaged.append(f"{path}:{number}: left out, {expected}")
+    return sound, damaged
 
 
 def describe_read_error(error: OSError | ValueError) -> str:

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron.loaded_model.loaded_model import LoadedModel
 from megatron.loaded_model.sampling import SamplingSettings, choose_tokens, uniform_numbers
 from megatron.model.kv_cache import KeyValueCache
 from megatron.mpu.collectives import max_over_ranks
+from megatron.mpu.context import ParallelContext
 
 Ending = Literal["stop_token", "stopped", "maximum_tokens", "context_full"]
+
+
+class NextTokenModel(Protocol):
+    """Model that text is generated with: of LoadedModel, or of a run while it trains."""
+
+    context: ParallelContext
+    device: torch.device
+    context_length: int
+    """Longest sequence to give it [tokens]."""
+
+    def new_cache(self, batch: int, capacity: int, padding_B: Tensor | None = None) -> KeyValueCache:
+        """Makes an empty cache for `batch` sequences of up to `capacity` columns; `padding_B` as in KeyValueCache."""
+
+    def next_logits(
+        self, tokens_BS: Tensor, cache: KeyValueCache | None = None, *, lengths_B: Tensor | None = None
+    ) -> Tensor:
+        """Computes float32 logits [B, V] of the token after the last one, or after the first `lengths_B`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class _Sample:
 
 
 def generate_tokens(
-    model: LoadedModel,
+    model: NextTokenModel,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingSettings,
     *,
@@ -121,14 +138,14 @@ def fit_to_context(prompt: Sequence[int], maximum_tokens: int, context_length: i
     return kept, min(maximum_tokens, context_length - len(kept))
 
 
-def _cache_for(model: LoadedModel, samples: list[_Sample]) -> KeyValueCache:
+def _cache_for(model: NextTokenModel, samples: list[_Sample]) -> KeyValueCache:
     lengths = torch.tensor([len(sample.prompt) for sample in samples])
     longest = int(lengths.max())
     capacity = longest + max(sample.budget for sample in samples)
     return model.new_cache(len(samples), capacity, longest - lengths)
 
 
-def _next_logits(model: LoadedModel, samples: list[_Sample], cache: KeyValueCache | None) -> Tensor:
+def _next_logits(model: NextTokenModel, samples: list[_Sample], cache: KeyValueCache | None) -> Tensor:
     """Computes float32 logits [B, V] of the next token of each sample."""
     if cache is None:
         sequences = [[*sample.prompt, *sample.tokens] for sample in samples]
@@ -141,7 +158,7 @@ def _next_logits(model: LoadedModel, samples: list[_Sample], cache: KeyValueCach
     return model.next_logits(torch.tensor([[0] * (longest - len(s.prompt)) + [*s.prompt] for s in samples]), cache)
 
 
-def _end_stopped(samples: list[_Sample], should_stop: Callable[[int, list[int]], bool], model: LoadedModel) -> None:
+def _end_stopped(samples: list[_Sample], should_stop: Callable[[int, list[int]], bool], model: NextTokenModel) -> None:
     """Ends the samples that any tensor-parallel rank wants to stop."""
     running = [sample for sample in samples if sample.runs]
     if not running:

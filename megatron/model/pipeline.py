@@ -76,9 +76,8 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         self.model_config = model
         local_entries = entries[self._local_start : self._local_stop]
         self._segments = list(_segments(local_entries, checkpointed))
-        if fused_cross_entropy and self._local_stop == len(entries):
-            head = self.tied_modules["embedding"] if model.tie_embeddings else self.forward_funcs[-1]
-            self.forward_funcs[-1] = partial(head_factors, head)
+        if fused_cross_entropy and self.has_head:
+            self.forward_funcs[-1] = partial(head_factors, self._head())
         for module in self.modules():
             if isinstance(module, Pattention):
                 module.recompute_scores = checkpointed.scores
@@ -102,6 +101,23 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         for layer in self.forward_funcs[start:stop]:
             x = layer(x)
         return x
+
+    @property
+    def has_head(self) -> bool:
+        """Tells whether this is the last stage."""
+        return bool(self._local_stop == len(self._layer_specs))
+
+    def body(self) -> list[nn.Module]:
+        """Returns this stage's layers in their order, without the head."""
+        return list(self.forward_funcs[:-1] if self.has_head else self.forward_funcs)
+
+    def head_factors(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what this rank's logits are the product of, on the last stage: x [B, S, D] and a matrix [V/tp, D]."""
+        return head_factors(self._head(), x_BSD)
+
+    def _head(self) -> Any:
+        tied = self.model_config.tie_embeddings
+        return self.tied_modules["embedding"] if tied else self.get_submodule(str(len(self._layer_specs) - 1))
 
     def _synchronize_tied_weights(self) -> None:
         # Otherwise autograd records DeepSpeed's broadcast, which has no gradient, into the weights themselves.

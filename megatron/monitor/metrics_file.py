@@ -8,6 +8,8 @@ Keys: `iteration` (the optimizer step, from 1), `consumed_tokens`, and one key p
     train/learning_rate, train/grad_norm (before clipping), train/skipped_steps (so far)
     train/tokens_per_second, train/step_seconds, train/seconds_left (estimate)
     train/mfu, train/data_wait_share [0..1]
+    train/save_wait_seconds, train/evaluation_seconds, train/sampling_seconds    time since the last row that went into
+                             saves, evaluations and samples [s]; only where there were some
     train/memory_gib         peak of this rank [GiB]
     train/rank_seconds_min, _median, _max, train/slowest_rank      time of a step that a rank does not spend waiting for
                              others [s], over the ranks; only where there are several
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError, os_errors_as
-from megatron.io.json_files import parse_json
+from megatron.io.json_files import parse_json, sound_lines
 
 METRICS_FILE = "metrics.jsonl"
 NO_RECORD = "no object with a whole-number 'iteration'"
@@ -64,18 +66,9 @@ def sound_records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     after the row of their iteration. Raises DataError when the file cannot be read at all.
     """
     with os_errors_as(DataError, str(path)):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    damaged: list[str] = []
+        found, damaged = sound_lines(path, _is_record, NO_RECORD)
     rows: dict[tuple[int, str], dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            damaged.append(f"{path}:{number}: left out, {error}")
-            continue
-        if not _is_record(row):
-            damaged.append(f"{path}:{number}: left out, {NO_RECORD}")
-            continue
+    for row in found:
         place = (row["iteration"], str(row.get("event", "")))
         rows[place] = rows.get(place, {}) | row
     return [rows[place] for place in sorted(rows)], damaged

@@ -69,36 +69,31 @@ class Throughput:
         self._iteration = iteration
         self._since = clock()
         self._paused_seconds = 0.0
-        self._saving_seconds = 0.0
+        self._told_seconds: dict[str, float] = {}
         self._waited_seconds = 0.0
         self._smoothed_steps = 0.0
         self._smoothed_seconds = 0.0
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time spent inside (evaluating, saving) out of the rates, but not out of the time left."""
+    def paused(self, work: str) -> Iterator[None]:
+        """Leaves the time spent inside out of the rates, but not out of the time left.
+
+        The next metrics have it as `train/{work}_seconds`.
+        """
         start = self._clock()
         try:
             yield
         finally:
-            self._paused_seconds += self._clock() - start
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Does what `paused` does, and reports the time as `train/save_wait_seconds` in the next metrics."""
-        start = self._clock()
-        try:
-            with self.paused():
-                yield
-        finally:
-            self._saving_seconds += self._clock() - start
+            seconds = self._clock() - start
+            self._paused_seconds += seconds
+            self._told_seconds[work] = self._told_seconds.get(work, 0.0) + seconds
 
     def measure(self, iteration: int, data_wait_seconds: float) -> dict[str, float]:
         """Returns the metrics of the steps since the last call, at step `iteration`; empty if there were none.
 
         `data_wait_seconds` is the training data's `TimedIterator.wait_seconds` [s]. `train/mfu` is there only if
-        both the model's FLOPs and the devices' peak are known, `train/save_wait_seconds` only if training waited for a
-        save since the last call.
+        both the model's FLOPs and the devices' peak are known, the seconds of each kind of pause only if there was one
+        since the last call.
         """
         steps = iteration - self._iteration
         if steps <= 0:
@@ -120,8 +115,8 @@ class Throughput:
             "train/data_wait_share": waited / training,
             "train/seconds_left": steps_left * self._smoothed_seconds / self._smoothed_steps,
         }
-        if self._saving_seconds > 0.0:
-            metrics["train/save_wait_seconds"], self._saving_seconds = self._saving_seconds, 0.0
+        metrics |= {f"train/{work}_seconds": seconds for work, seconds in self._told_seconds.items()}
+        self._told_seconds.clear()
         if self._flops_per_token is not None and self._peak_flops is not None:
             metrics["train/mfu"] = self._flops_per_token * tokens_per_second / self._peak_flops
         return metrics

@@ -19,6 +19,7 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron.errors import STOPPED_ON_REQUEST
 from megatron.model.causal_lm import VocabSize
+from megatron.monitor.event_log import EventLog
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.mpu.collective_trace import CollectiveTrace
 from megatron.mpu.context import ParallelContext
@@ -29,7 +30,9 @@ from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
+from megatron.training.callbacks.run_events import RunEvents, note_start
 from megatron.training.callbacks.run_folder import RunFolder
+from megatron.training.callbacks.samples import Samples
 from megatron.training.distillation.find_teacher import find_teacher, require_same_teacher
 from megatron.training.grow_run import grow_start, inherit_start
 from megatron.training.hangs.watchdog import Watchdog, watched
@@ -118,6 +121,7 @@ def pretrain_in_group(
         load_start(start, run.engine, run.config, run.parallel, run.vocab)
         progress = replace(start.progress)
         with open_training_context(run, progress) as context:
+            note_start(run, start)
             ending = train_steps(context, build_callbacks(context))
         if ending is Ending.ROLL_BACK:
             start = roll_back(run.config.checkpoint, start, progress)
@@ -178,6 +182,7 @@ def assemble(
         given,
         folder=run_folder,
         lease=lease or RunLease(),
+        event_log=EventLog(run_folder),
         watchdog=watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace()),
     )
 
@@ -186,7 +191,7 @@ def build_callbacks(context: TrainingContext) -> list[Callback]:
     """Builds the callbacks that the configuration asks for, in the order in which they see a step.
 
     Whether the folder is still the run's comes first, before anything writes to it. Metrics come after the evaluations
-    that they record. Checkpoints come last: what the others count is saved too.
+    that they record. Checkpoints come after all that counts anything, which is saved too.
     """
     config, datasets = context.run.config, context.run.data.datasets
     evaluates = config.training.eval_iters > 0
@@ -195,7 +200,9 @@ def build_callbacks(context: TrainingContext) -> list[Callback]:
         (BatchHashes, config.monitor.log_batch_hashes),
         (Validation, evaluates and datasets.valid is not None),
         (FinalTest, evaluates and datasets.test is not None),
+        (Samples, bool(config.generation.sample_prompts)),
         (Metrics, True),
         (Checkpoints, config.checkpoint.save is not None),
+        (RunEvents, True),
     ]
     return [callback(context) for callback, is_wanted in callbacks if is_wanted]

@@ -19,6 +19,7 @@ from megatron.config.sections.training import BatchConfig
 from megatron.data.datasets import SampleCounts
 from megatron.growth.grow_checkpoint import tokens_read
 from megatron.model.causal_lm import VocabSize
+from megatron.monitor.event_log import EventLog
 from megatron.monitor.monitor import Monitor, build_monitor
 from megatron.monitor.throughput import Throughput
 from megatron.mpu.agreement import on_first_rank
@@ -71,6 +72,8 @@ class TrainingRun:
     """Folder of run.json and metrics."""
     lease: RunLease
     """Keeps other processes from writing the run's folders."""
+    event_log: EventLog
+    """Takes what happens to the run, on rank 0."""
     watchdog: Watchdog
     """Times the steps, and notices one that will not end."""
 
@@ -166,6 +169,7 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         if last is not None and last.iteration == progress.iteration:
             event = growth_event(last, run.config.model, run.vocab.padded, progress.training_flops)
             on_first_rank(partial(monitor.mark, event))
+            on_first_rank(partial(run.event_log.note, event))
         yield TrainingContext(run, progress, monitor, throughput)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron.inference.evaluation.results_file import metrics_of
+from megatron.monitor.evaluation_metrics import metrics_of
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -9,9 +9,7 @@ configurations. Where one is more than ten times as long as another, the horizon
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,14 @@ from matplotlib.ticker import FuncFormatter
 from megatron.config.local_path import local_path
 from megatron.errors import DataError, EnvironmentSetupError
 from megatron.monitor.format_quantities import format_count
+from megatron.report.foreign_values import label
+from megatron.report.panels import COLOURS, PANELS, SPLITS, X_AXES, Panel, moving_average
+from megatron.report.run_records import RunRecord, load_runs, positions, series
 from tools.command_line import tool_parser
-from tools.plots.foreign_values import label
-from tools.plots.run_records import RunRecord, load_runs, positions, series
 
 OUTPUT_SUFFIXES = (".png", ".pdf", ".svg")
-# Okabe and Ito's palette, told apart by colour-blind readers; without its yellow, too pale for lines on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LONGEST_ON_A_LINEAR_AXIS = 10.0
 """Length of the longest run, in lengths of the shortest, up to which both can be read on a linear axis."""
-SPLITS = {"train": "training", "valid": "validation", "test": "test"}
 SPLIT_STYLES: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 1.2},
     "valid": {"linewidth": 1.2, "linestyle": "--", "marker": "o", "markersize": 6, "markeredgecolor": "white"},
@@ -44,77 +40,7 @@ SPLIT_STYLES: dict[str, dict[str, Any]] = {
 REFERENCE_STYLE: dict[str, Any] = {"color": "0.35", "linewidth": 1.0, "linestyle": (0, (1.5, 1.5))}
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes."""
-
-    label: str
-    """Quantity and unit."""
-
-    metrics: tuple[str, ...]
-    """Keys of metrics.jsonl that share the axes."""
-
-    scale: float = 1.0
-    """Factor from the recorded to the drawn unit."""
-
-    format: Callable[[float], str] = "{:g}".format
-    """Tick labels."""
-
-    from_zero: bool = True
-    """Start the axis at 0, so that heights compare."""
-
-    smoothed: bool = False
-    """Apply the moving average."""
-
-
-def format_power(value: float) -> str:
-    """Formats 0.0006 as 6e-4."""
-    if value == 0.0:
-        return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def format_tick(value: float) -> str:
-    """Formats 417,500 as 417.5k: ticks need a digit more than numbers in text."""
-    return format_count(value, digits=4)
-
-
-PANELS = {
-    "loss": Panel(
-        "loss [nat/token]", ("train/lm_loss", "valid/lm_loss", "test/lm_loss"), from_zero=False, smoothed=True
-    ),
-    "distillation": Panel("distillation loss [nat/token]", ("train/distillation_loss",), smoothed=True),
-    "perplexity": Panel("perplexity", ("valid/perplexity", "test/perplexity"), from_zero=False),
-    "learning_rate": Panel("learning rate", ("train/learning_rate",), format=format_power),
-    "grad_norm": Panel("gradient norm", ("train/grad_norm",), smoothed=True),
-    "throughput": Panel("tokens/s", ("train/tokens_per_second",), format=format_tick, smoothed=True),
-    "mfu": Panel("MFU [%]", ("train/mfu",), scale=100.0, smoothed=True),
-    "data_wait": Panel("waiting for data [%]", ("train/data_wait_share",), scale=100.0, smoothed=True),
-    "memory": Panel("peak memory [GiB]", ("train/memory_gib",)),
-}
 DEFAULT_PANELS = ("loss", "learning_rate", "grad_norm", "throughput")
-
-X_AXES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "steps": ("optimizer steps", lambda value: f"{value:,.0f}"),
-    "tokens": ("training tokens", format_tick),
-    "flops": ("training compute [FLOP]", format_power),
-}
-
-
-def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Averages `window` values around each, fewer towards the ends; NaN is left out, and stays NaN itself.
-
-    Symmetric, so that a falling curve is not drawn too late.
-    """
-    known = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    index = np.arange(len(values))
-    reach = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
-    low, high = index - reach, index + reach + 1
-    means = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
-    return np.where(known, means, math.nan)
 
 
 def draw(

@@ -24,9 +24,10 @@ from pydantic import Field, TypeAdapter
 from megatron.config.local_path import local_path
 from megatron.errors import ConfigError, DataError
 from megatron.io.json_files import describe_read_error, read_json_object
+from megatron.monitor.evaluation_metrics import metrics_of
 from megatron.monitor.format_quantities import format_count
+from megatron.report.foreign_values import LARGEST, is_number, label, one_line
 from tools.command_line import tool_parser
-from tools.plots.foreign_values import LARGEST, is_number, label, one_line
 
 PUBLISHED = Path(__file__).with_name("published_zero_shot.csv")
 COLUMNS = (
@@ -153,8 +154,6 @@ def _measured(text: str) -> float:
 def read_results(paths: Sequence[Path]) -> list[Row]:
     """Reads a row per model; of several measurements of one column, the newest. Raises DataError for other files."""
     rows: dict[tuple[Any, ...], Row] = {}
-    from megatron.inference.evaluation.results_file import metrics_of
-
     for path, record in sorted(((path, _read(path)) for path in paths), key=lambda pair: pair[1].date):
         model = record.model
         name = one_line(model.name) + _reservations(record.config)

@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron.config.bounds import NonNegative, SampleCount, TokenCount
+from megatron.config.bounds import NonNegative, SampleCount, StepCount, TokenCount
 from megatron.config.local_path import PathText
 from megatron.config.section import Key, Section
+
+Prompts = Annotated[list[str], Field(max_length=64)]
+"""Prompts that a run continues."""
 
 
 class GenerationConfig(Section):
@@ -37,6 +40,14 @@ class GenerationConfig(Section):
 
     num_samples: Annotated[SampleCount, Key(difference="counts for prompts too, not only without")] = 1
     """Samples of each prompt [samples]."""
+
+    sample_prompts: Annotated[Prompts | None, Key(difference="not a NeoX key")] = None
+    """Prompts that training continues as it goes on, one sample each, into samples.jsonl in the run's folder; with the
+    sampling of this section."""
+
+    sample_interval: Annotated[StepCount | None, Key(difference="not a NeoX key")] = None
+    """Steps between such samples [steps]; None takes them at each validation, every eval_interval steps and at the
+    end."""
 
     prompt_end: str = Field(default="\n", min_length=1)
     """What ends a prompt in sample_input_file and in the terminal. It is no part of the prompt."""

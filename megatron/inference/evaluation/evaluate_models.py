@@ -32,13 +32,13 @@ from megatron.inference.evaluation.results_file import (
     complete_record,
     describe_checkpoint,
     describe_evaluation,
-    metrics_of,
     results_file,
     write_record,
 )
 from megatron.inference.evaluation.sample_log import Samples, task_hashes, write_samples
 from megatron.io.hashing import file_sha256
 from megatron.loaded_model.rank_pool import RankPool
+from megatron.monitor.evaluation_metrics import metrics_of
 from megatron.mpu.context import ParallelContext
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron.inference.evaluation.results_file import metrics_of
+from megatron.monitor.evaluation_metrics import metrics_of
 
 COLUMNS = ("iteration", "tokens", "task", "metric", "value", "stderr")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

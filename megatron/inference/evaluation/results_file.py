@@ -94,20 +94,3 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=1, default=handle_non_serializable, ensure_ascii=False)
     with os_errors_as(DataError, str(path)), atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def metrics_of(results: dict[str, dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float | None]]:
-    """Returns (task, metric) -> (value, its standard error) from the `results` of a record.
-
-    A filter other than none belongs to the metric's name, as in `exact_match,strict-match`.
-    """
-    found = {}
-    for task, entries in results.items():
-        for key, value in entries.items():
-            metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = entries.get(f"{metric}_stderr,{filter_name}")
-            name = metric if filter_name == "none" else key
-            found[task, name] = (float(value), float(error) if isinstance(error, int | float) else None)
-    return found

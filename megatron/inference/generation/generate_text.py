@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from megatron.checkpointing.store.fetch import configured_checkpoint
 from megatron.config.sections.run_config import RunConfig
-from megatron.data.prompt_tokenizer import PromptTokenizer
+from megatron.data.prompt_tokenizer import PromptTokenizer, continuation_text
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.conversation_terminal import ConversationTerminal
@@ -168,12 +168,6 @@ class TextGenerator:
         if continuation.ending == "stopped":
             messages.append("stopped by the user")
         return "; ".join(messages) or None
-
-
-def continuation_text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-    """Returns the text that `tokens` add to a prompt. Alone they may read otherwise, as without a first space."""
-    before, whole = tokenizer.detokenize(prompt), tokenizer.detokenize(prompt + tokens)
-    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.detokenize(tokens)
 
 
 def write_records(generator: TextGenerator, pool: RankPool, file: TextIO | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +9,7 @@ import torch
 from torch import distributed
 
 from megatron.data.micro_batch import MicroBatch, batch_hash, sample_digests
-from megatron.errors import EnvironmentSetupError, os_errors_as
-from megatron.io.appended_file import AppendedFile
-from megatron.io.durable import replace_durably
-from megatron.monitor.metrics_file import read_records
+from megatron.monitor.step_records import StepRecords
 from megatron.mpu.agreement import on_first_rank
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
@@ -45,13 +41,7 @@ class BatchHashes(Callback):
         on_first_rank(self._open)
 
     def _open(self) -> None:
-        iteration = self.context.progress.iteration
-        done = read_records(self.file) if iteration and self.file.exists() else []
-        lines = [json.dumps(record) for record in done if record["iteration"] <= iteration]
-        with os_errors_as(EnvironmentSetupError, str(self.file)):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            replace_durably(self.file, "".join(f"{line}\n" for line in lines))
-            self.appended = AppendedFile(self.file)
+        self.records = StepRecords(self.file, self.context.progress.iteration)
 
     def after_step(self, step: Step) -> None:
         """Gathers the data-parallel ranks' hashes on rank 0 and appends a line. Collective."""
@@ -65,5 +55,4 @@ class BatchHashes(Callback):
             return
         by_rank = [micro_batches for _, micro_batches in sorted(found for found in gathered if found is not None)]
         digests = [digest for step_batches in zip(*by_rank, strict=True) for batch in step_batches for digest in batch]
-        with os_errors_as(EnvironmentSetupError, str(self.file)):
-            self.appended.append(json.dumps({"iteration": step.iteration, "sha256": batch_hash(digests)}))
+        self.records.append({"iteration": step.iteration, "sha256": batch_hash(digests)})

@@ -10,6 +10,7 @@ from megatron.config.save_schedule import save_iterations
 from megatron.errors import NonFiniteError, UserError
 from megatron.mpu.agreement import on_first_rank, on_first_rank_meanwhile
 from megatron.training.callback import Callback
+from megatron.training.callbacks.run_events import note
 from megatron.training.progress import Step
 from megatron.training.run_description import described_versions
 from megatron.training.training_context import TrainingContext
@@ -31,7 +32,7 @@ class Checkpoints(Callback):
             run_id=run.run_id,
             versions=described_versions(run.description),
             folder_is_ours=run.lease.check,
-            published=self._upload,
+            published=self._published,
         )
         self.uploads: Uploads | None = None
 
@@ -50,7 +51,7 @@ class Checkpoints(Callback):
         if step.iteration in self.iterations or ends or step.grows:
             self._save(wait=ends or step.grows)
         elif self.saver.is_saving:
-            with self.context.throughput.saving():
+            with self.context.throughput.paused("save_wait"):
                 self.saver.publish_if_written()
 
     def finish(self) -> None:
@@ -74,10 +75,11 @@ class Checkpoints(Callback):
         if self.uploads is not None:
             self.uploads.finish()
 
-    def _upload(self, checkpoint: Path) -> None:
+    def _published(self, checkpoint: Path) -> None:
+        note(self.context.run, self.context.progress.iteration, "save", f"saved {checkpoint.name}")
         if self.uploads is not None:
             self.uploads.add(checkpoint)
 
     def _save(self, *, wait: bool) -> None:
-        with self.context.throughput.saving():
+        with self.context.throughput.paused("save_wait"):
             self.saver.save(self.context.run_state(), wait=wait)

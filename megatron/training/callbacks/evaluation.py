@@ -51,7 +51,7 @@ def evaluate(context: TrainingContext, batches: Iterator[MicroBatch]) -> float |
     None when a request to stop comes before the last batch, which ends the evaluation. Collective.
     """
     engine, losses = context.run.engine, []
-    with context.throughput.paused():
+    with context.throughput.paused("evaluation"):
         for _ in range(context.run.config.training.eval_iters):
             if context.stop.agree(engine.device):
                 return None

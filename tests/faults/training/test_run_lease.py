@@ -17,6 +17,7 @@ import pytest
 
 from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.io import lease
+from megatron.monitor.event_log import read_events
 from tests.helpers.commands import run_command
 from tests.helpers.faults import at_step, this_rank
 from tests.helpers.interrupted import TWO_RANKS, saved
@@ -222,7 +223,7 @@ def test_a_folder_that_is_removed_is_made_again(write_config: Callable[..., Path
     assert run_ranks(whole, ranks=2).codes == [0, 0]
     finished = run_ranks(config, ranks=2, before=remove_at, arguments=(str(run), 6, False))
     assert finished.codes == [0, 0], finished.output
-    lost = "batch_hashes.jsonl, global_step4, latest, metrics.jsonl, run.json"
+    lost = "batch_hashes.jsonl, events.jsonl, global_step4, latest, metrics.jsonl, run.json"
     assert f"save: {run} was removed while this process was writing it, and is made again. Gone with it: {lost}" in (
         finished.output
     )
@@ -232,6 +233,10 @@ def test_a_folder_that_is_removed_is_made_again(write_config: Callable[..., Path
     }
     for key in ("train/lm_loss", "valid/lm_loss"):
         assert records(run, key) == records(whole.with_suffix(""), key), "the record is whole again"
+    told = [
+        [event["event"] for event in read_events(folder / "events.jsonl")[0]] for folder in (run, whole.with_suffix(""))
+    ]
+    assert told[0] == told[1] == ["start", "save", "save", "save", "end"]
     for name in ("batch_hashes.jsonl", "run.json"):
         ours, theirs = ((folder / name).read_text() for folder in (run, whole.with_suffix("")))
         assert ours == theirs.replace(str(whole.with_suffix("")), str(run)).replace('"whole"', '"tiny"')
@@ -260,7 +265,8 @@ def test_a_folder_that_is_removed_during_a_save(background: bool, write_config: 
     finished = run_ranks(config, ranks=2, before=remove_in_save, arguments=(str(run), 8))
     assert finished.codes == [0, 0], finished.output
     assert re.search(
-        r"is made again\. Gone with it: global_step4, latest, (metrics\.jsonl, )?run\.json", finished.output
+        r"is made again\. Gone with it: (events\.jsonl, )?global_step4, latest, (metrics\.jsonl, )?run\.json",
+        finished.output,
     )
     assert "the checkpoint of step 8 was removed while it was saved" in finished.output
     assert saved(run) == (["global_step12"] if background else ["global_step12", "global_step8"])

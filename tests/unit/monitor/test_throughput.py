@@ -53,11 +53,12 @@ def test_evaluating_and_saving_slow_the_run_but_not_its_rate() -> None:
     clock = Clock()
     meter = _meter(clock)
     clock.pass_seconds(4.0)
-    with meter.paused():
+    with meter.paused("evaluation"):
         clock.pass_seconds(6.0)
     metrics = meter.measure(110, 0.0)
     assert metrics["train/tokens_per_second"] == pytest.approx(10 * 2048 / 4.0)
     assert metrics["train/seconds_left"] == pytest.approx(90 * 1.0)
+    assert metrics["train/evaluation_seconds"] == pytest.approx(6.0)
     clock.pass_seconds(4.0)
     assert meter.measure(120, 0.0)["train/step_seconds"] == pytest.approx(0.4)
 
@@ -67,7 +68,7 @@ def test_waiting_for_saves_is_told_once() -> None:
     meter = _meter(clock)
     clock.pass_seconds(4.0)
     for seconds in (1.0, 0.5):
-        with meter.saving():
+        with meter.paused("save_wait"):
             clock.pass_seconds(seconds)
     metrics = meter.measure(110, 0.0)
     assert metrics["train/save_wait_seconds"] == pytest.approx(1.5)

@@ -17,10 +17,11 @@ from megatron.config.sections.data import TokenizerConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import TrainingConfig
+from megatron.data.prompt_tokenizer import continuation_text
 from megatron.data.tokenizers.char_level import CharLevelTokenizer
 from megatron.errors import DataError
 from megatron.inference.generation.conversation_terminal import ConversationTerminal
-from megatron.inference.generation.generate_text import TextGenerator, continuation_text, write_records
+from megatron.inference.generation.generate_text import TextGenerator, write_records
 from megatron.inference.generation.read_prompts import configured_prompts
 from megatron.io import progress
 from megatron.loaded_model.rank_pool import RankPool

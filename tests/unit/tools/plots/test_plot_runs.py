@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron.errors import DataError, UserError
+from megatron.report.panels import COLOURS, format_power, moving_average
+from megatron.report.run_records import load_run, load_runs
 from tests.helpers.forkserver import ROOT
-from tools.plots.plot_runs import COLOURS, draw, format_power, main, moving_average
-from tools.plots.run_records import load_run, load_runs
+from tools.plots.plot_runs import draw, main
 
 TOKENS_PER_STEP = 4096
 FLOPS_PER_TOKEN = 1.5e9

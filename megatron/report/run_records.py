@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from megatron.config.yaml.problems import show
 from megatron.errors import DataError
 from megatron.io.json_files import describe_read_error, read_json_object
 from megatron.monitor.metrics_file import METRICS_FILE, read_records
-from tools.plots.foreign_values import is_number, one_line
+from megatron.report.foreign_values import is_number, one_line
 
 SECTIONS_OF_NUMBERS = {"model", "training", "data", "parallel", "speedups"}
 """Sections whose values decide losses and speed."""
@@ -54,7 +54,11 @@ class RunRecord:
 
 def load_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """Reads several runs; those that share a name get what tells them apart added to it: values, or else paths."""
-    runs = [load_run(path) for path in paths]
+    return tell_apart([load_run(path) for path in paths], paths)
+
+
+def tell_apart(runs: Sequence[RunRecord], paths: Sequence[Path]) -> list[RunRecord]:
+    """Returns runs read from `paths` by names that are all different."""
     times = Counter(run.name for run in runs)
     return [
         run if times[run.name] == 1 else replace(run, name=f"{run.name} ({_own_values(run, runs) or path})")
@@ -72,7 +76,7 @@ def _own_values(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     return ", ".join(f"{key.rpartition('.')[2]}={run.settings[key]}" for key in keys)
 
 
-def _settings(config: object) -> dict[str, str]:
+def settings_of(config: object) -> dict[str, str]:
     """Returns the values of a recorded configuration by key, without those of its place and its progress."""
     found = {}
     for path, known in fields().items():
@@ -95,29 +99,43 @@ def load_run(path: Path) -> RunRecord:
     _require_growths(file, events)
     if not records:
         raise DataError(f"{file}: no rows yet. The first one comes after log_interval steps.")
-    # An evaluation may have a row of its own, whose place on the axes stands in the training row of the same step.
-    for axis in AXES_IN_ROWS:
-        places = {record["iteration"]: record[axis] for record in records if axis in record}
-        records = [
-            {axis: places[record["iteration"]]} | record if record["iteration"] in places else record
-            for record in records
-        ]
+    records = placed(records)
     described = file.with_name("run.json")
     description = _read_description(described)
     for key in ("parameters", "flops_per_token"):
         value = description.get(key)
         if value is not None and not is_number(value):
             raise DataError(f"{described}: {key} is {value!r:.50}, no number. Remove the file if it is not yours.")
-    called = description.get("configuration") or description.get("name") or file.resolve().parent.name
     return RunRecord(
-        one_line(str(called)),
+        run_name(description, file),
         file,
         records,
         description.get("parameters"),
         description.get("flops_per_token"),
-        _settings(description.get("config")),
+        settings_of(description.get("config")),
         events,
     )
+
+
+def placed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns rows with their places on the axes.
+
+    An evaluation may have a row of its own, whose place stands in the training row of the same step.
+    """
+    found = list(records)
+    for axis in AXES_IN_ROWS:
+        places = {record["iteration"]: record[axis] for record in found if axis in record}
+        found = [
+            {axis: places[record["iteration"]]} | record if record["iteration"] in places else record
+            for record in found
+        ]
+    return found
+
+
+def run_name(description: Mapping[str, Any], file: Path) -> str:
+    """Returns what a run is called, from its run.json, or else that of the folder of its metrics `file`."""
+    called = description.get("configuration") or description.get("name") or file.resolve().parent.name
+    return one_line(str(called))
 
 
 def _require_numbers(file: Path, records: Sequence[dict[str, Any]]) -> None:
