@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megatron.config.load_config import LoadedConfig
+from megatron.config.sections.section_fields import fields
+from megatron.config.yaml.problems import DEFAULT
 from megatron.errors import CheckpointError, ConfigError
 from megatron.growth.check_config import require_growable
 
@@ -12,6 +14,13 @@ def require_trainable(loaded: LoadedConfig) -> list[str]:
 
     Raises ConfigError and CheckpointError, naming the line of the YAML, when it cannot be so.
     """
+    if loaded.run.reading is not None:
+        key = next(path for path in loaded.origins if path.startswith("reading.") and loaded.origins[path] != DEFAULT)
+        raise ConfigError(
+            f"{loaded.origins[key]} {fields()[key].key}: training reads all parameter tokens; the key is for evaluation "
+            "and generation. To train smaller models as well, use a section `elastic`; to train one of them alone, "
+            "tools/ckpts/extract.py."
+        )
     found = require_growable(loaded)
     if loaded.run.distillation is None:
         return found
