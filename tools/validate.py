@@ -56,9 +56,10 @@ def main(argv: Sequence[str]) -> int:
             run_id = checkpoint.manifest.run_id
             record = {"checkpoint": str(checkpoint.path), "run_id": run_id, "iteration": checkpoint.state.iteration}
             record |= {"reading": title} if title else {}
+            facts = {name: value for name, value in asdict(found).items() if value is not None}
             output = Path(run.evaluation.output)
             output.parent.mkdir(parents=True, exist_ok=True)
-            replace_durably(output, json.dumps(record | asdict(found), indent=1) + "\n")
+            replace_durably(output, json.dumps(record | facts, indent=1) + "\n")
     return 0
 
 

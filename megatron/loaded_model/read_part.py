@@ -30,8 +30,7 @@ def model_that_is_read(model: ModelConfig, reading: ReadingConfig | None) -> Mod
 
 
 def layers_that_are_read(model: ModelConfig, read: ModelConfig) -> Callable[[LayerState], LayerState] | None:
-    """Returns what makes layers of the model that is read from those of the checkpoint's; None where they are the same.
-    """
+    """Returns what makes layers of the model that is read from those of the checkpoint's; None where they are the same."""
     return None if read is model else lambda layer: with_tokens_of(layer, model, read)
 
 
@@ -49,8 +48,8 @@ def choose_tokens(module: nn.Module, reading: ReadingConfig | None) -> ValueRead
     for layer in layers:
         if len(layer.key_tokens) % reading.block:
             raise ConfigError(
-                f"param_token_block: {reading.block}: a rank holds {len(layer.key_tokens)} tokens of a Pattention, which "
-                "is no whole number of such blocks. Choose a divisor."
+                f"param_token_block: {reading.block}: a rank holds {len(layer.key_tokens)} tokens of a Pattention, "
+                "which is no whole number of such blocks. Choose a divisor."
             )
         layer.kernel = TopKPattention(reading.top_k, reading.block, reads)
     return reads

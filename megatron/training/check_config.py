@@ -17,9 +17,9 @@ def require_trainable(loaded: LoadedConfig) -> list[str]:
     if loaded.run.reading is not None:
         key = next(path for path in loaded.origins if path.startswith("reading.") and loaded.origins[path] != DEFAULT)
         raise ConfigError(
-            f"{loaded.origins[key]} {fields()[key].key}: training reads all parameter tokens; the key is for evaluation "
-            "and generation. To train smaller models as well, use a section `elastic`; to train one of them alone, "
-            "tools/ckpts/extract.py."
+            f"{loaded.origins[key]} {fields()[key].key}: training reads all parameter tokens; the key is for "
+            "evaluation and generation. To train smaller models as well, use a section `elastic`; to train one alone, "
+            "use tools/ckpts/extract.py."
         )
     found = require_growable(loaded)
     if loaded.run.distillation is None:

@@ -9,8 +9,8 @@ has made a model: their rows, bitwise, under the scale of the whole model. It is
 grows, is evaluated and exported as any other. --groups writes the tokens in another number of groups; every share
 keeps its tokens, and the model its function. Growth wants one group.
 
-The configuration says layout and precision; without one, the checkpoint's own hold. With --data_path or --text, the loss
-of both models is shown. It needs no GPU and no ranks; a layer is in memory at a time.
+The configuration says layout and precision; without one, the checkpoint's own hold. With --data_path or --text, the
+loss of both models is shown. It needs no GPU and no ranks; a layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         tokens = measured_tokens(args.data_path, args.text, job.config, job.source.vocab)
         before, after = unchanged(job.source).loss(tokens), shrinking.loss(tokens)
         print(
-            f"On {tokens.numel():,} tokens the loss is {before:.4f} of the whole model, {after:.4f} of this one.", flush=True
+            f"On {tokens.numel():,} tokens the loss is {before:.4f} of the whole model, {after:.4f} of this one.",
+            flush=True,
         )
     path = write_smaller(shrinking, job.config, job.sizes, args.output_dir, "extract.py")
     change = parameters(job.source.config.model, shrinking.model, job.source.state.padded_vocab_size)

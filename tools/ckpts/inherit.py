@@ -36,7 +36,7 @@ from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError
 from megatron.registry import install_extra, require
-from tools.ckpts.rewriting import add_rewriting, parallel_sizes, read_rewriting
+from tools.ckpts.rewriting import add_measured_tokens, add_rewriting, parallel_sizes, read_rewriting
 from tools.command_line import positive, stay_on_cpu, tool_parser
 from tools.section_flags import add_section_flags, read_section_flags
 

@@ -1,8 +1,8 @@
 """Prunes the parameter tokens of a TokenFormer's checkpoint: keeps those that matter most on real text.
 
     python tools/ckpts/prune.py --input_dir runs/150M --share 0.5 --text book.txt --output_dir runs/pruned
-    python tools/ckpts/prune.py --input_dir runs/150M --ffn 2304 --measure gradient --data_path data/pile/val_text_document \\
-        --output_dir runs/pruned
+    python tools/ckpts/prune.py --input_dir runs/150M --ffn 2304 --measure gradient \\
+        --data_path data/pile/val_text_document --output_dir runs/pruned
     python tools/ckpts/prune.py --input_dir runs/150M --share 1 --text book.txt --output_dir runs/ordered
 
 It measures every token of every Pattention (--measure), orders them by importance, each Pattention its own, and keeps
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
     tokens = measured_tokens(args.data_path, args.text, job.config, job.source.vocab, HELD_OUT + args.sequences)
     if len(tokens) <= HELD_OUT:
         raise DataError(
-            f"the text has {len(tokens)} sequences of {tokens.shape[1]} tokens; the first {HELD_OUT} show the loss, and "
-            "importance is measured on those after them. Name a longer text."
+            f"the text has {len(tokens)} sequences of {tokens.shape[1]} tokens; the first {HELD_OUT} show the loss, "
+            "and importance is measured on those after them. Name a longer text."
         )
     held_out, measured = tokens[:HELD_OUT], tokens[HELD_OUT:]
     importance = token_importance(job.source, args.measure, measured.split(HELD_OUT))
@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
     recomputed = replace(pruned, model=with_recomputed_scale(smaller))
     print(
         f"On {held_out.numel():,} tokens the loss goes from {unchanged(job.source).loss(held_out):.4f} to "
-        f"{pruned.loss(held_out):.4f} under the scale of the whole model, and to {recomputed.loss(held_out):.4f} under a "
-        "recomputed one. The former is written.",
+        f"{pruned.loss(held_out):.4f} under the scale of the whole model, and to {recomputed.loss(held_out):.4f} "
+        "under a recomputed one. The former is written.",
         flush=True,
     )
     path = write_smaller(pruned, job.config, job.sizes, args.output_dir, "prune.py")

@@ -28,8 +28,9 @@ def load_parameters(
     """Copies a checkpoint's weights into this rank's parameters, which are given by global name.
 
     The multiplier of a growth that still opens is folded into the keys, unless the model applies it (`keep_ramp`).
-    `change` makes the parameters' layers of the checkpoint's; without it the two models must be the same, up to what does not change their meaning, such as masked
-    padding of the vocabulary. A layer is in memory at a time. Raises CheckpointError as `read_states` does.
+    `change` makes layers of the parameters' model from the checkpoint's; without it both models must be the same, up to
+    what does not change their meaning, such as masked padding of the vocabulary. A layer is in memory at a time. Raises
+    CheckpointError as `read_states` does.
     """
     named = list(named)
     model = checkpoint.config.model

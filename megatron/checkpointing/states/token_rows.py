@@ -1,4 +1,4 @@
-"""Takes parameter tokens out of a layer, or puts them into another order: their rows of weights, masters and moments."""
+"""Takes parameter tokens out of a layer, or orders them anew: their rows of weights, masters and moments."""
 
 from __future__ import annotations
 

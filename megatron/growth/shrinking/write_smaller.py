@@ -71,9 +71,7 @@ def extraction(source: Checkpoint, smaller: ModelConfig, groups: int | None = No
     wanted = groups or tokens.groups
     written = smaller.model_copy(update={"param_tokens": tokens.model_copy(update={"groups": wanted})})
     require_consistent(source.config.model_copy(update={"model": written, "elastic": None}), source.config)
-    return Shrinking(
-        source, written, lambda layer: in_groups(with_tokens_of(layer, whole, smaller), smaller, wanted)
-    )
+    return Shrinking(source, written, lambda layer: in_groups(with_tokens_of(layer, whole, smaller), smaller, wanted))
 
 
 def write_smaller(shrinking: Shrinking, config: RunConfig, sizes: ParallelSizes, output: Path, tool: str) -> Path:

@@ -1,8 +1,8 @@
 """Pattention that reads the values of the strongest tokens of each position alone, for evaluation and generation.
 
-The keys of all tokens are multiplied, and Theta normalizes over all of them. A token's strength is what it can add to the
-output, |weight| ||value||. What is left out are the products with the other values, which is what a block-sparse kernel
-would save: `ValueReads` counts it. This computes all of them, and is no faster.
+The keys of all tokens are multiplied, and Theta normalizes over all of them. A token's strength is what it can add to
+the output, |weight| ||value||. What is left out are the products with the other values, which is what a block-sparse
+kernel would save: `ValueReads` counts it. This computes all of them, and is no faster.
 
 Shape letters: see megatron/README.md.
 """
@@ -30,7 +30,7 @@ class ValueReads:
     chosen: int = 0
     """Those that were chosen [tokens]."""
     in_blocks: int = 0
-    """Those in blocks of SPARSE_BLOCK tokens that hold a chosen one, which a block-sparse kernel would read [tokens]."""
+    """Those in blocks of SPARSE_BLOCK tokens with a chosen one, which a block-sparse kernel would read [tokens]."""
 
     def add(self, is_chosen_RJp: Tensor) -> None:
         """Counts the choice of some positions."""
