@@ -30,7 +30,7 @@ def model_that_is_read(model: ModelConfig, reading: ReadingConfig | None) -> Mod
 
 
 def layers_that_are_read(model: ModelConfig, read: ModelConfig) -> Callable[[LayerState], LayerState] | None:
-    """Returns what makes layers of the model that is read from those of the checkpoint's; None where they are the same."""
+    """Returns what makes layers of the model that is read from the checkpoint's; None where they are the same."""
     return None if read is model else lambda layer: with_tokens_of(layer, model, read)
 
 

@@ -20,7 +20,7 @@ class LossTerms:
         self._sums = torch.zeros(count, dtype=torch.float64, device=device)
 
     def begin_step(self) -> None:
-        """Forgets the step before."""
+        """Drops the sums of the step before."""
         self._sums.zero_()
 
     def add(self, first: int, terms: Sequence[Tensor]) -> None:

@@ -33,7 +33,7 @@ HELD_OUT = 4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prunes the checkpoint, then prints losses, what was written, and how to train it."""
+    """Drops the least important tokens, then prints losses, what was written, and how to train it."""
     args = parse_args(argv)
     stay_on_cpu()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

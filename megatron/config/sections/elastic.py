@@ -28,7 +28,6 @@ class ElasticConfig(Section):
     shares: Annotated[
         list[Share],
         Key(difference="must be given wherever there is a section elastic; not a NeoX key"),
-        Field(min_length=1, max_length=64),
     ]
     """Parts of the parameter tokens that are to be models, such as [0.25, 0.5, 0.75, 1]; 1 is the whole model."""
 

@@ -45,7 +45,7 @@ class TwoPassLoss:
         device: torch.device,
         context: ParallelContext,
     ) -> None:
-        """`num_tokens` rows of the vocabulary are tokens: the divergence is over those."""
+        """Takes the number of the vocabulary's rows that are tokens: the divergence is over those."""
         self.config, self.num_tokens, self.context = config, num_tokens, context
         self.is_of_share = False
         """Whether the micro batch comes for the second time."""
@@ -92,7 +92,7 @@ class ElasticTraining:
         whole_flops: int,
         context: ParallelContext,
     ) -> None:
-        """`loss` is of runs with two passes; `whole_flops` what a pass of the whole model costs [FLOP per token]."""
+        """Takes the loss of a run with two passes, and what a pass of the whole model costs [FLOP per token]."""
         groups = 1 if model.param_tokens is None else model.param_tokens.groups
         self.config, self.model, self.seed = config, model, seed
         self.tokens = TokenShares(module.modules(), module.global_parameters(), groups, context)

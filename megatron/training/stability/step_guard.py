@@ -53,7 +53,7 @@ class StepGuard:
         stop: StopRequest,
         passes: int = 1,
     ) -> None:
-        """`passes` says how often in a row the engine computes each micro batch."""
+        """Takes the number of times in a row that the engine computes each micro batch: `passes`."""
         self.engine = engine
         self.passes = passes
         self.context = context

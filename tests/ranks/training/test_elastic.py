@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from tests.helpers.plain_torch import PlainRun, Weights, sample_order, tokenform
 from tests.helpers.records import records
 from tests.helpers.runs import fails_with, run_ranks, train
 from tests.helpers.tensor_files import assert_same_checkpoint
+from tools.ckpts import extract
 
 STEPS = 6
 BASE: dict[str, Any] = TOKENFORMER | {"param_token_groups": 4, "train_iters": STEPS, "eval_interval": 3}
@@ -31,7 +33,7 @@ SHARES = [0.5, 0.25, 1]
 """In no order."""
 TOLERANCE = 1e-5
 """Of losses and norms between layouts (tests/helpers/layout_runs.py)."""
-BASE |= {"proj_slot_num": 32}
+BASE |= {"qkv_slot_num": 32, "proj_slot_num": 32}
 MODES: dict[str, dict[str, Any]] = {
     "sampled": {"shares": SHARES},
     "alternate": {"shares": SHARES, "full_model": "alternate", "sample": "sublayer"},
@@ -109,7 +111,9 @@ def test_every_layout_reads_the_same_shares(mode: str, ranks: int, layout: dict[
     split = curves(runs.train(name, ranks=ranks, elastic=MODES[mode], **layout))
     assert split.keys() == alone.keys() and "valid/lm_loss_share_0.25" in alone
     for key, values in alone.items():
-        assert split[key] == pytest.approx(values, rel=TOLERANCE), key
+        # A divergence of distributions that are nearly equal is a difference of float32 logarithms.
+        rounding = 1e-6 if key == "train/distillation_loss" else 0.0
+        assert split[key] == pytest.approx(values, rel=TOLERANCE, abs=rounding), key
 
 
 def share_of_rows(weights: Weights, share: float, groups: int = 4) -> Weights:
@@ -125,7 +129,7 @@ def share_of_rows(weights: Weights, share: float, groups: int = 4) -> Weights:
     return taken
 
 
-SCALES = {"query": 24, "key": 24, "value": 24, "proj": 32, "mlp": 48}
+SCALES = {"query": 32, "key": 32, "value": 32, "proj": 32, "mlp": 48}
 """Of the whole model, which every share keeps."""
 
 
@@ -204,6 +208,44 @@ def test_a_run_that_was_killed_goes_on_bitwise(mode: str, runs: Runs) -> None:
     assert_same_checkpoint(folder / f"global_step{STEPS}", whole / f"global_step{STEPS}")
     for key, values in curves(whole).items():
         assert records(folder, key) == values, key
+
+
+def test_an_extracted_share_is_evaluated_and_trains_on_as_any_run(runs: Runs, tmp_path: Path) -> None:
+    """Masters and moments are rows of the large run's; its loss is that of the share in the large run, by every way."""
+    large = runs.train("always", elastic=MODES["always"])
+    half = runs.folder / "half"
+    assert extract.main(["--input_dir", str(large), "--share", "0.5", "--output_dir", str(half)]) == 0
+    small = {name: state for layer in read_states(read_checkpoint(half / f"global_step{STEPS}"))
+             for name, state in layer.by_global_name()}  # fmt: skip
+    for layer in read_states(read_checkpoint(large / f"global_step{STEPS}")):
+        for name, state in layer.by_global_name():
+            assert state.master is not None and state.moments.keys() == {"exp_avg", "exp_avg_sq"}
+            tensors = {"weight": state.weight, "master": state.master, **state.moments}
+            own = small[name]
+            found = {"weight": own.weight, "master": own.master, **own.moments}
+            for kind, tensor in tensors.items():
+                expected = share_of_rows({name: tensor}, 0.5)[name]
+                assert torch.equal(found[kind], expected), (name, kind)
+    sizes = {"qkv_slot_num": 16, "proj_slot_num": 16, "ffn_slot_num": 24}
+    sizes |= {"qkv_scale_base": 32, "proj_scale_base": 32, "ffn_scale_base": 48}
+    config = runs.config("half", **sizes, train_iters=STEPS + 2, auto_resume=True)
+    losses = []
+    for yml, word in ((runs.config("always"), f"load={large}"), (config, f"load={half}")):
+        output = tmp_path / f"{len(losses)}.json"
+        part = "param_token_share=0.5" if yml != config else "param_token_share=1"
+        finished = run_ranks(yml, word, part, f"eval_output={output}", script="tools.validate")
+        assert finished.code == 0, finished.output
+        losses.append(json.loads(output.read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    curve = run_ranks(runs.config("always"), f"load={large}", f"eval_output={tmp_path}", script="tools.token_curve")
+    assert curve.code == 0, curve.output
+    with (tmp_path / "token_curve.csv").open(newline="") as file:
+        rows = {float(row["share"]): row for row in csv.DictReader(file)}
+    assert sorted(rows) == [0.25, 0.5, 1.0] and (tmp_path / "token_curve.png").stat().st_size > 1000
+    assert float(rows[0.5]["value"]) == pytest.approx(losses[1], rel=1e-6)
+    assert int(rows[1.0]["parameters"]) - int(rows[0.5]["parameters"]) == 2 * 2 * 32 * (3 * 16 + 16 + 24)
+    assert "going on from" in train(config)
+    assert sorted(records(half, "train/lm_loss")) == [STEPS + 1, STEPS + 2]
 
 
 @pytest.mark.full

@@ -28,8 +28,8 @@ from tests.helpers.tiny_checkpoints import VOCAB, make_checkpoint, tokens, write
 from tools.ckpts import extract, grow, prune
 
 GROUPS = 4
-KEYS: dict[str, Any] = TOKENFORMER | {"proj_slot_num": 32, "param_token_groups": GROUPS}
-SCALES = {"query": 24, "key": 24, "value": 24, "proj": 32, "mlp": 48}
+KEYS: dict[str, Any] = TOKENFORMER | {"qkv_slot_num": 32, "proj_slot_num": 32, "param_token_groups": GROUPS}
+SCALES = {"query": 32, "key": 32, "value": 32, "proj": 32, "mlp": 48}
 THETAS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 
 Call = Callable[..., Checkpoint]
@@ -83,16 +83,17 @@ def test_an_extracted_model_has_rows_of_the_large_one_bitwise(
     assert all(torch.equal(found[name], expected[name]) for name in found)
     sizes = small.config.model.param_tokens
     assert sizes is not None and (sizes.qkv, sizes.proj, sizes.ffn) == tuple(
-        round(float(share) * n) for n in (24, 32, 48)
+        round(float(share) * n) for n in (32, 32, 48)
     )
-    assert (sizes.qkv_scale_base, sizes.proj_scale_base, sizes.ffn_scale_base) == (24, 32, 48)
+    assert (sizes.qkv_scale_base, sizes.proj_scale_base, sizes.ffn_scale_base) == (32, 32, 48)
     reference = tokenformer({name: w.double() for name, w in found.items()}, tokens(), KEYS | {"scales": SCALES})
     ours = logits_of(small.config.model, found)
-    assert (ours - reference).abs().max() < 1e-12 * reference.abs().max()
+    # Tables of rotary positions are float32 here.
+    assert (ours - reference).abs().max() < 1e-6 * reference.abs().max()
 
 
 def test_a_share_of_a_share_is_the_share_and_counts_do_the_same(tmp_path: Path, dataset: Path) -> None:
-    keys = KEYS | {"data_path": str(dataset), "qkv_slot_num": 32}
+    keys = KEYS | {"data_path": str(dataset)}
     source = make_checkpoint(write_yaml(tmp_path, keys))
 
     def extracted(given: Checkpoint, name: str, *words: str) -> Checkpoint:
@@ -151,7 +152,7 @@ REFUSED = {
     "share above 1": (["--share", "1.5"], r"--share 1.5: expected a part of the tokens above 0 and up to 1"),
     "share of 0": (["--share", "0"], r"--share 0: expected"),
     "no whole tokens": (["--share", "0.3"], r"share 0.3: takes no whole number of tokens of each of the 4 groups of "
-                        r"qkv_slot_num 24. Nearest: 0.3333333 \(8 tokens\)"),
+                        r"qkv_slot_num 32. Nearest: 0.25 \(8 tokens\)"),
     "more than there is": (["--ffn", "64"], "ffn_slot_num: 64 tokens are asked for, and there are 48"),
     "uneven groups": (["--ffn", "30"], "ffn_slot_num: 30 tokens do not split evenly over param_token_groups 4"),
     "no size": ([], "size: give either --share, or counts"),
@@ -203,9 +204,8 @@ def test_tokens_in_the_order_of_their_importance_compute_the_same(theta: str, tm
         kept = taken({f"{name}.key_tokens": weights[f"{name}.key_tokens"]}, 0.5)[f"{name}.key_tokens"]
         best = after[f"{name}.key_tokens"][important.argsort(descending=True)[: len(kept)]]
         assert {tuple(row) for row in kept.tolist()} == {tuple(row) for row in best.tolist()}, name
-        rows = [
-            torch.cat([of[f"{name}.{kind}_tokens"] for kind in ("key", "value")], dim=1) for of in (before, weights)
-        ]
+        kinds = [f"{name}.{kind}_tokens" for kind in ("key", "value")]
+        rows = [torch.cat([of[kind] for kind in kinds], dim=1) for of in (before, weights)]
         pairs = [{tuple(row) for row in joined.tolist()} for joined in rows]
         assert pairs[0] == pairs[1], name
 
@@ -218,7 +218,7 @@ def test_importance_is_that_of_plain_torch(source: Checkpoint) -> None:
     h = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     name = "layers.0.attention.query"
     scores = h @ weights[f"{name}.key_tokens"].T
-    normal = math.sqrt(24) * scores / scores.norm(dim=-1, keepdim=True)
+    normal = math.sqrt(32) * scores / scores.norm(dim=-1, keepdim=True)
     activations = normal * 0.5 * (1 + torch.erf(normal / math.sqrt(2)))
     by_hand = activations.abs().mean((0, 1)) * weights[f"{name}.value_tokens"].norm(dim=-1)
     found = token_importance(source, "activation", [text[:1], text[1:2], text[2:]])
@@ -245,11 +245,11 @@ def test_pruning_keeps_the_scale_and_shows_the_recomputed_one(
     small = call(prune, "--share", "0.5", "--sequences", "8", "--measure", "gradient")
     said = capsys.readouterr().out
     model = small.config.model
-    assert model.param_tokens is not None and model.param_tokens.qkv_scale_base == 24
+    assert model.param_tokens is not None and model.param_tokens.qkv_scale_base == 32
     recomputed = with_recomputed_scale(model).param_tokens
-    assert recomputed is not None and recomputed.qkv_scale_base == 12
+    assert recomputed is not None and recomputed.qkv_scale_base == 16
     assert "under the scale of the whole model, and to" in said and "under a recomputed one" in said
-    assert "qkv_slot_num=12 proj_slot_num=16 ffn_slot_num=24 qkv_scale_base=24" in said
+    assert "qkv_slot_num=16 proj_slot_num=16 ffn_slot_num=24 qkv_scale_base=32" in said
     with pytest.raises(DataError, match="importance is measured on those after them"):
         call(prune, "--share", "0.5", "--text", str(short_text(source)))
 
