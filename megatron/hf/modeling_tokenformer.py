@@ -108,13 +108,14 @@ class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def tokens_read_of_each_group(self, part: str) -> int:
         """Returns how many tokens of each group of a Pattention are read; `part` is "qkv", "proj" or "ffn"."""
-        count, groups, share = getattr(self, f"num_{part}_tokens"), self.param_token_groups, self.param_token_share
+        count: int = getattr(self, f"num_{part}_tokens")
+        groups, share = self.param_token_groups, self.param_token_share
         if not 0.0 < share <= 1.0:
             raise ValueError(f"param_token_share {share} is not above 0 and up to 1")
-        if count % groups:
+        if groups < 1 or count % groups:
             raise ValueError(f"num_{part}_tokens {count} is not a multiple of param_token_groups {groups}")
         block = count // groups
-        taken = round(share * block)
+        taken: int = round(share * block)
         if not taken or abs(taken - share * block) > 1e-6 * block:
             raise ValueError(
                 f"param_token_share {share} is no whole number of the {block} tokens of a group of num_{part}_tokens; "
@@ -223,7 +224,7 @@ class TokenFormerPattention(nn.Module):
             return tokens
         if hasattr(tokens, "device_mesh"):
             raise ValueError("param_token_share is below 1, which does not split over ranks: extract the smaller model")
-        return tokens.unflatten(0, (self.groups, -1))[:, : self.tokens_of_each].flatten(0, 1)
+        return tokens.view(self.groups, -1, tokens.shape[1])[:, : self.tokens_of_each].flatten(0, 1)
 
     def extra_repr(self) -> str:
         num_tokens, hidden_size = self.key_tokens.shape

@@ -82,7 +82,7 @@ class Pattention(nn.Module):
         if self._share is None:
             return tokens_pD
         groups, tokens_of_each = self._share
-        return tokens_pD.unflatten(0, (groups, -1))[:, :tokens_of_each].flatten(0, 1)
+        return tokens_pD.view(groups, -1, tokens_pD.shape[1])[:, :tokens_of_each].flatten(0, 1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Maps the whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""

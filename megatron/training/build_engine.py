@@ -27,7 +27,7 @@ from megatron.training.after_growth import AfterGrowth
 from megatron.training.distillation.distillation import Distillation
 from megatron.training.distillation.find_teacher import Teacher
 from megatron.training.distillation.teacher_stage import TeacherStage
-from megatron.training.elastic.elastic_training import ElasticTraining, TwoPassLoss
+from megatron.training.elastic.elastic_training import CrossEntropy, ElasticTraining, TwoPassLoss
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer
 from megatron.training.stability.deepspeed_patches import install
@@ -144,9 +144,9 @@ def _two_pass_loss(
     speedups: Speedups,
     context: ParallelContext,
 ) -> TwoPassLoss:
-    cross_entropy = (FusedCausalLMLoss if speedups.fused_cross_entropy else CausalLMLoss)(
-        vocab.num_valid(config.model), context
-    )
+    num_valid = vocab.num_valid(config.model)
+    fused = speedups.fused_cross_entropy
+    cross_entropy: CrossEntropy = FusedCausalLMLoss(num_valid, context) if fused else CausalLMLoss(num_valid, context)
     accumulation = batch.gradient_accumulation_steps
     return TwoPassLoss(elastic, cross_entropy, vocab.actual, accumulation, local_device(), context)
 

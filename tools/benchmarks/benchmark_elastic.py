@@ -64,7 +64,7 @@ def benchmark(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         y_BSD = x_BSD.requires_grad_()
         for layer in layers:
             y_BSD = layer(y_BSD)
-        y_BSD.sum().backward()
+        torch.autograd.backward(y_BSD.sum())
         layers.zero_grad(set_to_none=True)
 
     calls: dict[str, Callable[[], Any]] = {f"{share:g}": partial(step, share) for share in models}

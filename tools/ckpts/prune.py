@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_tokenformer import run_tool
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("megatron").setLevel(logging.INFO)
     job = read_rewriting(args)
     smaller = smaller_model(job.source.config.model, args)
-    from dataclasses import replace
+    import torch
 
     from megatron.growth.shrinking.prune_tokens import by_importance, token_importance, with_recomputed_scale
     from megatron.growth.shrinking.write_smaller import unchanged, write_smaller
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             "and importance is measured on those after them. Name a longer text."
         )
     held_out, measured = tokens[:HELD_OUT], tokens[HELD_OUT:]
-    importance = token_importance(job.source, args.measure, measured.split(HELD_OUT))
+    importance = token_importance(job.source, args.measure, torch.split(measured, HELD_OUT))
     pruned = by_importance(job.source, importance, smaller)
     recomputed = replace(pruned, model=with_recomputed_scale(smaller))
     print(

@@ -123,7 +123,7 @@ def _by_gradient(model: LocalCausalLM, tokens_BS: Tensor, num_valid: int | None)
     for sequence_S in tokens_BS:
         model.zero_grad()
         logits_1SV = model(sequence_S.unsqueeze(0))
-        F.cross_entropy(logits_1SV[0, :-1, :num_valid], sequence_S[1:]).backward()
+        torch.autograd.backward(F.cross_entropy(logits_1SV[0, :-1, :num_valid], sequence_S[1:]))
         for name, layer in _pattentions(model):
             change_P = torch.zeros(len(layer.key_tokens))
             for tokens in (layer.key_tokens, layer.value_tokens):

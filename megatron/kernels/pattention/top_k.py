@@ -34,7 +34,7 @@ class ValueReads:
 
     def add(self, is_chosen_RJp: Tensor) -> None:
         """Counts the choice of some positions."""
-        blocks = is_chosen_RJp.split(SPARSE_BLOCK, dim=-1)
+        blocks = torch.split(is_chosen_RJp, SPARSE_BLOCK, dim=-1)
         self.everything += is_chosen_RJp.numel()
         self.chosen += int(is_chosen_RJp.sum())
         self.in_blocks += sum(int(block.any(-1).sum()) * block.shape[-1] for block in blocks)
@@ -69,17 +69,18 @@ class TopKPattention:
         self.reads.add(is_chosen_RJp)
         read_RJp = (h_RJp * is_chosen_RJp).to(x_BSD.dtype)
         y_JRN = torch.stack([read_RJp[:, index] @ values for index, values in enumerate(value_tokens)])
-        return y_JRN.unflatten(1, x_BSD.shape[:-1])
+        return y_JRN.view(len(key_tokens), *x_BSD.shape[:-1], -1)
 
     def _choose(self, strengths_RJp: Tensor, rows: RowReduction) -> Tensor:
         """Tells which tokens are among the strongest over all ranks; tokens as strong as the last one are, too."""
-        blocks_RJb = strengths_RJp.unflatten(-1, (-1, self.block)).sum(-1)
+        blocks_RJb = strengths_RJp.view(*strengths_RJp.shape[:-1], -1, self.block).sum(-1)
         own = blocks_RJb.shape[-1]
         everywhere = own * rows.gather(strengths_RJp.new_zeros((1, 1, 1))).shape[-1]
         wanted = self._blocks(everywhere)
         candidates = rows.gather(blocks_RJb.topk(min(wanted, own), dim=-1).values)
         weakest_RJ1 = candidates.topk(min(wanted, candidates.shape[-1]), dim=-1).values[..., -1:]
-        return (blocks_RJb >= weakest_RJ1).repeat_interleave(self.block, dim=-1)
+        is_chosen_RJb: Tensor = blocks_RJb >= weakest_RJ1
+        return is_chosen_RJb.repeat_interleave(self.block, dim=-1)
 
     def _blocks(self, everywhere: int) -> int:
         """Returns how many of a Pattention's blocks a position reads, one at least."""

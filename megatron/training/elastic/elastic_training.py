@@ -9,7 +9,7 @@ Shape letters: see megatron/README.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from megatron.config.sections.elastic import ElasticConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.data.micro_batch import MicroBatch, Targets
-from megatron.model.pipeline import CausalLMPipeline, Loss
+from megatron.model.pipeline import CausalLMPipeline
 from megatron.model.token_shares import TokenShares, sublayer_names
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.divergence import vocab_parallel_divergence
 from megatron.training.elastic.step_shares import WHOLE, mean_saved_flops, saved_flops, step_shares
 from megatron.training.loss_terms import LossTerms
+
+CrossEntropy = Callable[[Any, Targets], Tensor]
+"""(what the last stage returns, targets) -> loss."""
 
 FULL_LOSS, SHARE_LOSS, DIVERGENCE = range(3)
 
@@ -39,7 +42,7 @@ class TwoPassLoss:
     def __init__(
         self,
         config: ElasticConfig,
-        cross_entropy: Loss,
+        cross_entropy: CrossEntropy,
         num_tokens: int,
         accumulation: int,
         device: torch.device,
