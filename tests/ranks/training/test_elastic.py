@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,26 @@ from tests.helpers.tensor_files import assert_same_checkpoint
 from tools.ckpts import extract
 
 STEPS = 6
-BASE: dict[str, Any] = TOKENFORMER | {"param_token_groups": 4, "train_iters": STEPS, "eval_interval": 3}
+BASE: dict[str, Any] = TOKENFORMER | {
+    "qkv_slot_num": 32,
+    "proj_slot_num": 32,
+    "param_token_groups": 4,
+    "train_iters": STEPS,
+    "eval_interval": 3,
+}
 SHARES = [0.5, 0.25, 1]
 """In no order."""
 TOLERANCE = 1e-5
 """Of losses and norms between layouts (tests/helpers/layout_runs.py)."""
-BASE |= {"qkv_slot_num": 32, "proj_slot_num": 32}
 MODES: dict[str, dict[str, Any]] = {
     "sampled": {"shares": SHARES},
     "alternate": {"shares": SHARES, "full_model": "alternate", "sample": "sublayer"},
     "always": {"shares": SHARES, "full_model": "always", "distillation_weight": 0.4, "temperature": 2.0},
 }
+
+
+PLAIN: dict[str, Any] = layout_keys(batch=8) | {"extra_save_iters": [0], "elastic": MODES["sampled"]}
+"""Of the run that is compared with plain torch, in one micro batch a step."""
 
 
 class Runs:
@@ -83,13 +91,14 @@ def curves(run: Path) -> dict[str, dict[int, float]]:
     return {key: records(run, key) for key in keys}
 
 
-def test_a_step_of_the_whole_model_is_an_ordinary_step(runs: Runs) -> None:
+def test_a_step_of_the_whole_model_is_an_ordinary_step(runs: Runs, tokenformer_run: Path) -> None:
     """Bitwise: losses, norms, weights and moments of a run whose only share is 1."""
-    ordinary = runs.train("ordinary", param_token_groups=1)
-    whole = runs.train("whole", elastic={"shares": [1]})
-    for key in ("train/lm_loss", "train/grad_norm", "valid/lm_loss", "test/lm_loss", "training_flops"):
-        assert records(whole, key) == records(ordinary, key) != {}, key
-    assert_same_checkpoint(whole / f"global_step{STEPS}", ordinary / f"global_step{STEPS}")
+    sizes = {key: TOKENFORMER[key] for key in ("qkv_slot_num", "proj_slot_num")}
+    whole = runs.train("whole", elastic={"shares": [1]}, **sizes)
+    for key in ("train/lm_loss", "train/grad_norm", "training_flops"):
+        ordinary = records(tokenformer_run, key)
+        assert records(whole, key) == {step: ordinary[step] for step in range(1, STEPS + 1)}, key
+    assert_same_checkpoint(whole / f"global_step{STEPS}", tokenformer_run / f"global_step{STEPS}")
 
 
 @pytest.mark.parametrize(
@@ -163,11 +172,10 @@ class PlainElasticRun(PlainRun):
 
 def test_steps_of_shares_equal_plain_torch_in_float64(runs: Runs, dataset: Path) -> None:
     """Losses, norms, and the weights after all: rows that a step did not read see AdamW with a gradient of zero."""
-    keys = layout_keys(batch=8) | {"extra_save_iters": [0], "elastic": MODES["sampled"], "eval_iters": 0}
-    run = runs.train("plain", **keys)
+    run = runs.train("plain", **PLAIN)
     shares = shares_of_steps(run)
     assert len(shares) == STEPS and set(shares.values()) == set(SHARES), "every share is drawn"
-    plain = PlainElasticRun(BASE | keys, batch=8, steps=STEPS)
+    plain = PlainElasticRun(BASE | PLAIN, batch=8, steps=STEPS)
     weights = {name: weight.double() for name, weight in read_weights(read_checkpoint(run / "global_step0")).items()}
     followed = list(plain.follow_shares(weights, dataset, shares))
     for key, column in (("train/lm_loss", 0), ("train/grad_norm", 1)):
@@ -177,37 +185,45 @@ def test_steps_of_shares_equal_plain_torch_in_float64(runs: Runs, dataset: Path)
         for name, state in layer.by_global_name():
             assert state.master is not None
             torch.testing.assert_close(state.master.double(), weights[name], rtol=1e-4, atol=2e-6)
-    model = load_config([runs.config("plain", **keys)]).run.model
+    model = load_config([runs.config("plain", **PLAIN)]).run.model
     flops = sum(training_flops(model_of_share(model, share), 512, 16) for share in shares.values())
     assert records(run, "training_flops")[STEPS] == pytest.approx(flops * 8 * 16, rel=1e-12)
 
 
-def test_the_loss_of_two_passes_is_that_of_both(runs: Runs) -> None:
-    """At the first step, whose learning rate is 0: the whole model's and a share's, each as in a run of its own."""
+def test_the_loss_of_two_passes_is_that_of_both(runs: Runs, dataset: Path) -> None:
+    """Each term of the first step by plain torch in float64, and the sum of every step's."""
     both = runs.train("always", elastic=MODES["always"])
     loss, whole, divergence = (records(both, f"train/{key}") for key in ("loss", "lm_loss", "distillation_loss"))
-    for step, share in shares_of_steps(both).items():
-        own = records(both, f"train/lm_loss_share_{share:g}")[step]
-        assert loss[step] == pytest.approx((whole[step] + 0.6 * own + 0.4 * divergence[step]) / 2, rel=1e-6)
-    ordinary = runs.train("ordinary", param_token_groups=1)
-    assert whole[1] == pytest.approx(records(ordinary, "train/lm_loss")[1], rel=1e-6)
-    assert set(shares_of_steps(both).values()) == {0.25, 0.5}
+    shares = shares_of_steps(both)
+    own = {step: records(both, f"train/lm_loss_share_{share:g}")[step] for step, share in shares.items()}
+    assert set(shares.values()) == {0.25, 0.5}
+    for step in shares:
+        expected = (whole[step] + 0.6 * own[step] + 0.4 * divergence[step]) / 2
+        assert loss[step] == pytest.approx(expected, rel=1e-6)
+    start = read_checkpoint(runs.train("plain", **PLAIN) / "global_step0")
+    weights = {name: weight.double() for name, weight in read_weights(start).items()}
+    samples = sample_order(dataset, BASE, 8)
+    tokens = torch.stack([next(samples) for _ in range(8)])
+    settings, labels = BASE | {"scales": SCALES}, tokens[:, 1:].flatten()
+    full = tokenformer(weights, tokens[:, :-1], settings).flatten(0, 1)
+    part = tokenformer(share_of_rows(weights, shares[1]), tokens[:, :-1], settings).flatten(0, 1)
+    assert whole[1] == pytest.approx(float(F.cross_entropy(full, labels)), rel=1e-6)
+    assert own[1] == pytest.approx(float(F.cross_entropy(part, labels)), rel=1e-6)
+    kl = F.kl_div((part / 2).log_softmax(-1), (full / 2).softmax(-1), reduction="batchmean")
+    assert divergence[1] == pytest.approx(4 * float(kl), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["always", pytest.param("alternate", marks=pytest.mark.full)])
 def test_a_run_that_was_killed_goes_on_bitwise(mode: str, runs: Runs) -> None:
     """Its last whole checkpoint is that of step 4; what came after is lost, and is the same once more."""
     keys = {"elastic": MODES[mode], "hidden_dropout": 0.1, "checkpoint_factor": 4, "auto_resume": True}
-    whole = runs.train(f"{mode}-uninterrupted", **keys)
-    config = runs.config(f"{mode}-killed", **keys)
-    folder = config.with_suffix("")
-    train(config)
-    shutil.rmtree(folder / f"global_step{STEPS}")
+    folder = runs.train(f"{mode}-killed", **keys)
+    before, last = curves(folder), folder / f"global_step{STEPS}"
+    kept = last.rename(folder.parent / f"{mode}-kept")
     (folder / "latest").write_text("global_step4")
-    assert run_ranks(config).code == 0
-    assert_same_checkpoint(folder / f"global_step{STEPS}", whole / f"global_step{STEPS}")
-    for key, values in curves(whole).items():
-        assert records(folder, key) == values, key
+    assert run_ranks(folder.with_suffix(".yml")).code == 0
+    assert_same_checkpoint(last, kept)
+    assert curves(folder) == before
 
 
 def test_an_extracted_share_is_evaluated_and_trains_on_as_any_run(runs: Runs, tmp_path: Path) -> None:
