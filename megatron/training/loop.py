@@ -79,8 +79,8 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
 def _losses(loss: Tensor, run: TrainingRun) -> dict[str, Tensor]:
     """Returns a step's losses by metric: the cross entropy alone, or the whole loss and its terms."""
     total = loss.detach().float()
-    found = {"lm_loss": total} if run.elastic is None else run.elastic.losses(total)
-    return found if run.distillation is None else found | {"loss": total} | run.distillation.step_losses()
+    terms = {"lm_loss": total} if run.distillation is None else {"loss": total} | run.distillation.step_losses()
+    return terms if run.elastic is None else terms | run.elastic.losses(total, terms["lm_loss"])
 
 
 def _exits_at(iteration: int, exit_interval: int | None) -> bool:

@@ -143,12 +143,15 @@ class ElasticTraining:
             return self.whole_flops - saved
         return -saved / 2 if self.config.full_model == "alternate" else -saved
 
-    def losses(self, total: Tensor) -> dict[str, Tensor]:
-        """Returns the last step's losses by metric; `total` is the engine's. Collective with two passes."""
+    def losses(self, total: Tensor, cross_entropy: Tensor) -> dict[str, Tensor]:
+        """Returns the last step's losses by metric, from the engine's whole loss and the cross entropy of its passes.
+
+        Collective with two passes.
+        """
         shares = set(self._passes[-1].values()) or {1.0}
         name = f"lm_loss_share_{shares.pop():g}" if self.config.sample == "model" else "lm_loss_shares"
         if self._loss is None:
-            return {"lm_loss": total, name: total}
+            return {name: cross_entropy}
         full, share, divergence = self._loss.terms.means()
         terms = {"distillation_loss": divergence} if self.config.distillation_weight else {}
         return {"loss": total, "lm_loss": full, name: share, **terms}
