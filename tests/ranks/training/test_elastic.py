@@ -268,3 +268,14 @@ def test_an_extracted_share_is_evaluated_and_trains_on_as_any_run(runs: Runs, tm
 def test_training_with_what_it_cannot_do_is_refused(write_config: Callable[..., Path]) -> None:
     config = write_config(BASE | {"elastic": MODES["sampled"]})
     assert "param_token_share: training reads all parameter tokens" in fails_with(config, "param_token_share=0.5")
+
+
+@pytest.mark.full
+def test_a_teacher_teaches_every_share(runs: Runs) -> None:
+    """The loss of a share is its cross entropy, and the whole loss has the teacher's term as in any run."""
+    distillation = {"teacher": str(runs.train("plain", **PLAIN)), "weight": 0.3}
+    run = runs.train("taught", elastic=MODES["sampled"], distillation=distillation)
+    loss, language, divergence = (records(run, f"train/{key}") for key in ("loss", "lm_loss", "distillation_loss"))
+    for step, share in shares_of_steps(run).items():
+        assert records(run, f"train/lm_loss_share_{share:g}")[step] == language[step]
+        assert loss[step] == pytest.approx(0.7 * language[step] + 0.3 * divergence[step], rel=1e-6)
