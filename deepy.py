@@ -131,7 +131,9 @@ def find_script(word: str) -> Path:
         own = [folder / word for folder in (beside, beside / "tools") if (folder / word).is_file()]
         script = own[0] if own else script
     if not script.is_file():
-        raise ConfigError(f"{script}: no such script. deepy.py runs train.py, validate.py, generate.py or eval.py.")
+        raise ConfigError(
+            f"{script}: no such script. deepy.py runs train.py, validate.py, token_curve.py, generate.py or eval.py."
+        )
     return script
 
 

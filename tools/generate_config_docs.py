@@ -45,6 +45,8 @@ THEMES = {
     "grow": "Growth",
     "inherit": "Inheriting",
     "distillation": "Distillation",
+    "elastic": "Elastic training",
+    "reading": "Reading a part",
     "watchdog": "Hangs",
 }
 """Sections of the configuration, and the headings of their keys."""
@@ -106,6 +108,14 @@ are stages, and its layers are spread by the same `pipe_partition_method`. `--ch
 
 `train/loss` is then the whole loss, `train/lm_loss` the cross entropy and `train/distillation_loss` T^2 times the
 divergence; `valid/lm_loss` and `test/lm_loss` know no teacher. FLOPs include the teacher's forward pass.
+
+A run with a section `elastic` trains a model and its shares, smaller models of the same parameter tokens:
+
+    param_token_groups: 8 # a multiple of every model_parallel_size to come
+    elastic: {shares: [0.25, 0.5, 0.75, 1]}
+
+Evaluation and generation read one of them with `param_token_share: 0.5`, and `tools/ckpts/extract.py` makes it a
+checkpoint of its own.
 
 `tokenformer/` and `pythia/` hold the published recipes with a global batch of 1024 samples, from which gradient
 accumulation follows for any number of ranks. `gpt2/` holds GPT-2's four sizes, `inheritune/` the models that the

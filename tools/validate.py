@@ -46,16 +46,20 @@ def main(argv: Sequence[str]) -> int:
         checkpoint = configured_checkpoint(run.checkpoint)
         found = validation_loss(run, checkpoint, samples, context, local_device())
     if int(os.environ["RANK"]) == 0:
+        title = "" if run.reading is None else run.reading.title
+        part = f" ({title})" if title else ""
         print(
-            f"{checkpoint.path}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over "
+            f"{checkpoint.path}{part}: validation loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, over "
             f"{samples:,} samples of {run.model.seq_length:,} tokens"
         )
         if run.evaluation.output.endswith(".json"):
             run_id = checkpoint.manifest.run_id
             record = {"checkpoint": str(checkpoint.path), "run_id": run_id, "iteration": checkpoint.state.iteration}
+            record |= {"reading": title} if title else {}
+            facts = {name: value for name, value in asdict(found).items() if value is not None}
             output = Path(run.evaluation.output)
             output.parent.mkdir(parents=True, exist_ok=True)
-            replace_durably(output, json.dumps(record | asdict(found), indent=1) + "\n")
+            replace_durably(output, json.dumps(record | facts, indent=1) + "\n")
     return 0
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from megatron.config.architecture import architecture_facts, optional_sections
 from megatron.config.checks import CHECKS, Finding
+from megatron.config.elastic_checks import ELASTIC_CHECKS
 from megatron.config.grow_checks import GROW_CHECKS
 from megatron.config.inherit_checks import INHERIT_CHECKS
 from megatron.config.neox.translate import Setting
@@ -22,7 +23,7 @@ from megatron.config.value_types import describe, expected
 from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, report, show
 from megatron.errors import ConfigError
 
-ALL_CHECKS = (*CHECKS, *GROW_CHECKS, *INHERIT_CHECKS)
+ALL_CHECKS = (*CHECKS, *GROW_CHECKS, *INHERIT_CHECKS, *ELASTIC_CHECKS)
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
 

@@ -15,6 +15,7 @@ from megatron.config.model_size import count_parameters
 from megatron.config.optimizer import facts_of, registered_optimizers
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
+from megatron.config.token_share import TOKEN_KEYS
 from megatron.registry import variant_names
 
 
@@ -177,6 +178,20 @@ def _tensor_parallel_sizes(run: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "model.seq_length", f"{_does_not_split(ranks)}, as sequence_parallel asks; nearest valid value: {nearest}"
         )
+
+
+def _param_token_groups(run: RunConfig) -> Iterator[Finding]:
+    tokens = run.model.param_tokens
+    if tokens is None:
+        return
+    for field in TOKEN_KEYS:
+        count = getattr(tokens, field)
+        if count % tokens.groups:
+            yield Finding(
+                f"model.param_tokens.{field}",
+                f"does not split into param_token_groups {tokens.groups} equal blocks; nearest valid value: "
+                f"{nearest_multiple(count, tokens.groups)}",
+            )
 
 
 def _tensor_parallel_vocabulary(run: RunConfig) -> Iterator[Finding]:
@@ -544,6 +559,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _padded_vocabulary,
     _fixed_by_architecture,
     _tensor_parallel_sizes,
+    _param_token_groups,
     _tensor_parallel_vocabulary,
     _parameters_are_countable,
     _file_names,

@@ -1,4 +1,4 @@
-"""The command line that deepy.py, train.py, generate.py, eval.py and tools/validate.py share."""
+"""The command line that deepy.py, train.py, generate.py, eval.py, tools/validate.py and token_curve.py share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ SUFFIXES = (".yml", ".yaml", ".json")
 SCRIPTS = {
     "train.py": "Trains a model as its configuration says, or goes on with a run.",
     "validate.py": "Measures a checkpoint's loss on a fixed part of the validation data.",
+    "token_curve.py": "Draws loss and tasks of a checkpoint over its sizes.",
     "generate.py": "Samples text from a trained model.",
     "eval.py": "Scores checkpoints on tasks of lm-eval.",
 }
@@ -110,7 +111,7 @@ def command_parser(script: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="+", metavar="a.yml b.yml key=value", help="YAML files or a run, overrides")
     several = "; several, or all, for eval.py" if script in {None, "eval.py"} else ""
     parser.add_argument("--iteration", nargs="+", metavar="N", help=f"step of the checkpoint to load{several}")
-    _add_evaluation_flags(parser, shown=script in {None, "eval.py"})
+    _add_evaluation_flags(parser, shown=script in {None, "eval.py", "token_curve.py"})
     return parser
 
 
@@ -162,7 +163,7 @@ def _add_planning_flags(parser: argparse.ArgumentParser, *, shown: bool) -> None
 
 
 def _add_evaluation_flags(parser: argparse.ArgumentParser, *, shown: bool) -> None:
-    group = parser.add_argument_group("evaluation (eval.py)") if shown else parser
+    group = parser.add_argument_group("evaluation (eval.py, token_curve.py)") if shown else parser
 
     def add(flag: str, meaning: str, **kind: Any) -> None:
         names = dict.fromkeys([flag, flag.replace("_", "-")])

@@ -10,6 +10,7 @@ from megatron.config.load_config import LoadedConfig
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.section_fields import fields
+from megatron.config.token_share import model_of_share
 from megatron.config.yaml.problems import YamlValue, show
 from megatron.errors import ConfigError
 
@@ -40,6 +41,10 @@ def summary(loaded: LoadedConfig, world_size: int | None = None) -> list[str]:
     if model.padded_vocab_size is not None:
         count = count_parameters(model, model.padded_vocab_size)
         lines.append(f"{count:,} parameters with a vocabulary of {model.padded_vocab_size:,}")
+        elastic = loaded.run.elastic
+        for share in [] if elastic is None else reversed(elastic.smaller_shares):
+            count = count_parameters(model_of_share(model, share), model.padded_vocab_size)
+            lines.append(f"{count:,} of them at a share of {share:g}")
     try:
         batch = loaded.batch(fewest_ranks(loaded) if world_size is None else world_size)
     except ConfigError as error:

@@ -24,8 +24,6 @@ from megatron.registry import Registry
 if TYPE_CHECKING:
     from megatron.growth.layer_reader import LayerReader
 
-TOKEN_COUNTS = {"qkv": "qkv_slot_num", "proj": "proj_slot_num", "ffn": "ffn_slot_num"}
-"""Counts of parameter tokens, and their YAML keys; each has a scale of its own, such as `qkv_scale_base`."""
 RULES_OF_ONE_OPERATOR = ("ramp_iters", "perturb", "shrink", "insert_at", "reference")
 """Rules that have no effect but with the operators that declare them."""
 

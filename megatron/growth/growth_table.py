@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from megatron.checkpointing.states.parameter_layout import LayerLayout, layer_layouts
-from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS, Growth
+from megatron.config.token_share import TOKEN_KEYS
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth
 
 COLUMNS = ("layers", "made of", "q, k, v tokens", "proj tokens", "ffn tokens", "parameters each", "new rows each")
 
@@ -43,7 +44,7 @@ def _sizes(growth: Growth, before: LayerLayout, after: LayerLayout) -> tuple[str
         _change(getattr(growth.record.before, field), getattr(growth.record.after, field))
         if after.name.startswith("layers.")
         else ""
-        for field in TOKEN_COUNTS
+        for field in TOKEN_KEYS
     ]
     new_rows = 0
     for local, spec in after.parameters.items():

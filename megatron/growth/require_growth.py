@@ -5,8 +5,9 @@ from __future__ import annotations
 from megatron.checkpointing.states.same_model import model_differences
 from megatron.config.sections.growth import GrowthRules, ModelSizes, rule_contradictions
 from megatron.config.sections.model import ModelConfig
+from megatron.config.token_share import TOKEN_KEYS
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import GROWTH_OPERATORS, RULES_OF_ONE_OPERATOR, TOKEN_COUNTS, GrowthOperator
+from megatron.growth.growth_operator import GROWTH_OPERATORS, RULES_OF_ONE_OPERATOR, GrowthOperator
 
 
 def require_growth(before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> None:
@@ -55,7 +56,7 @@ def _require_same_but_for_sizes(before: ModelConfig, after: ModelConfig) -> None
 
 def _require_more(before: ModelConfig, after: ModelConfig) -> None:
     old, new = ModelSizes.of(before), ModelSizes.of(after)
-    counts = [(key, getattr(old, field), getattr(new, field), "tokens") for field, key in TOKEN_COUNTS.items()]
+    counts = [(key, getattr(old, field), getattr(new, field), "tokens") for field, key in TOKEN_KEYS.items()]
     for key, fewer, more, what in (*counts, ("num_layers", old.num_layers, new.num_layers, "layers")):
         if fewer is not None and more is not None and more < fewer:
             raise ConfigError(
@@ -80,6 +81,12 @@ def _require_same_layers(before: ModelConfig, after: ModelConfig, name: str) -> 
             f"num_layers: checkpoint {before.num_layers}, configuration {after.num_layers}, and {name} adds parameter "
             f"tokens. Add layers by {' or '.join(depth)}."
         )
+    if before.param_tokens is not None and before.param_tokens.groups > 1:
+        raise ConfigError(
+            f"param_token_groups: {before.param_tokens.groups}: {name} appends tokens behind the last group, so that "
+            "groups, and the shares that were trained of them, would become others. Put them in one group first, which "
+            "keeps every share: tools/ckpts/extract.py --share 1 --groups 1."
+        )
     if before.param_tokens is None:
         raise ConfigError(
             "architecture: only a TokenFormer has parameter tokens to add. Add layers, by stack or insert."
@@ -101,7 +108,7 @@ def _adds_exactly(operator: GrowthOperator, theta: str) -> bool:
 
 
 def _require_scale(operator: GrowthOperator, before: ModelConfig, after: ModelConfig, name: str) -> None:
-    for field in TOKEN_COUNTS:
+    for field in TOKEN_KEYS:
         key = f"{field}_scale_base"
         base, given = getattr(before.param_tokens, key), getattr(after.param_tokens, key)
         needed = operator.scale_base(base, getattr(before.param_tokens, field), getattr(after.param_tokens, field))

@@ -7,8 +7,9 @@ from typing import Any
 
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
+from megatron.config.token_share import TOKEN_KEYS
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS
+from megatron.growth.growth_operator import GROWTH_OPERATORS
 from megatron.growth.require_growth import require_growth
 
 
@@ -39,7 +40,7 @@ def grown_model(
     tokens = model.param_tokens
     changes: dict[str, Any] = {"num_layers": asked.pop("num_layers") or model.num_layers}
     if tokens is not None:
-        counts = {field: asked[field] or getattr(tokens, field) for field in TOKEN_COUNTS}
+        counts = {field: asked[field] or getattr(tokens, field) for field in TOKEN_KEYS}
         scales = {
             f"{field}_scale_base": operator.scale_base(
                 getattr(tokens, f"{field}_scale_base"), getattr(tokens, field), count
@@ -55,9 +56,9 @@ def grown_model(
 
 
 def _multiplied(model: ModelConfig, layers: bool, factor: float) -> dict[str, int | None]:
-    sizes: dict[str, int | None] = dict.fromkeys((*TOKEN_COUNTS, "num_layers"))
+    sizes: dict[str, int | None] = dict.fromkeys((*TOKEN_KEYS, "num_layers"))
     if layers:
         return sizes | {"num_layers": round(model.num_layers * factor)}
     if model.param_tokens is None:
         raise ConfigError("architecture: only a TokenFormer has parameter tokens to add. Grow by stack or insert.")
-    return sizes | {field: round(getattr(model.param_tokens, field) * factor) for field in TOKEN_COUNTS}
+    return sizes | {field: round(getattr(model.param_tokens, field) * factor) for field in TOKEN_KEYS}

@@ -35,6 +35,8 @@ class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
         attention output Pattention, and of the one that stands for the MLP.
     qkv_scale_base, proj_scale_base, ffn_scale_base: token counts that set the scale of the normalized scores. They
         are the current counts unless given; a model that was grown keeps those it had before.
+    param_token_share: part of the tokens of every Pattention that is read, for models that were trained elastic: the
+        first part of each of param_token_groups equal groups, under the scale of all. The weights stay whole.
     theta: normalization of the scores: "softmax", "gelu_l2_norm" or "l2_norm_gelu".
     norm, final_norm: "layernorm", "layernorm_nonparam" (no weights) or "rmsnorm".
     rope_parameters: rope_type, rope_theta and partial_rotary_factor, the share of each head's features that is rotated
@@ -65,6 +67,8 @@ class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
     qkv_scale_base: int | None = None
     proj_scale_base: int | None = None
     ffn_scale_base: int | None = None
+    param_token_groups: int = 1
+    param_token_share: float = 1.0
     theta: str = "l2_norm_gelu"
     norm: str = "layernorm_nonparam"
     final_norm: str = "layernorm"
@@ -96,9 +100,28 @@ class TokenFormerConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ValueError(f"partial_rotary_factor {share} of a head is an odd number of features; pairs are rotated")
         if self.theta not in THETAS:
             raise ValueError(f"unknown theta {self.theta!r}; known: {', '.join(THETAS)}")
+        for part in ("qkv", "proj", "ffn"):
+            self.tokens_read_of_each_group(part)
         for name in (self.norm, self.final_norm):
             if name not in NORMS:
                 raise ValueError(f"unknown norm {name!r}; known: {', '.join(NORMS)}")
+
+    def tokens_read_of_each_group(self, part: str) -> int:
+        """Returns how many tokens of each group of a Pattention are read; `part` is "qkv", "proj" or "ffn"."""
+        count: int = getattr(self, f"num_{part}_tokens")
+        groups, share = self.param_token_groups, self.param_token_share
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"param_token_share {share} is not above 0 and up to 1")
+        if groups < 1 or count % groups:
+            raise ValueError(f"num_{part}_tokens {count} is not a multiple of param_token_groups {groups}")
+        block = count // groups
+        taken: int = round(share * block)
+        if not taken or abs(taken - share * block) > 1e-6 * block:
+            raise ValueError(
+                f"param_token_share {share} is no whole number of the {block} tokens of a group of num_{part}_tokens; "
+                f"nearest: {max(taken, 1) / block:.7g}"
+            )
+        return taken
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         rope = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
@@ -184,14 +207,24 @@ class TokenFormerPattention(nn.Module):
         self.theta = config.theta
         self.scale_base: int = getattr(config, f"{part}_scale_base")
         num_tokens = getattr(config, f"num_{part}_tokens")
+        self.groups, self.tokens_of_each = config.param_token_groups, config.tokens_read_of_each_group(part)
+        self.reads_all = self.groups * self.tokens_of_each == num_tokens
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, config.hidden_size))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, config.hidden_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        scores = F.linear(hidden_states, self.key_tokens)
+        scores = F.linear(hidden_states, self.read(self.key_tokens))
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weights = THETAS[self.theta](wide, self.scale_base).to(hidden_states.dtype)
-        return weights @ self.value_tokens
+        return weights @ self.read(self.value_tokens)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Returns the rows of the tokens that are read."""
+        if self.reads_all:
+            return tokens
+        if hasattr(tokens, "device_mesh"):
+            raise ValueError("param_token_share is below 1, which does not split over ranks: extract the smaller model")
+        return tokens.view(self.groups, -1, tokens.shape[1])[:, : self.tokens_of_each].flatten(0, 1)
 
     def extra_repr(self) -> str:
         num_tokens, hidden_size = self.key_tokens.shape

@@ -20,6 +20,8 @@ from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import CheckpointError, ConfigError
+from megatron.kernels.pattention.top_k import ValueReads
+from megatron.loaded_model.read_part import choose_tokens, layers_that_are_read, model_that_is_read
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
 from megatron.model.kv_cache import KeyValueCache
 from megatron.model.speedups import apply_speedups, choose_speedups
@@ -44,10 +46,14 @@ class TokenScores(NamedTuple):
 class LoadedModel:
     """A model without its engine: evaluation mode, frozen, tensor parallel, one pipeline stage."""
 
-    def __init__(self, module: LocalCausalLM, config: ModelConfig, vocab: VocabSize) -> None:
+    def __init__(
+        self, module: LocalCausalLM, config: ModelConfig, vocab: VocabSize, reads: ValueReads | None = None
+    ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.config = config
         self.vocab = vocab
+        self.reads = reads
+        """Counts the values that positions have read, where they read the strongest tokens alone."""
         self.context = module.context
         weight = module.embedding.word_embeddings.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -129,6 +135,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads this rank's share of a trained model, whatever layout wrote it, in the configured precision.
 
+    Of its parameter tokens it reads what the section `reading` says.
     Speed-ups are chosen as in training, but nothing is compiled: inputs have too many shapes. Raises ConfigError when
     the configuration describes another model than the checkpoint's, or one that does not split over the ranks of
     `context`; CheckpointError for weights that are damaged or not finite; EnvironmentSetupError for a speed-up that is
@@ -148,10 +155,11 @@ def load_model(
             f"{checkpoint.path} holds another model than the configuration describes: {'; '.join(differences)}. Give "
             "the configuration that it was trained with."
         )
-    vocab = checkpoint.vocab
+    vocab, whole = checkpoint.vocab, model
+    model = model_that_is_read(whole, config.reading)
     with device:
         module = build_local(model, vocab, None, context).to(DTYPES[config.training.precision.dtype])
-    load_parameters(module.named_parameters(), checkpoint, context)
+    load_parameters(module.named_parameters(), checkpoint, context, change=layers_that_are_read(whole, model))
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise CheckpointError(
@@ -159,4 +167,4 @@ def load_model(
                 "another checkpoint."
             )
     apply_speedups(module, replace(speedups, compile=False))
-    return LoadedModel(module, model, vocab)
+    return LoadedModel(module, model, vocab, choose_tokens(module, config.reading))

@@ -45,6 +45,9 @@ class ValidationLoss:
     """Samples that were read [samples]."""
     data: str
     """SHA-256 of what decides these samples: datasets, tokenizer, split, seed, length and number."""
+    value_reads: dict[str, float] | None = None
+    """Where positions read the strongest tokens alone: the share of all values that were `chosen`, and of those that
+    are `in_blocks` of 32 tokens with a chosen one."""
 
     @property
     def perplexity(self) -> float:
@@ -89,7 +92,20 @@ def validation_loss(
     if not math.isfinite(loss):
         raise NonFiniteError(f"{checkpoint.path}: its validation loss is {loss}. Choose another checkpoint.")
     facts = data_fingerprint(config.data, **sizes) | {"samples": str(samples), "eod_mask_loss": str(eod)}
-    return ValidationLoss(loss, samples, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())
+    data = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return ValidationLoss(loss, samples, data, _value_reads(loaded))
+
+
+def _value_reads(model: LoadedModel) -> dict[str, float] | None:
+    """Returns the shares of values that all ranks have read. Collective."""
+    if model.reads is None:
+        return None
+    everywhere = gather_objects(model.reads)
+    total = sum(reads.everything for reads in everywhere)
+    return {
+        "chosen": sum(reads.chosen for reads in everywhere) / total,
+        "in_blocks": sum(reads.in_blocks for reads in everywhere) / total,
+    }
 
 
 def _batch_size(config: RunConfig) -> int:

@@ -36,7 +36,17 @@ def local_old_rows(name: str, spec: ParameterSpec, growth: GrowthRecord, context
 
 def token_count(local_name: str, sizes: ModelSizes) -> int | None:
     """Returns how many tokens a layer's parameter such as `mlp.key_tokens` has; None for one without tokens."""
+    field = token_field(local_name)
+    count: int | None = None if field is None else getattr(sizes, field)
+    return count
+
+
+def token_field(local_name: str) -> str | None:
+    """Returns the field of the token count of a layer's parameter: `ffn` for `mlp.key_tokens`.
+
+    None for a parameter without tokens.
+    """
     *sublayers, kind = local_name.split(".")
     if kind not in ("key_tokens", "value_tokens"):
         return None
-    return {"mlp": sizes.ffn, "proj": sizes.proj}.get(sublayers[-1], sizes.qkv)
+    return {"mlp": "ffn", "proj": "proj"}.get(sublayers[-1], "qkv")

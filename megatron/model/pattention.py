@@ -31,7 +31,8 @@ class Pattention(nn.Module):
     Each tensor-parallel rank holds p = P / tp of the P tokens: K [p, D] and V [p, D]. `scale_base` is the token count
     that sets the scale of Theta; it is configuration, so that appending tokens does not change it.
 
-    While growth by mask_ramp opens, the scores of new tokens are m A instead of A, which is what keys m K give.
+    While growth by mask_ramp opens, the scores of new tokens are m A instead of A, which is what keys m K give. In
+    elastic training a step may read a share of the tokens: the sums of Theta then run over those, under the same scale.
     """
 
     def __init__(self, model: ModelConfig, num_tokens: int, scale_base: int, context: ParallelContext) -> None:
@@ -46,6 +47,7 @@ class Pattention(nn.Module):
         self.key_tokens = new_parameter(shape, input_initializer(model), context, what=what, shard_dim=0)
         self.value_tokens = new_parameter(shape, output_initializer(model), context, what=what, shard_dim=0)
         self._opening: tuple[int, Tensor] | None = None
+        self._share: tuple[int, int] | None = None
 
     def open_scores(self, old_tokens: int, multiplier: float) -> None:
         """Multiplies the scores of this rank's tokens beyond the first `old_tokens` by `multiplier` from now on."""
@@ -59,12 +61,28 @@ class Pattention(nn.Module):
         else:
             self._opening[1].fill_(multiplier)
 
+    def read_share(self, groups: int, tokens_of_each: int) -> None:
+        """Reads the first `tokens_of_each` of each of this rank's `groups` equal groups of tokens from now on."""
+        is_whole = groups * tokens_of_each == len(self.key_tokens)
+        self._share = None if is_whole else (groups, tokens_of_each)
+
     def scoring_keys(self) -> Tensor:
-        """Returns the keys [p, D] whose products with the input are the scores."""
+        """Returns the keys [p, D] whose products with the input are the scores; fewer where a share is read."""
         if self._opening is None:
-            return self.key_tokens
+            return self._shared(self.key_tokens)
         old_tokens, multiplier = self._opening
-        return torch.cat([self.key_tokens[:old_tokens], self.key_tokens[old_tokens:] * multiplier])
+        return self._shared(torch.cat([self.key_tokens[:old_tokens], self.key_tokens[old_tokens:] * multiplier]))
+
+    def weighed_values(self) -> Tensor:
+        """Returns the values [p, D] that go with these keys."""
+        return self._shared(self.value_tokens)
+
+    def _shared(self, tokens_pD: Tensor) -> Tensor:
+        """Returns the rows of the share: a view where they lie together, which those of one group do."""
+        if self._share is None:
+            return tokens_pD
+        groups, tokens_of_each = self._share
+        return tokens_pD.view(groups, -1, tokens_pD.shape[1])[:, :tokens_of_each].flatten(0, 1)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Maps the whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""
@@ -110,7 +128,7 @@ def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
     return first.kernel(
         x_BSD,
         [projection.scoring_keys() for projection in projections],
-        [projection.value_tokens for projection in projections],
+        [projection.weighed_values() for projection in projections],
         theta=first.theta,
         scale_base=first.scale_base,
         rows=row_reduction(first.context),
@@ -125,4 +143,5 @@ def row_reduction(context: ParallelContext) -> RowReduction:
     return RowReduction(
         sum=partial(collectives.sum_over_ranks, context=context),
         max=partial(collectives.max_over_ranks, context=context),
+        gather=partial(collectives.gather_output, dim=-1, context=context),
     )

@@ -16,7 +16,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.parallel import ParallelConfig
@@ -74,6 +74,8 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
             partition_method=parallel.pipe_partition_method,
         )
         self.model_config = model
+        self.recompute_contexts: Callable[[], tuple[Any, Any]] = noop_context_fn
+        """Makes the contexts in which layers run forward, and again where they are recomputed in the backward pass."""
         local_entries = entries[self._local_start : self._local_stop]
         self._segments = list(_segments(local_entries, checkpointed))
         if fused_cross_entropy and self.has_head:
@@ -92,7 +94,8 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         x: Any = forward_input
         for start, stop, recompute in self._segments:
             if recompute and torch.is_grad_enabled():
-                x = checkpoint(self._run, start, stop, x, use_reentrant=False)
+                run = partial(self._run, start, stop)
+                x = checkpoint(run, x, use_reentrant=False, context_fn=self.recompute_contexts)
             else:
                 x = self._run(start, stop, x)
         return x

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron.config.deepspeed_json import deepspeed_config
+from megatron.config.model_size import training_flops
+from megatron.config.sections.elastic import ElasticConfig
 from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.errors import EnvironmentSetupError
 from megatron.model.causal_lm import VocabSize
+from megatron.model.loss import CausalLMLoss, FusedCausalLMLoss
 from megatron.model.pipeline import build_pipeline
 from megatron.model.speedups import Speedups, apply_speedups, choose_speedups
 from megatron.mpu.context import ParallelContext
@@ -24,6 +27,7 @@ from megatron.training.after_growth import AfterGrowth
 from megatron.training.distillation.distillation import Distillation
 from megatron.training.distillation.find_teacher import Teacher
 from megatron.training.distillation.teacher_stage import TeacherStage
+from megatron.training.elastic.elastic_training import CrossEntropy, ElasticTraining, TwoPassLoss
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer
 from megatron.training.stability.deepspeed_patches import install
@@ -65,6 +69,7 @@ class BuiltEngine:
     guard: StepGuard
     after_growth: AfterGrowth
     distillation: Distillation | None = None
+    elastic: ElasticTraining | None = None
 
 
 def build_engine(
@@ -83,13 +88,20 @@ def build_engine(
     """
     import deepspeed
 
-    speedups = require_hardware(config)
-    if teacher is not None:  # the divergence from a teacher is one of whole logits
+    speedups, elastic = require_hardware(config), config.elastic
+    if teacher is not None or (elastic is not None and elastic.distillation_weight):
+        # the divergence from another model is one of whole logits
         speedups = replace(speedups, fused_cross_entropy=False)
     logger.info("speed-ups: %s", speedups)
     for line in speedups.missed:
         logger.info(line)
     distillation = None if teacher is None else _load_teacher(teacher, config, batch, vocab, speedups, context)
+    two_pass_loss = None
+    if elastic is not None and elastic.passes > 1:
+        two_pass_loss = _two_pass_loss(elastic, config, batch, vocab, speedups, context)
+        batch = batch.model_copy(
+            update={"gradient_accumulation_steps": elastic.passes * batch.gradient_accumulation_steps}
+        )
     # PipelineModule and its engine print to standard output what only their authors need.
     with contextlib.redirect_stdout(io.StringIO()):
         module = build_pipeline(
@@ -100,7 +112,7 @@ def build_engine(
             seed=config.training.seed,
             checkpointed=config.training.checkpoint_activations,
             fused_cross_entropy=speedups.fused_cross_entropy,
-            loss=None if distillation is None else distillation.loss,
+            loss=two_pass_loss if distillation is None else distillation.loss,
         )
         apply_speedups(module, speedups)
         optimizer = build_optimizer(module, config.training.optimizer, speedups.optimizer)
@@ -113,10 +125,30 @@ def build_engine(
         engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, batch)
         )
-    guard = StepGuard(engine, context, config.training.precision, stop)
+    passes = 1 if elastic is None else elastic.passes
+    guard = StepGuard(engine, context, config.training.precision, stop, passes)
     after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)
     install(engine, context, config.checkpoint, guard, after_growth)
-    return BuiltEngine(engine, guard, after_growth, distillation)
+    training = None
+    if elastic is not None:
+        flops = training_flops(config.model, vocab.padded, config.model.seq_length)
+        training = ElasticTraining(elastic, config.model, config.training.seed, module, two_pass_loss, flops, context)
+    return BuiltEngine(engine, guard, after_growth, distillation, training)
+
+
+def _two_pass_loss(
+    elastic: ElasticConfig,
+    config: RunConfig,
+    batch: BatchConfig,
+    vocab: VocabSize,
+    speedups: Speedups,
+    context: ParallelContext,
+) -> TwoPassLoss:
+    num_valid = vocab.num_valid(config.model)
+    fused = speedups.fused_cross_entropy
+    cross_entropy: CrossEntropy = FusedCausalLMLoss(num_valid, context) if fused else CausalLMLoss(num_valid, context)
+    accumulation = batch.gradient_accumulation_steps
+    return TwoPassLoss(elastic, cross_entropy, vocab.actual, accumulation, local_device(), context)
 
 
 def _load_teacher(

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from megatron.mpu.random import seed_dropout
 from megatron.training.callback import Callback, told_of_the_end
-from megatron.training.distillation.distillation import Distillation
 from megatron.training.progress import Step
 from megatron.training.stability.non_finite import must_roll_back
-from megatron.training.training_context import TrainingContext
+from megatron.training.training_context import TrainingContext, TrainingRun
 
 
 class Ending(Enum):
@@ -44,11 +43,16 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
                 seed_dropout(training.seed, progress.iteration, run.parallel)
                 learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
                 taught = batches if run.distillation is None else run.distillation.attach(batches)
-                loss = run.engine.train_batch(taught)
+                if run.elastic is None:
+                    loss = run.engine.train_batch(taught)
+                else:
+                    run.elastic.begin_step(progress.iteration)
+                    loss = run.engine.train_batch(run.elastic.repeat(taught))
+                    run.elastic.end_step()
             context.stop.early.close()
             progress.iteration += 1
             progress.consumed_train_samples += run.batch.global_batch_size
-            progress.training_flops += run.flops_per_step
+            progress.training_flops += run.step_flops
             if must_roll_back(run.guard, progress, training.non_finite, run.batch):
                 return Ending.ROLL_BACK
             run.after_growth.set_step(progress.iteration)
@@ -56,7 +60,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
             growth = run.next_growth
             step = Step(
                 progress.iteration,
-                _losses(loss, run.distillation),
+                _losses(loss, run),
                 learning_rate,
                 is_last=is_last,
                 ends_run=is_last or _exits_at(progress.iteration, training.exit_interval),
@@ -72,10 +76,11 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
     return Ending.FINISHED
 
 
-def _losses(loss: Tensor, distillation: Distillation | None) -> dict[str, Tensor]:
+def _losses(loss: Tensor, run: TrainingRun) -> dict[str, Tensor]:
     """Returns a step's losses by metric: the cross entropy alone, or the whole loss and its terms."""
     total = loss.detach().float()
-    return {"lm_loss": total} if distillation is None else {"loss": total} | distillation.step_losses()
+    terms = {"lm_loss": total} if run.distillation is None else {"loss": total} | run.distillation.step_losses()
+    return terms if run.elastic is None else terms | run.elastic.losses(total, terms["lm_loss"])
 
 
 def _exits_at(iteration: int, exit_interval: int | None) -> bool:

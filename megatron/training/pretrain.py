@@ -175,6 +175,7 @@ def assemble(
         built.guard,
         built.after_growth,
         built.distillation,
+        built.elastic,
         start.growth,
         next_growth,
         start.run_id,

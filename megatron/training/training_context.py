@@ -27,6 +27,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.planner.devices import peak_flops
 from megatron.training.after_growth import AfterGrowth
 from megatron.training.distillation.distillation import Distillation
+from megatron.training.elastic.elastic_training import ElasticTraining
 from megatron.training.growth_event import growth_event
 from megatron.training.hangs.watchdog import Watchdog
 from megatron.training.progress import Progress
@@ -58,6 +59,8 @@ class TrainingRun:
     """What the rules of the last growth do at each step."""
     distillation: Distillation | None
     """Teacher of the run; None for a run that learns from its text alone."""
+    elastic: ElasticTraining | None
+    """Shares that the steps read; None for a run whose steps all read the whole model."""
     growth: tuple[GrowthRecord, ...]
     """Growths of the model so far."""
     next_growth: GrowConfig | None
@@ -78,9 +81,10 @@ class TrainingRun:
     """Times the steps, and notices one that will not end."""
 
     @property
-    def flops_per_step(self) -> float:
-        """Returns the work of a step, forward and backward, without recomputation [FLOP]."""
-        flops: float = self.description["flops_per_token"] * self.description["tokens_per_step"]
+    def step_flops(self) -> float:
+        """Returns the work of the step that was begun last, forward and backward, without recomputation [FLOP]."""
+        further = 0 if self.elastic is None else self.elastic.further_flops
+        flops: float = (self.description["flops_per_token"] + further) * self.description["tokens_per_step"]
         return flops
 
     def describe(self) -> None:
@@ -158,11 +162,12 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         run.lease.restore = run.describe
         on_first_rank(run.lease.restore)
         peak = peak_flops(description["device"], training.precision.dtype)
+        further = 0 if run.elastic is None else run.elastic.mean_further_flops
         throughput = Throughput(
             tokens_per_step=description["tokens_per_step"],
             iteration=progress.iteration,
             total_iterations=training.train_iters,
-            flops_per_token=description["flops_per_token"],
+            flops_per_token=description["flops_per_token"] + further,
             peak_flops=None if peak is None else peak * description["ranks"],
         )
         last = run.growth[-1] if run.growth else None

@@ -21,7 +21,7 @@ from megatron.config.run_yaml import write_run_yaml
 from tests.helpers.forkserver import ROOT
 
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<block>.*?)^```", re.MULTILINE | re.DOTALL)
-RUN_FOLDERS = ("demo/run", "runs/a", "runs/150M")
+RUN_FOLDERS = ("demo/run", "runs/a", "runs/150M", "runs/elastic")
 """Folders that pages name in place of YAML files."""
 ELSEWHERE = {
     "docker": "needs a daemon and an image; the words of train.py are checked",

@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING
 
 from megatron_tokenformer import run_tool
 
-from megatron.config.local_path import local_path
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
-from tools.ckpts.rewriting import Rewriting, add_rewriting, read_rewriting
+from tools.ckpts.rewriting import Rewriting, add_measured_tokens, add_rewriting, read_rewriting
 from tools.command_line import positive, stay_on_cpu, tool_parser
 from tools.section_flags import add_section_flags, read_section_flags
 
@@ -82,11 +81,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     sizes.add_argument(
         "--factor", type=float, help="in place of sizes: factor on all that the operator adds, rounded to whole counts"
     )
-    tokens = parser.add_argument_group("tokens to measure on").add_mutually_exclusive_group()
-    tokens.add_argument(
-        "--data_path", type=local_path, help="prefix of a tokenized dataset (that of the configuration)"
-    )
-    tokens.add_argument("--text", type=local_path, help="text file, for the configured tokenizer")
+    add_measured_tokens(parser)
     add_section_flags(parser, GrowthRules, "rules of growth")
     args = parser.parse_args(argv)
     if args.config_file is None and all(getattr(args, name) is None for name in SIZES):

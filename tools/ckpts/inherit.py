@@ -31,13 +31,12 @@ from typing import TYPE_CHECKING
 from megatron_tokenformer import run_tool
 
 from megatron.config.load_config import load_words
-from megatron.config.local_path import local_path
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError
 from megatron.registry import install_extra, require
-from tools.ckpts.rewriting import add_rewriting, parallel_sizes, read_rewriting
+from tools.ckpts.rewriting import add_measured_tokens, add_rewriting, parallel_sizes, read_rewriting
 from tools.command_line import positive, stay_on_cpu, tool_parser
 from tools.section_flags import add_section_flags, read_section_flags
 
@@ -77,11 +76,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     source = "the reference: a global_stepN folder, a run's folder, or a Hugging Face folder"
     add_rewriting(parser, "YAML files of the run to come", config_required=False, source=source)
     parser.add_argument("--num_layers", type=positive, help="layers of the model, where no configuration says them")
-    tokens = parser.add_argument_group("tokens to measure on").add_mutually_exclusive_group()
-    tokens.add_argument(
-        "--data_path", type=local_path, help="prefix of a tokenized dataset (that of the configuration)"
-    )
-    tokens.add_argument("--text", type=local_path, help="text file, for the configured tokenizer")
+    add_measured_tokens(parser)
     add_section_flags(parser, InheritConfig, "rules of inheriting", {"layers": layers_of})
     return parser.parse_args(argv)
 

@@ -16,10 +16,12 @@ from megatron.model.causal_lm import VocabSize
 SEQUENCES, LONGEST = 4, 256
 
 
-def measured_tokens(data: Path | None, text: Path | None, config: RunConfig, vocab: VocabSize) -> Tensor:
+def measured_tokens(
+    data: Path | None, text: Path | None, config: RunConfig, vocab: VocabSize, sequences: int = SEQUENCES
+) -> Tensor:
     """Returns token ids [B, S] from the beginning of a text, of a dataset, or of the configured one.
 
-    They are at most SEQUENCES of LONGEST tokens. Raises ConfigError when no dataset is configured, DataError when
+    They are at most `sequences` of LONGEST tokens. Raises ConfigError when no dataset is configured, DataError when
     there is none, or it holds too little or another vocabulary.
     """
     length = min(config.model.seq_length, LONGEST)
@@ -27,11 +29,11 @@ def measured_tokens(data: Path | None, text: Path | None, config: RunConfig, voc
         source, tokens = text, tokens_of_text(text, build_tokenizer(config.data.tokenizer))
     else:
         source = data or _configured(config)
-        tokens = first_tokens_of_dataset(source, config.data.impl, SEQUENCES * length)
+        tokens = first_tokens_of_dataset(source, config.data.impl, sequences * length)
     length = min(length, len(tokens))
     if length < 2:
         raise DataError(f"{source} holds {len(tokens)} tokens; two are the least to compute a loss from.")
-    whole = torch.tensor(tokens[: min(len(tokens) // length, SEQUENCES) * length]).reshape(-1, length)
+    whole = torch.tensor(tokens[: min(len(tokens) // length, sequences) * length]).reshape(-1, length)
     if whole.min() < 0 or whole.max() >= vocab.padded:
         raise DataError(
             f"{source} holds the token id {int(whole.max())}, but the model's vocabulary ends at {vocab.padded - 1}. "

@@ -50,6 +50,15 @@ def add_rewriting(
     )
 
 
+def add_measured_tokens(parser: argparse.ArgumentParser) -> None:
+    """Adds --data_path and --text, of which one may be given."""
+    tokens = parser.add_argument_group("tokens to measure on").add_mutually_exclusive_group()
+    tokens.add_argument(
+        "--data_path", type=local_path, help="prefix of a tokenized dataset (that of the configuration)"
+    )
+    tokens.add_argument("--text", type=local_path, help="text file, for the configured tokenizer")
+
+
 def read_rewriting(args: argparse.Namespace) -> Rewriting:
     """Reads the configuration and finds the checkpoint that the arguments name.
 

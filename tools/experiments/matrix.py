@@ -98,7 +98,8 @@ class Group(_Strict):
     """Further keys, in place of those above."""
     commands: list[list[str]]
     measure: dict[str, str] = {"valid_loss": "valid/lm_loss"}
-    """Columns of the results, and the metrics of which they hold the last value."""
+    """Columns of the results, and the metrics of which they hold the last value; or `FILE.json:key` of a file that a
+    command has written in the cell's folder."""
     report: str | None = None
     """The cell's word for tools/growth_report.py."""
 

@@ -275,7 +275,7 @@ class Runner:
             return None
         facts: dict[str, Any] = {}
         for column, metric in group.measure.items():
-            values = [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
+            values = _recorded(metric, rows, ready.folder)
             if not values:
                 return None
             facts[column] = f"{values[-1]:.6f}"
@@ -305,6 +305,18 @@ class Runner:
             path = self.experiment.work / "report.txt"
             path.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
             print(f"python tools/growth_report.py @{path} --output {self.experiment.results.parent}")
+
+
+def _recorded(metric: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[float]:
+    """Returns the values that a cell's run has recorded of a metric, or the one at a key of a JSON file of the cell."""
+    file, colon, key = metric.rpartition(":")
+    if not colon:
+        return [row[metric] for row in rows if isinstance(row.get(metric), int | float)]
+    try:
+        value = read_json_object(folder / file).get(key)
+    except (OSError, ValueError):
+        return []
+    return [value] if isinstance(value, int | float) else []
 
 
 def report_words(experiment: Experiment, table: ResultsTable) -> list[str]:

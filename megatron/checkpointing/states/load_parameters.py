@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -23,20 +23,24 @@ def load_parameters(
     context: ParallelContext,
     *,
     keep_ramp: bool = False,
+    change: Callable[[LayerState], LayerState] | None = None,
 ) -> None:
     """Copies a checkpoint's weights into this rank's parameters, which are given by global name.
 
     The multiplier of a growth that still opens is folded into the keys, unless the model applies it (`keep_ramp`).
-    The checkpoint's model must be that of the parameters, up to what does not change their meaning, such as masked
-    padding of the vocabulary. A layer is in memory at a time. Raises CheckpointError as `read_states` does.
+    `change` makes layers of the parameters' model from the checkpoint's; without it both models must be the same, up to
+    what does not change their meaning, such as masked padding of the vocabulary. A layer is in memory at a time. Raises
+    CheckpointError as `read_states` does.
     """
     named = list(named)
     model = checkpoint.config.model
     wanted = {pipeline_location(name, model)[0] for name, _ in named}
     reader = StateReader(checkpoint, optimizer=False)
-    layers = (reader.read(layout) for layout in reader.layouts if layout.index in wanted)
+    layers: Iterable[LayerState] = (reader.read(layout) for layout in reader.layouts if layout.index in wanted)
     if not keep_ramp:
         layers = (fold_ramp(layer, checkpoint.state) for layer in layers)
+    if change is not None:
+        layers = map(change, layers)
     load_layers(named, layers, checkpoint.state.vocab_size, context)
 
 

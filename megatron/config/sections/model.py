@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from megatron.config.bounds import LayerCount, NonNegative, Positive, TokenCount, Width
 from megatron.config.section import Key, OneOf, Section
@@ -58,6 +58,17 @@ class ParamTokenConfig(Section):
         default_factory=lambda given: given["ffn"]
     )
     """Token count that scales the feed-forward scores [tokens]; the current count unless set."""
+
+    groups: Annotated[TokenCount, Key("param_token_groups", difference="not a NeoX key")] = 1
+    """Equal blocks that the tokens of every Pattention lie in. A share of the tokens is the first part of each block:
+    so tensor-parallel ranks, each of which holds whole blocks, hold equal shares. A multiple of every
+    model_parallel_size that elastic training is to run on; the function of the whole model does not depend on it."""
+
+    @model_serializer(mode="wrap")
+    def _without_one_group(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Models without groups are saved as they were before there were any, for older versions to read.
+        values: dict[str, Any] = dump(self)
+        return {name: value for name, value in values.items() if name != "groups" or value != 1}
 
 
 class ModelConfig(Section):

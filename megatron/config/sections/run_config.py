@@ -10,6 +10,7 @@ from megatron.config.section import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.distillation import DistillationConfig
+from megatron.config.sections.elastic import ElasticConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.grow import GrowConfig
@@ -18,11 +19,12 @@ from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.monitor import MonitorConfig
 from megatron.config.sections.parallel import ParallelConfig
+from megatron.config.sections.reading import ReadingConfig
 from megatron.config.sections.speedups import SpeedupsConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.config.sections.watchdog import WatchdogConfig
 
-OPTIONAL_SECTIONS = ("grow", "inherit", "distillation")
+OPTIONAL_SECTIONS = ("grow", "inherit", "distillation", "elastic", "reading")
 """Sections that a run has only where its configuration says something in them."""
 
 
@@ -43,6 +45,8 @@ class RunConfig(Section):
     grow: GrowConfig | None = None
     inherit: InheritConfig | None = None
     distillation: DistillationConfig | None = None
+    elastic: ElasticConfig | None = None
+    reading: ReadingConfig | None = None
 
     @model_serializer(mode="wrap")
     def _without_unused_sections(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from megatron.checkpointing.states.same_model import free_model_fields
 from megatron.config.architecture import ARCHITECTURES
 from megatron.config.sections.inherit import InheritConfig
 from megatron.config.sections.model import ModelConfig
+from megatron.config.token_share import TOKEN_KEYS
 from megatron.errors import ConfigError
-from megatron.growth.growth_operator import TOKEN_COUNTS
 from megatron.growth.inheriting.inherit_operator import INHERIT_OPERATORS, RULES_OF_ONE_OPERATOR
 
 
@@ -81,7 +81,7 @@ def _require_half(before: ModelConfig, after: ModelConfig, differences: dict[str
 
 
 def _require_scales(before: ModelConfig, after: ModelConfig) -> None:
-    for field in TOKEN_COUNTS if before.param_tokens is not None else ():
+    for field in TOKEN_KEYS if before.param_tokens is not None else ():
         (old, base), (new, given) = (
             (getattr(model.param_tokens, field), getattr(model.param_tokens, f"{field}_scale_base"))
             for model in (before, after)

@@ -8,7 +8,8 @@ from torch import Tensor
 from megatron.checkpointing.states.layer_state import LayerState, ParameterState
 from megatron.config.sections.growth import GrowthRules
 from megatron.config.sections.model import ModelConfig
-from megatron.growth.growth_operator import GROWTH_OPERATORS, TOKEN_COUNTS, Growth, TokenOperator
+from megatron.config.token_share import TOKEN_KEYS
+from megatron.growth.growth_operator import GROWTH_OPERATORS, Growth, TokenOperator
 
 
 class Copy(TokenOperator):
@@ -38,7 +39,7 @@ class Copy(TokenOperator):
 
     def refusal(self, before: ModelConfig, after: ModelConfig, rules: GrowthRules) -> str | None:
         """Requires whole multiples."""
-        for field, key in TOKEN_COUNTS.items():
+        for field, key in TOKEN_KEYS.items():
             old, new = getattr(before.param_tokens, field), getattr(after.param_tokens, field)
             if new % old:
                 below = new // old * old

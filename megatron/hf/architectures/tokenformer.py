@@ -45,6 +45,7 @@ FIELDS = FieldMap(
         "param_tokens.proj_scale_base": "proj_scale_base",
         "param_tokens.ffn_scale_base": "ffn_scale_base",
         "param_tokens.theta": "theta",
+        "param_tokens.groups": "param_token_groups",
         "norm": "norm",
         "layernorm_epsilon": "layer_norm_eps",
         "rms_norm_epsilon": "rms_norm_eps",
@@ -75,7 +76,15 @@ def to_config(model: ModelConfig, vocab_rows: int) -> TokenFormerConfig:
 
 
 def to_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns our settings of their configuration. Raises ConfigError for scaled rotary positions, unknown here."""
+    """Returns our settings of their configuration.
+
+    Raises ConfigError for scaled rotary positions, unknown here, and for a share of the tokens, no model of its own.
+    """
+    if config.param_token_share != 1.0:
+        raise ConfigError(
+            f"param_token_share: {config.param_token_share:g} in config.json reads a part of weights that are whole. "
+            "Set it to 1 to import the whole model; tools/ckpts/extract.py makes the smaller one of it."
+        )
     share, base = default_rope(config)
     positions = {"pos_emb": "rotary", "rotary_pct": share} if share else {"pos_emb": "none"}
     return FIELDS.to_ours(config) | positions | {"final_norm": config.final_norm, "rotary_emb_base": base}

@@ -122,6 +122,9 @@ def _evaluate_loaded(
     sizes = {"tensor": context.tensor_size, "data": context.data_size}
     dtype = str(model.dtype).removeprefix("torch.")
     what = {"manifest": file_sha256(checkpoint.path / MANIFEST_FILE), "dtype": dtype, "length": model.context_length}
+    reading = config.reading
+    if reading is not None and reading.title:
+        what["reading"] = reading.title
     adapter = HarnessModel(
         pool.request,
         worker.prompt_tokenizer,
@@ -130,7 +133,7 @@ def _evaluate_loaded(
         ResponseCache(_cache_file(config.evaluation.cache, what)),
     )
     how = describe_evaluation(config, sizes, dtype, model.context_length)
-    return _run(config, adapter, tasks, describe_checkpoint(checkpoint), how)
+    return _run(config, adapter, tasks, describe_checkpoint(checkpoint, model.config, reading), how)
 
 
 def _cache_file(folder: str | None, what: dict[str, Any]) -> Path | None:

@@ -36,11 +36,14 @@ def write_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    draw_curve(rows).savefig(path.with_suffix(".png"), dpi=150)
+    draw_curve(rows, "iteration", "optimizer steps").savefig(path.with_suffix(".png"), dpi=150)
 
 
-def draw_curve(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draws a panel for each task's accuracies, and one for each of its other metrics; bars are one standard error."""
+def draw_curve(rows: Sequence[dict[str, Any]], over: str, label: str) -> Figure:
+    """Draws a panel for each task's accuracies, and one for each of its other metrics; bars are one standard error.
+
+    `over` is the column along which they are drawn, `label` what it counts.
+    """
     panels: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         kind = "accuracy" if row["metric"] in ("acc", "acc_norm") else row["metric"]
@@ -52,7 +55,7 @@ def draw_curve(rows: Sequence[dict[str, Any]]) -> Figure:
     for axes, ((task, kind), metrics) in zip(grid, panels.items(), strict=False):
         for colour, (metric, points) in zip(COLOURS, metrics.items(), strict=False):
             axes.errorbar(
-                [row["iteration"] for row in points],
+                [row[over] for row in points],
                 [row["value"] for row in points],
                 yerr=[row["stderr"] or 0.0 for row in points],
                 color=colour,
@@ -65,7 +68,7 @@ def draw_curve(rows: Sequence[dict[str, Any]]) -> Figure:
             )
         axes.set_title(task, fontsize=10)
         axes.set_ylabel(kind)
-        axes.set_xlabel("optimizer steps")
+        axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if "perplexity" in kind:
             axes.set_yscale("log")

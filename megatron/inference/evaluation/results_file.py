@@ -12,6 +12,8 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.checkpointing.store.manifest import MANIFEST_FILE
 from megatron.config.model_size import count_parameters
 from megatron.config.sections.evaluation import EvaluationConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.reading import ReadingConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.errors import ConfigError, DataError, os_errors_as
 from megatron.io.durable import atomic_write
@@ -21,15 +23,15 @@ from megatron.monitor.provenance import device_name, git_commit
 PACKAGES = ("lm_eval", "torch", "transformers", "datasets", "tokenizers", "numpy")
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Describes the model of a checkpoint of ours."""
-    model, state = checkpoint.config.model, checkpoint.state
+def describe_checkpoint(checkpoint: Checkpoint, model: ModelConfig, reading: ReadingConfig | None) -> dict[str, Any]:
+    """Describes the model that was read of a checkpoint of ours."""
+    state, part = checkpoint.state, "" if reading is None else reading.title
     return {
-        "name": f"{checkpoint.path.resolve().parent.name}/{checkpoint.path.name}",
+        "name": f"{checkpoint.path.resolve().parent.name}/{checkpoint.path.name}" + (f" {part}" if part else ""),
         "kind": "checkpoint",
         "path": str(checkpoint.path),
         "iteration": state.iteration,
-        "tokens": state.consumed_train_samples * model.seq_length,
+        "tokens": state.consumed_train_samples * checkpoint.config.model.seq_length,
         "parameters": count_parameters(model, state.padded_vocab_size),
         "run_id": checkpoint.manifest.run_id,
         "manifest_sha256": file_sha256(checkpoint.path / MANIFEST_FILE),

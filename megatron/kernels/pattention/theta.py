@@ -28,6 +28,8 @@ class RowReduction:
 
     sum: Callable[[Tensor], Tensor] = _already_complete
     max: Callable[[Tensor], Tensor] = _already_complete
+    gather: Callable[[Tensor], Tensor] = _already_complete
+    """Puts all ranks' values beside each other, along the last dimension."""
 
 
 class Theta(Protocol):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from itertools import tee
 
 from megatron.data.micro_batch import MicroBatch
 from megatron.training.callback import Callback
@@ -19,7 +21,7 @@ class Validation(Callback):
         self.batches = context.run.data.read("valid", context.progress.consumed_valid_samples)
 
     def after_step(self, step: Step) -> None:
-        """Adds valid/lm_loss and valid/perplexity to the step's metrics when it is time.
+        """Adds valid/lm_loss and valid/perplexity to the step's metrics when it is time; losses of shares as well.
 
         A validation that a request to stop cuts short is not repeated, and its samples count as read, so that every
         later one reads the same samples as in an uninterrupted run.
@@ -45,22 +47,34 @@ class FinalTest(Callback):
             step.metrics.update(loss_metrics("test", evaluate(self.context, self.batches)))
 
 
-def evaluate(context: TrainingContext, batches: Iterator[MicroBatch]) -> float | None:
-    """Returns the mean loss over `eval_iters` global batches, the same on every rank [nats per token].
+def evaluate(context: TrainingContext, batches: Iterator[MicroBatch]) -> dict[float, float]:
+    """Returns the mean loss over `eval_iters` global batches by share, the same on every rank [nats per token].
 
-    None when a request to stop comes before the last batch, which ends the evaluation. Collective.
+    Share 1 is the whole model; an elastic run has others, on the same samples. Empty when a request to stop comes
+    before the last batch, which ends the evaluation. Collective.
     """
-    engine, losses = context.run.engine, []
+    run = context.run
+    engine, elastic = run.engine, run.elastic
+    shares = [1.0] if elastic is None else [1.0, *elastic.config.smaller_shares]
+    losses: dict[float, list[float]] = {share: [] for share in shares}
     with context.throughput.paused("evaluation"):
-        for _ in range(context.run.config.training.eval_iters):
+        for _ in range(run.config.training.eval_iters):
             if context.stop.agree(engine.device):
-                return None
-            losses.append(float(engine.eval_batch(batches)))
-    return math.fsum(losses) / len(losses)
+                return {}
+            for share, same in zip(shares, tee(batches, len(shares)), strict=True):
+                with nullcontext() if elastic is None else elastic.reading(share):
+                    loss = engine.eval_batch(same, num_micro_batches=run.batch.gradient_accumulation_steps)
+                    losses[share].append(float(loss))
+    return {share: math.fsum(values) / len(values) for share, values in losses.items()}
 
 
-def loss_metrics(split: str, loss: float | None) -> dict[str, float]:
-    """Returns the metrics of a loss: itself and its perplexity; none for an evaluation that was cut short."""
-    if loss is None:
+def loss_metrics(split: str, losses: Mapping[float, float]) -> dict[str, float]:
+    """Returns the metrics of losses by share: the whole model's and its perplexity, and the losses of other shares.
+
+    None for an evaluation that was cut short.
+    """
+    if not losses:
         return {}
-    return {f"{split}/lm_loss": loss, f"{split}/perplexity": math.exp(min(loss, 700.0))}
+    whole = losses[1.0]
+    found = {f"{split}/lm_loss": whole, f"{split}/perplexity": math.exp(min(whole, 700.0))}
+    return found | {f"{split}/lm_loss_share_{share:g}": loss for share, loss in losses.items() if share < 1.0}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from megatron.config.sections.distillation import DistillationConfig
 from megatron.data.micro_batch import MicroBatch, Targets
@@ -16,6 +16,7 @@ from megatron.model.loss import CausalLMLoss
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.divergence import vocab_parallel_divergence
 from megatron.training.distillation.teacher_stage import TeacherStage
+from megatron.training.loss_terms import LossTerms
 
 
 class Distillation:
@@ -39,11 +40,11 @@ class Distillation:
         """Rows of the vocabulary that are tokens: the divergence is over those."""
         self.accumulation = accumulation
         self._cross_entropy = CausalLMLoss(num_valid, context)
-        self._terms = torch.zeros(2, dtype=torch.float64, device=stage.device)
+        self._terms = LossTerms(2, accumulation, stage.device, context)
 
     def attach(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Returns the micro batches of the next step with the teacher's output. Collective, as TeacherStage.attach."""
-        self._terms.zero_()
+        self._terms.begin_step()
         return self.stage.attach(batches, self.accumulation)
 
     def loss(self, logits_BSv: Tensor, targets: Targets | tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -66,14 +67,10 @@ class Distillation:
             self.context,
         )
         divergence = (divergences_BS * weights_BS).mean(dtype=torch.float64)
-        self._terms += torch.stack((cross_entropy, divergence)).detach()
+        self._terms.add(0, (cross_entropy, divergence))
         return (1.0 - config.weight) * cross_entropy + config.weight * divergence
 
     def step_losses(self) -> dict[str, Tensor]:
         """Returns the terms of the last step's loss by metric, means over the step, on every rank. Collective."""
-        is_counted = self.context.pipe_rank == self.context.pipe_size - 1 and self.context.tensor_rank == 0
-        terms = self._terms * float(is_counted) / (self.accumulation * self.context.data_size)
-        if distributed.get_world_size() > 1:
-            distributed.all_reduce(terms)
-        names = ("lm_loss", "distillation_loss")
-        return {name: term.float() for name, term in zip(names, terms.unbind(), strict=True)}
+        cross_entropy, divergence = self._terms.means()
+        return {"lm_loss": cross_entropy, "distillation_loss": divergence}

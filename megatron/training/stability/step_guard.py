@@ -46,9 +46,16 @@ class StepGuard:
     """
 
     def __init__(
-        self, engine: PipelineEngine, context: ParallelContext, precision: PrecisionConfig, stop: StopRequest
+        self,
+        engine: PipelineEngine,
+        context: ParallelContext,
+        precision: PrecisionConfig,
+        stop: StopRequest,
+        passes: int = 1,
     ) -> None:
+        """Takes the number of times in a row that the engine computes each micro batch: `passes`."""
         self.engine = engine
+        self.passes = passes
         self.context = context
         self.stop = stop
         self._has_dynamic_scale = precision.dtype == "fp16" and precision.loss_scale == 0
@@ -102,7 +109,8 @@ class StepGuard:
                 gradient.fill_(math.nan)
 
     def _gather_evidence(self, bad_gradients: bool) -> list[Evidence]:
-        losses = [number for number, loss in enumerate(self.engine.fwd_outputs) if not torch.isfinite(loss)]
+        bad = (number for number, loss in enumerate(self.engine.fwd_outputs) if not torch.isfinite(loss))
+        losses = list(dict.fromkeys(number // self.passes for number in bad))
         seen = gather_objects(Evidence(distributed.get_rank(), self.context.data_rank, losses, bad_gradients))
         return [evidence for evidence in seen if evidence.bad_losses or evidence.bad_gradients]
 

@@ -1,9 +1,14 @@
-"""eval.py refuses a Hugging Face model that is not there, and one on several ranks."""
+"""eval.py refuses a Hugging Face model that is not there, and one on several ranks; token_curve.py scores shares."""
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
+import pytest
+
+from megatron.checkpointing.store.checkpoint import Checkpoint
 from tests.helpers.runs import run_ranks
 
 
@@ -26,3 +31,28 @@ def test_a_hugging_face_model_that_is_missing_is_named(eval_config: Path, eval_t
     )
     assert finished.code == 2
     assert "/nowhere/model cannot be loaded" in finished.output and "Traceback" not in finished.output
+
+
+@pytest.mark.full
+def test_a_curve_over_shares_has_tasks_and_answers_of_each_share(
+    eval_config: Path, eval_checkpoint: Checkpoint, eval_tasks: Path, dataset: Path, tmp_path: Path
+) -> None:
+    finished = run_ranks(
+        eval_config,
+        *(f"load={eval_checkpoint.path}", f"data_path={dataset}", "eval_iters=1", "param_token_shares=[0.5, 1]"),
+        *(f"eval_output={tmp_path / 'curve'}", f"eval_cache={tmp_path / 'cache'}"),
+        *("--include_path", str(eval_tasks), "--eval_tasks", "zen_choice"),
+        ranks=2,
+        script="tools.token_curve",
+        output=tmp_path,
+    )
+    assert finished.code == 0, finished.output
+    with (tmp_path / "curve" / "token_curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["share"], row["task"]) for row in rows} == {
+        (share, task) for share in ("0.5", "1.0") for task in ("validation", "zen_choice")
+    }
+    assert len(list((tmp_path / "cache").glob("*.jsonl"))) == 2, "each share has answers of its own"
+    named = [json.loads(file.read_text())["model"] for file in (tmp_path / "curve").glob("*.json")]
+    assert {model["name"].partition(" ")[2] for model in named} == {"", "param_token_share 0.5"}
+    assert len({model["parameters"] for model in named}) == 2

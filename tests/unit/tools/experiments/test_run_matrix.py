@@ -293,3 +293,45 @@ def test_the_matrix_of_inheritune_compares_at_equal_cost(tmp_path: Path) -> None
     for equal in ("inherited 640", "stack 640", "half 1040", "distilled 390"):
         assert costs[equal] == pytest.approx(student, rel=1e-12), equal
     assert costs["charged 1871"] == pytest.approx(student + reference, rel=2e-4)
+
+
+def test_the_matrix_of_elastic_training_compares_at_equal_cost(tmp_path: Path) -> None:
+    """A family is four separate runs of 650 steps; elastic runs cost as much on average, or take as many steps."""
+    cells = resolved("elastic")
+    assert len({cell.name for cell in cells}) == len(cells) == 61
+    sizes = [{"qkv_slot_num": n, "ffn_slot_num": 4 * n} for n in (16, 32, 48, 64)]
+    costs = [flops_per_step(keys) for keys in sizes]
+    family, whole = 650 * sum(costs), costs[-1]
+    mean_of_smaller = sum(costs[:-1]) / 3
+    step = {"sampled": sum(costs) / 4, "alternate": (whole + mean_of_smaller) / 2, "always": whole + mean_of_smaller}
+    for cell in cells:
+        file = tmp_path / "cell.yml"
+        file.write_text(yaml.safe_dump(dict(cell.keys)))
+        run = load_config([file]).run
+        steps = run.training.train_iters
+        if cell.cell.group.startswith("elastic"):
+            assert run.elastic is not None and run.elastic.shares == [0.25, 0.5, 0.75, 1]
+            if cell.variables["budget"] == "one":
+                assert steps == 650
+            else:
+                assert step[run.elastic.full_model] * steps == pytest.approx(family, rel=1e-3), cell.name
+        elif cell.cell.group == "pruned":
+            assert steps == 65 and cell.commands[0][:1] == ("tools/ckpts/prune.py",)
+        else:
+            assert steps == 650 and run.elastic is None
+        if cell.cell.group != "pruned":
+            assert run.training.lr_schedule.warmup * steps == pytest.approx(50, abs=0.01)
+            assert (run.training.lr_schedule.wsd_decay_iters or 0) / steps == pytest.approx(0.2, abs=2e-3)
+        if cell.cell.group.startswith("whole"):
+            files = {
+                word.partition("=")[2] for words in cell.commands for word in words if word.startswith("eval_output")
+            }
+            assert {f"{cell.folder}/{name}" for name in ("s75.json", "k12.json", "blocks.json")} < files
+
+
+def test_a_measurement_may_be_in_a_file_of_the_cell(folder: Folder) -> None:
+    folder.groups["small"]["measure"] = {"valid_loss": "valid/lm_loss", "half": "half.json:loss"}
+    assert folder.run() == 1, "no command has written the file"
+    folder.trainer.write_text(TRAINER + '(folder / "half.json").write_text(json.dumps({"loss": 3.25}))\n')
+    assert folder.run() == 0
+    assert folder.rows()["small-lr0.002"]["half"] == "3.250000"

@@ -1,0 +1,1 @@
+"""Elastic training: shares of the parameter tokens as models of their own."""
