@@ -77,15 +77,15 @@ def test_steps_are_those_of_torch_and_of_its_adamw() -> None:
     assert not ours.state[flat[0]]["momentum_buffer"][48:].any()
 
 
-def loaded(tmp_path: Path, **changes: Any) -> LoadedConfig:
+def loaded(tmp_path: Path, base: dict[str, Any] = TOKENFORMER, **changes: Any) -> LoadedConfig:
     path = tmp_path / "config.yml"
-    path.write_text(yaml.safe_dump(TOKENFORMER | KEYS | {"data_path": "nothing/here"} | changes))
+    path.write_text(yaml.safe_dump(base | KEYS | {"data_path": "nothing/here"} | changes))
     return load_config([path])
 
 
 @pytest.mark.parametrize("base", [TOKENFORMER, GPT2], ids=["tokenformer", "gpt2"])
 def test_matrices_of_layers_are_muons_and_the_rest_is_adamws(base: dict[str, Any], tmp_path: Path) -> None:
-    run = loaded(tmp_path, **(base | KEYS)).run
+    run = loaded(tmp_path, base).run
     module = build_local(run.model, VocabSize(512, 512), seed=0)
     names = {parameter: name for name, parameter in module.named_parameters()}
     matrices, decayed, others = (
