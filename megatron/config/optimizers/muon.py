@@ -38,7 +38,7 @@ class MuonConfig(OptimizerConfig):
     ns_dtype: Annotated[Literal["fp32", "bf16"], Key(difference="torch always takes bf16")] = "fp32"
     """Number format of those iterations. bf16 is faster on GPUs, and changes steps by about 1 %."""
 
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[float] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """AdamW's decay of the first and second moment."""
 
     eps: Positive = 1.0e-8
