@@ -23,7 +23,10 @@ class OptimizerConfig(Section):
 
     key_prefix = "optimizer.params."
 
-    type: Annotated[str, Key("optimizer.type", difference="Adam and Muon, which NeoX does not have; other optimizers are not implemented")]
+    type: Annotated[
+        str,
+        Key("optimizer.type", difference="Adam, and Muon, which is not NeoX's; no others"),
+    ]
     """Name of the optimizer: a section lists the names that mean it in a Literal."""
 
     lr: Annotated[Positive, Key(difference="must be given; NeoX's default is 0.001")]

@@ -27,8 +27,10 @@ from megatron.training.build_engine import build_engine, release_engine, require
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
+from megatron.training.callbacks.communication import Communication
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
+from megatron.training.callbacks.profile import Profile
 from megatron.training.callbacks.run_folder import RunFolder
 from megatron.training.distillation.find_teacher import find_teacher, require_same_teacher
 from megatron.training.grow_run import grow_start, inherit_start
@@ -39,6 +41,7 @@ from megatron.training.run_lease import RunLease, run_lease
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, newest_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stability.deepspeed_version import compare_unknown, refuse_known_faults
+from megatron.training.step_parts import StepParts
 from megatron.training.stop_request import StopRequest, signals_request
 from megatron.training.training_context import TrainingContext, TrainingRun, open_training_context
 from megatron.training.training_data import build_training_data
@@ -179,6 +182,7 @@ def assemble(
         folder=run_folder,
         lease=lease or RunLease(),
         watchdog=watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace()),
+        parts=StepParts(built.engine),
     )
 
 
@@ -196,6 +200,8 @@ def build_callbacks(context: TrainingContext) -> list[Callback]:
         (Validation, evaluates and datasets.valid is not None),
         (FinalTest, evaluates and datasets.test is not None),
         (Metrics, True),
+        (Communication, config.monitor.comms_logger.enabled),
+        (Profile, config.monitor.profile.enabled),
         (Checkpoints, config.checkpoint.save is not None),
     ]
     return [callback(context) for callback, is_wanted in callbacks if is_wanted]

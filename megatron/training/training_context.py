@@ -32,6 +32,7 @@ from megatron.training.progress import Progress
 from megatron.training.run_description import write_description
 from megatron.training.run_lease import RunLease
 from megatron.training.stability.step_guard import StepGuard
+from megatron.training.step_parts import StepParts
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_data import TrainingData
 
@@ -73,6 +74,8 @@ class TrainingRun:
     """Keeps other processes from writing the run's folders."""
     watchdog: Watchdog
     """Times the steps, and notices one that will not end."""
+    parts: StepParts
+    """Parts of the engine's steps, for who wants to see them."""
 
     @property
     def flops_per_step(self) -> float:

@@ -134,7 +134,7 @@ class WholeMatrices:
         parts = [flat[route.piece.place] for route in self._held]
         shares: dict[int, Tensor] = {}
         arrived = self._exchange(parts, self._held_sizes, self._owned_sizes, flat)
-        for route, part in zip(self._owned, arrived.split([r.piece.size for r in self._owned]), strict=True):
+        for route, part in zip(self._owned, torch.split(arrived, [r.piece.size for r in self._owned]), strict=True):
             if route.number not in shares:
                 matrix = self._travelling[route.number]
                 rows, columns = matrix.shape
@@ -146,7 +146,7 @@ class WholeMatrices:
         """Sends the pieces back to their holders, who put them in their places."""
         parts = [shares[route.number][route.piece.share, route.piece.own] for route in self._owned]
         arrived = self._exchange(parts, self._owned_sizes, self._held_sizes, flat)
-        for route, part in zip(self._held, arrived.split([r.piece.size for r in self._held]), strict=True):
+        for route, part in zip(self._held, torch.split(arrived, [r.piece.size for r in self._held]), strict=True):
             flat[route.piece.place] = part
 
     def _exchange(self, parts: list[Tensor], sent: list[int], received: list[int], like: Tensor) -> Tensor:
