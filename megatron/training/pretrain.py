@@ -30,7 +30,7 @@ from megatron.training.callbacks.checkpoints import Checkpoints
 from megatron.training.callbacks.communication import Communication
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
-from megatron.training.callbacks.profile import Profile
+from megatron.training.callbacks.profiling import Profile
 from megatron.training.callbacks.run_folder import RunFolder
 from megatron.training.distillation.find_teacher import find_teacher, require_same_teacher
 from megatron.training.grow_run import grow_start, inherit_start

@@ -24,16 +24,16 @@ class MuonConfig(OptimizerConfig):
     """Name."""
 
     adam_lr: Annotated[Positive | None, Key(difference="DeepSpeed's key, not NeoX's")] = None
-    """Peak learning rate of what AdamW steps; None means lr. The schedule is that of lr, min_lr in proportion."""
+    """Peak learning rate of what AdamW steps beside Muon; None means lr. Its schedule is that of lr, in proportion."""
 
     momentum: Annotated[float, Key(difference="DeepSpeed's key, not NeoX's")] = Field(default=0.95, ge=0.0, lt=1.0)
     """Decay of Muon's average of gradients."""
 
     nesterov: Annotated[bool, Key(difference="torch's argument, not NeoX's")] = True
-    """Orthogonalize the average with the newest gradient counted once more, in place of the average."""
+    """Let Muon orthogonalize its average with the newest gradient counted once more, in place of the average."""
 
     ns_steps: Annotated[int, Key(difference="torch's argument, not NeoX's")] = Field(default=5, ge=1, le=20)
-    """Newton-Schulz iterations of the orthogonalization."""
+    """Newton-Schulz iterations of Muon's orthogonalization."""
 
     ns_dtype: Annotated[Literal["fp32", "bf16"], Key(difference="torch always takes bf16")] = "fp32"
     """Number format of those iterations. bf16 is faster on GPUs, and changes steps by about 1 %."""

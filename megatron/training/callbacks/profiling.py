@@ -96,7 +96,7 @@ class Profile(Callback):
     def _memory_history(self) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
         yield
-        torch.cuda.memory._dump_snapshot(str(self._file("memory.pickle")))
+        torch.cuda.memory._dump_snapshot(str(self._file("memory.pickle")))  # type: ignore[no-untyped-call]
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
@@ -112,7 +112,7 @@ def _marked(part: str) -> Iterator[None]:
 
 @contextmanager
 def _captured_by_nsys() -> Iterator[None]:
-    cudart = torch.cuda.cudart()
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     cudart.cudaProfilerStart()
     yield
     torch.cuda.synchronize()
