@@ -191,10 +191,10 @@ class PublishedOperations(PlainTorch):
 
 
 def published_projections(
-    x_BSD: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, theta: str, **others: Any
+    x_BSD: Tensor, key_tokens: Sequence[Tensor], value_tokens: Sequence[Tensor], *, theta: str, **others: Any
 ) -> Tensor:
     """Computes the outputs [J, B, S, D] of Pattentions of one input, one after the other, on one rank."""
-    return torch.stack([published_pattention(x_BSD, *pair, theta) for pair in zip(keys, values, strict=True)])
+    return torch.stack([published_pattention(x_BSD, *pair, theta) for pair in zip(key_tokens, value_tokens, strict=True)])
 
 
 class TransformersLoop(PlainTorch):
@@ -206,7 +206,8 @@ class TransformersLoop(PlainTorch):
         if task.config.training.checkpoint_activations.enabled:
             raise ConfigError("checkpoint_activations: transformers' model keeps its activations. Set it to false.")
         ours = build_local(task.config.model, task.vocab, task.config.training.seed)
-        return transformers_model(ours, task.config, task.vocab).train()
+        model: nn.Module = transformers_model(ours, task.config, task.vocab).train()
+        return model
 
     def logits(self, inputs_BS: Tensor) -> Tensor:
         logits_BSV: Tensor = self._model(inputs_BS, use_cache=False).logits

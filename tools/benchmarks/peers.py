@@ -1,4 +1,4 @@
-"""What a TokenFormer is timed beside: the published operations, and a Transformer of as many parameters."""
+"""Peers of a TokenFormer in a benchmark: the published operations, and a Transformer of as many parameters."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class WholeMatrices:
     def __init__(
         self, fragments: Sequence[Fragment], context: ParallelContext, group: distributed.ProcessGroup | None
     ) -> None:
-        """Learns where the pieces lie, from this rank's `fragments` of all matrices. Collective over the stage.
+        """Gathers the places of all pieces, from this rank's `fragments` of the matrices. Collective over the stage.
 
         `group` has the ranks of the stage, as `stage_group` numbers them; None for one rank alone.
         """
