@@ -194,7 +194,8 @@ def published_projections(
     x_BSD: Tensor, key_tokens: Sequence[Tensor], value_tokens: Sequence[Tensor], *, theta: str, **others: Any
 ) -> Tensor:
     """Computes the outputs [J, B, S, D] of Pattentions of one input, one after the other, on one rank."""
-    return torch.stack([published_pattention(x_BSD, *pair, theta) for pair in zip(key_tokens, value_tokens, strict=True)])
+    pairs = zip(key_tokens, value_tokens, strict=True)
+    return torch.stack([published_pattention(x_BSD, key, value, theta) for key, value in pairs])
 
 
 class TransformersLoop(PlainTorch):

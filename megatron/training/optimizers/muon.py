@@ -55,7 +55,7 @@ class OrthogonalizedMomentum(torch.optim.Optimizer):
         self._matrices: WholeMatrices | None = None
 
     def use_partitions(self, groups: Sequence[Sequence[Fragment]], context: ParallelContext) -> None:
-        """Takes the places of the matrices in this rank's partitions. Collective over all ranks, before the first step."""
+        """Takes the places of matrices in this rank's partitions. Collective over all ranks, before the first step."""
         stage = stage_group(context)
         for group, fragments in zip(self.param_groups, groups, strict=True):
             if group["orthogonalized"]:
