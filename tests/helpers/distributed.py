@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import pickle
 import sys
@@ -136,6 +137,7 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     store = dist.TCPStore(HOST, port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    groups = _record_new_groups()
     while (task := connection.recv()) is not None:
         try:
             fn, args = pickle.loads(task)  # noqa: S301 - from our own parent
@@ -143,8 +145,28 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
         except BaseException:  # noqa: BLE001 - whatever fails on a rank is told to the parent
             reply = (traceback.format_exc(), b"")
         connection.send(reply)
+        # A group's threads wake every ten milliseconds, and after some hundred functions they would fill a core.
+        while groups:
+            with contextlib.suppress(ValueError):  # The function has destroyed it.
+                dist.destroy_process_group(groups.pop())
+        gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _record_new_groups() -> list[dist.ProcessGroup]:
+    """Returns a list to which each group is added that `torch.distributed.new_group` makes with this rank in it."""
+    groups: list[dist.ProcessGroup] = []
+    new_group = dist.new_group
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        group = new_group(*args, **kwargs)
+        if isinstance(group, dist.ProcessGroup):
+            groups.append(group)
+        return group
+
+    dist.new_group = recorded
+    return groups
 
 
 _pools: dict[int, _Pool] = {}

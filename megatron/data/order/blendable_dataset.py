@@ -20,6 +20,9 @@ from torch.utils.data import Dataset
 from megatron.data.order.gpt_dataset import GPTDataset
 
 _MAX_BLOCKS = 8192
+_CACHED_NUMBERS = 1 << 15
+"""Numbers in double precision that stay in a core's cache."""
+
 MIN_BLOCK_LENGTH = 64
 """Items that a block holds at least."""
 
@@ -83,20 +86,21 @@ def _serve(
     weights: npt.NDArray[np.float64], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.float64], length: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
     """Serves `length` items in every block: returns choices [blocks, length] and the counts then [datasets, blocks]."""
-    counts = np.ascontiguousarray(counts)
-    choices = np.empty((length, len(starts)), dtype=np.uint8)
-    blocks = np.arange(len(starts))
-    for step in range(length):
-        items = np.maximum(starts + step, 1).astype(np.float64)
-        largest = weights[0] * items - counts[0]
-        choice = np.zeros(len(starts), dtype=np.uint8)
-        for dataset in range(1, len(weights)):
-            deficit = weights[dataset] * items - counts[dataset]
-            choice[deficit > largest] = dataset  # strictly: the first of equals wins
-            np.maximum(largest, deficit, out=largest)
-        choices[step] = choice
-        counts[choice, blocks] += 1
-    return choices.T, counts
+    counts = np.ascontiguousarray(counts.T)
+    choices = np.empty((len(starts), length), dtype=np.uint8)
+    side_by_side = max(1, _CACHED_NUMBERS // len(weights))
+    for first in range(0, len(starts), side_by_side):
+        blocks = slice(first, first + side_by_side)
+        served, begins = counts[blocks], starts[blocks].astype(np.float64)[:, None]
+        rows = np.arange(len(served))
+        deficits = np.empty_like(served)
+        for step in range(length):
+            np.multiply(np.maximum(begins + step, 1.0), weights, out=deficits)
+            np.subtract(deficits, served, out=deficits)
+            choice = deficits.argmax(axis=1)  # the first of equals wins
+            choices[blocks, step] = choice
+            served[rows, choice] += 1
+    return choices, counts.T
 
 
 class BlendableDataset(Dataset[npt.NDArray[np.int64]]):

@@ -8,7 +8,7 @@ import logging
 import struct
 import time
 import tokenize
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,6 @@ from megatron.io.json_files import read_json_object
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
-_BYTES_AT_A_TIME = 1 << 24
 MALFORMED_NPY = (
     ValueError,
     TypeError,
@@ -74,7 +73,7 @@ def cached_sample_index(
             cached = files.load(hashes=True, report=True)
             if cached is None:
                 started = time.perf_counter()
-                files.save(build_sample_index(sizes, documents, num_samples, seq_length, seed))
+                files.build(sizes, documents, num_samples, seq_length, seed)
                 logger.info("%s: sample index built in %.1f s", files.stem, time.perf_counter() - started)
                 cached = files.load(hashes=False, report=True)
     except OSError as error:
@@ -95,14 +94,6 @@ def _key(sizes: npt.NDArray[np.integer], documents: range, num_epochs: int, seq_
     return digest.hexdigest()
 
 
-def _write_npy(file: HashingWriter, array: npt.NDArray[np.integer]) -> None:
-    """Writes a contiguous array as np.save does, which would copy it piece by piece for a file that hashes."""
-    np.lib.format.write_array_header_1_0(cast(Any, file), np.lib.format.header_data_from_array_1_0(array))
-    content = array.data.cast("B")
-    for start in range(0, len(content), _BYTES_AT_A_TIME):
-        file.write(content[start : start + _BYTES_AT_A_TIME])
-
-
 class _IndexFiles:
     """The .npy files of one index, a file for each of its arrays, and one with their hashes."""
 
@@ -115,17 +106,32 @@ class _IndexFiles:
     def _path(self, part: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}_{part}.npy")
 
-    def save(self, index: SampleIndex) -> None:
-        """Writes all arrays. Raises OSError where the disk is full, DataError where the folder cannot be written."""
+    def build(
+        self, sizes: npt.NDArray[np.integer], documents: range, num_samples: int, seq_length: int, seed: int
+    ) -> None:
+        """Builds and writes all arrays: each is hashed and written while the next one is built.
+
+        Raises OSError where the disk is full, DataError where the folder cannot be written.
+        """
         self.hashes.unlink(missing_ok=True)
-        hashes = {}
-        for part, array in vars(index).items():
-            with atomic_write(self._path(part)) as temporary, temporary.open("wb") as file:
-                hashing = HashingWriter(file)
-                _write_npy(hashing, array)
-                hashes[part] = hashing.sha256
+        digests: dict[str, Future[str]] = {}
+        with ThreadPoolExecutor(1) as writer:
+
+            def write(part: str, array: npt.NDArray[np.integer]) -> None:
+                digests[part] = writer.submit(self._write, part, array)
+
+            build_sample_index(sizes, documents, num_samples, seq_length, seed, on_array=write)
         with atomic_write(self.hashes) as temporary:
-            temporary.write_text(json.dumps(hashes) + "\n")
+            temporary.write_text(json.dumps({part: digest.result() for part, digest in digests.items()}) + "\n")
+
+    def _write(self, part: str, array: npt.NDArray[np.integer]) -> str:
+        """Writes a contiguous array as np.save does; returns the SHA-256 of the file."""
+        with atomic_write(self._path(part)) as temporary, temporary.open("wb") as file:
+            hashing = HashingWriter(file)
+            np.lib.format.write_array_header_1_0(cast(Any, hashing), np.lib.format.header_data_from_array_1_0(array))
+            # In one piece: NumPy's shuffle, which goes on meanwhile, lets no other thread of Python take its turn.
+            hashing.write(array.data.cast("B"))
+        return hashing.sha256
 
     def load(self, *, hashes: bool, report: bool) -> SampleIndex | None:
         """Maps the index; None when a file is missing or damaged. `report` logs damage. `hashes` reads all of it."""

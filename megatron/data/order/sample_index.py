@@ -6,6 +6,7 @@ more than s, so that neighbours share a token); the samples are shuffled once mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from megatron.errors import DataError
 
 _INT32_MAX = np.iinfo(np.int32).max
 _UINT32_MAX = np.iinfo(np.uint32).max
-CHUNK = 1 << 18
-"""Documents or samples that are handled at once; bounds what is held beside the result."""
+CHUNK = 1 << 14
+"""Documents or samples that are handled at once: what is held beside the result stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,25 @@ def build_sample_index(
     seed: int,
     *,
     chunk: int = CHUNK,
+    on_array: Callable[[str, npt.NDArray[np.integer]], object] = lambda name, array: None,
 ) -> SampleIndex:
     """Builds the index of at least `num_samples` samples of `seq_length` + 1 tokens from a range of documents.
 
-    `sizes` are the token counts of all documents of the dataset. Takes little more memory than the result. Raises
-    DataError when the documents hold no token, or less than one sample in the epochs that `num_samples` needs.
+    `sizes` are the token counts of all documents of the dataset. Takes little more memory than the result. `on_array`
+    is called with the name of each array and the array as soon as that is complete. Raises DataError when the documents
+    hold no token, or less than one sample in the epochs that `num_samples` needs.
     """
     extent = index_extent(sizes, documents, num_samples, seq_length)
     generator = np.random.RandomState(seed)
     doc_idx = _repeated(documents, extent.num_epochs, extent.types.doc)
     generator.shuffle(doc_idx)
+    on_array("doc_idx", doc_idx)
     shuffle_idx = np.arange(extent.num_samples, dtype=extent.types.shuffle)
     generator.shuffle(shuffle_idx)
+    on_array("shuffle_idx", shuffle_idx)
     sample_idx = np.empty((extent.num_samples + 1, 2), dtype=extent.types.sample)
     _cut_samples(sizes, doc_idx, sample_idx, seq_length, chunk)
+    on_array("sample_idx", sample_idx)
     return SampleIndex(doc_idx, sample_idx, shuffle_idx)
 
 
@@ -88,9 +94,8 @@ def index_extent(sizes: npt.NDArray[np.integer], documents: range, num_samples: 
 
 
 def _repeated(documents: range, num_epochs: int, dtype: type[np.integer]) -> npt.NDArray[np.integer]:
-    doc_idx = np.empty((num_epochs, len(documents)), dtype=dtype)
-    doc_idx[:] = np.arange(documents.start, documents.stop, dtype=dtype)
-    return doc_idx.reshape(-1)
+    ids = np.arange(documents.start, documents.stop, dtype=dtype)
+    return ids if num_epochs == 1 else np.tile(ids, num_epochs)
 
 
 @dataclass(frozen=True)

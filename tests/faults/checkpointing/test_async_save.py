@@ -43,7 +43,7 @@ def assert_loads(config: Path, event: str) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.full)])
 def test_killed_at_random_moments(
     kills: int, saved_each_step: Callable[[int], tuple[Path, float]], dataset: Path, tmp_path: Path
 ) -> None:

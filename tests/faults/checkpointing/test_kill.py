@@ -83,7 +83,7 @@ def test_killed_in_the_middle_of_a_file(rank: int, untouched: Path, dataset: Pat
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.full)])
 def test_killed_at_random_moments(
     kills: int, saved_each_step: Callable[[int], tuple[Path, float]], dataset: Path, tmp_path: Path
 ) -> None:

@@ -29,7 +29,10 @@ def test_workers_survive_signals_to_the_process_group() -> None:
     assert not any(worker.is_alive() for worker in workers)
 
 
-@pytest.mark.parametrize("broken", [None, 0], ids=["in between", "after an unexpected error"])
+@pytest.mark.parametrize(
+    "broken",
+    [pytest.param(None, id="in between"), pytest.param(0, id="after an unexpected error", marks=pytest.mark.full)],
+)
 def test_process_ends_although_workers_ignore_signals(broken: int | None) -> None:
     """multiprocessing would wait for them for ever, so the loader ends them itself."""
     program = f"""

@@ -55,7 +55,7 @@ def small_shared_memory(kibibytes: int, workers: int) -> subprocess.CompletedPro
     return done
 
 
-@pytest.mark.parametrize("kibibytes", [16, 256])
+@pytest.mark.parametrize("kibibytes", [16, pytest.param(256, marks=pytest.mark.full)])
 def test_too_little_is_told(kibibytes: int) -> None:
     """16 KiB are too few for the queues, 256 KiB for a batch."""
     done = small_shared_memory(kibibytes, workers=2)

@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.interrupted import TWO_RANKS, saved
 from tests.helpers.records import records
 from tests.helpers.runs import ROOT
 
 
+@pytest.mark.full
 def test_deepy_ends_as_its_ranks_do(write_config: Callable[..., Path]) -> None:
     """One rank alone gets the signal; the command as users type it."""
     config = write_config(TWO_RANKS, num_gpus=2, train_iters=10_000, eval_iters=0, num_workers=1)

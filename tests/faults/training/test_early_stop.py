@@ -94,8 +94,8 @@ def test_a_signal_while_a_lost_nodes_lease_is_watched(write_config: Callable[...
 @pytest.mark.parametrize(
     ("ranks", "number", "code"),
     [
-        (1, signal.SIGTERM, 75),
         (2, signal.SIGINT, 130),
+        pytest.param(1, signal.SIGTERM, 75, marks=pytest.mark.full),
         pytest.param(1, signal.SIGINT, 130, marks=pytest.mark.full),
         pytest.param(2, signal.SIGTERM, 75, marks=pytest.mark.full),
     ],

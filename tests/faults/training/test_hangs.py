@@ -105,6 +105,7 @@ def test_a_rank_that_loops_in_python_is_named(write_config: Callable[..., Path])
     assert "in a_loop_without_end" in (folder / "rank1.txt").read_text()
 
 
+@pytest.mark.full
 def test_slow_steps_and_what_follows_them_are_no_hangs(write_config: Callable[..., Path]) -> None:
     config = write_config(WATCHED, train_iters=16)
     finished = run_ranks(config, ranks=2, before=slow, arguments=(12,), timeout=60)

@@ -43,7 +43,8 @@ def assert_same_form(theirs: Path, ours: Path) -> None:
             assert torch.equal(got["param"], want["param"]), file
 
 
-@pytest.mark.parametrize("case", [SPLIT, *(pytest.param(case, marks=pytest.mark.full) for case in MORE)], ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("case", [SPLIT, *MORE], ids=str)
 def test_it_makes_what_our_conversion_makes(case: Case, layout_runs: LayoutRuns, tmp_path: Path) -> None:
     """test_reshape.py holds what `reshape.py` writes against the same files."""
     run = layout_runs.trained(case)

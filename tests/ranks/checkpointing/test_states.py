@@ -89,6 +89,7 @@ def test_an_operator_changes_weights_masters_and_moments(runs: Runs) -> None:
         assert runs.loss("grown", step) == pytest.approx(runs.loss("ungrown", step), abs=1e-6)
 
 
+@pytest.mark.full
 def test_one_layer_is_in_memory_at_a_time(runs: Runs, tmp_path: Path) -> None:
     """The writer lets go of a layer before it asks for the next one."""
     import gc

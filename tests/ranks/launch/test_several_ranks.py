@@ -39,6 +39,7 @@ def assert_loopback(addresses: set[str]) -> None:
     assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
 
 
+@pytest.mark.full
 def test_tensor_parallel_ranks_train_what_one_rank_trains(write_config: Callable[..., Path]) -> None:
     alone, together = (write_config(TOKENFORMER, name, train_iters=4) for name in ("alone", "together"))
     train(alone)

@@ -119,7 +119,12 @@ def whole_batches(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((1, 4), (1, 2)), ((1, 8), (2, 2)), ((2, 2), (1, 8))], ids=["micro batch", "1 to 2", "2 to 1"]
+    ("before", "after"),
+    [
+        pytest.param((1, 4), (1, 2), id="micro batch"),
+        pytest.param((1, 8), (2, 2), id="1 to 2"),
+        pytest.param((2, 2), (1, 8), id="2 to 1", marks=pytest.mark.full),
+    ],
 )
 def test_another_layout_of_the_batch_reads_the_same_samples(
     before: tuple[int, int], after: tuple[int, int], whole_batches: Path, write_config: Callable[..., Path]

@@ -27,6 +27,7 @@ from megatron.loaded_model.loaded_model import load_model
 from megatron.model.causal_lm import build_local
 from megatron.mpu.context import ParallelContext
 from tests.helpers.configs import PYTHIA, TOKENFORMER
+from tests.helpers.covers import covered
 from tests.helpers.tiny_checkpoints import MODELS, VOCAB, make_checkpoint, tokens, write_yaml
 from tools.ckpts import grow, inspect_checkpoint
 
@@ -107,7 +108,7 @@ def test_exact_growth_changes_no_logit_in_any_layout(
     assert (before - after).abs().max() <= 1e-5 * before.abs().max()
 
 
-@pytest.mark.parametrize("case", [*CASES, "published"])
+@pytest.mark.parametrize("case", covered([*CASES, "published"], ["copy"]))
 def test_growth_of_two_tensor_ranks_is_that_of_one(case: str, tmp_path: Path, dataset: Path) -> None:
     words = CASES.get(
         case, ["--factor", "2", "--operator", "published", "--moments", "reset_all", "--schedule", "restart"]

@@ -13,6 +13,7 @@ from tools.benchmarks.benchmark_checkpoints import MEANINGS
 COMMAND = "tools/benchmarks/benchmark_checkpoints.py"
 
 
+@pytest.mark.full
 def test_table_and_file(tmp_path: Path) -> None:
     config, output = tmp_path / "tiny.yml", tmp_path / "report.json"
     config.write_text(yaml.safe_dump(BENCHMARKED))

@@ -19,6 +19,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_both_take_the_same_steps(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "reports" / "benchmark.json"
     arguments = ["--vocab-size", "100", "--steps", "2", "--rounds", "2", "--output", str(output)]

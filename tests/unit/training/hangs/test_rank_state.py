@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from megatron.training.hangs.rank_state import describe_frame, is_compiling
 
 
+@pytest.mark.full
 def test_a_compilation_is_told_from_the_run_of_what_it_made() -> None:
     seen: dict[str, bool] = {}
 
