@@ -31,6 +31,7 @@ import json, pathlib, sys, time, yaml
 keys = yaml.safe_load(open(sys.argv[1]))
 if keys.get("log_interval") == 13:
     sys.exit(3)
+print("begins", flush=True)
 time.sleep(keys.get("exit_duration_in_mins", 0))
 folder = pathlib.Path(keys["save"])
 folder.mkdir()
@@ -98,9 +99,7 @@ class Folder:
             return {row["cell"]: row for row in csv.DictReader(rows)}
 
     def started(self) -> list[str]:
-        """Cells whose command has begun, once for each time."""
-        started = self.path / "work" / "cells" / "started.txt"
-        return sorted(started.read_text().split()) if started.exists() else []
+        return sorted((self.path / "work" / "cells" / "started.txt").read_text().split())
 
 
 @pytest.fixture
@@ -189,8 +188,9 @@ def test_a_kill_loses_the_running_cell_alone(folder: Folder, number: int) -> Non
     folder.groups["slow"] = folder.groups["small"] | {"name": "slow", "vary": {"lr": [4e-3], "wait": [seconds]}}
     command = [sys.executable, str(SHIPPED / "run_matrix.py"), str(folder.write()), "--jobs", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    log = folder.path / "work" / "cells" / "slow.log"
     deadline = time.monotonic() + 60
-    while "slow" not in folder.started():
+    while not (log.exists() and "begins" in log.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
