@@ -11,10 +11,12 @@ import yaml
 from torch import nn
 
 from megatron.checkpointing.engine.flat_partitions import Fragment
+from megatron.checkpointing.states.read_zero_files import EngineState
 from megatron.config.load_config import LoadedConfig, load_config
 from megatron.config.optimizer import OPTIMIZERS
 from megatron.config.optimizers.muon import MuonConfig
 from megatron.errors import ConfigError
+from megatron.growth.engine_restart import restarted_engine
 from megatron.model.causal_lm import VocabSize, build_local
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import new_parameter, zeros
@@ -119,6 +121,18 @@ def test_keys_are_refused_with_a_reason(changes: dict[str, Any], message: str, t
     with pytest.raises(ConfigError) as caught:
         loaded(tmp_path, optimizer={"type": "Muon", "params": params})
     assert message in str(caught.value)
+
+
+def test_a_schedule_that_begins_anew_keeps_the_ratio_of_the_rates(tmp_path: Path) -> None:
+    training = loaded(tmp_path, lr_decay_style="constant", warmup=0.0).run.training
+    groups = {"hidden matrices": {"lr": 1.0, "lr_ratio": 1.0}, "decayed": {"lr": 0.25, "lr_ratio": 0.25}}
+    engine = EngineState({"lr_scheduler": {"num_steps": 5}}, "fp32", groups, clip_grad=1.0, loss_scale={})
+    again = restarted_engine(engine, training, schedule=True, moments=False)
+    assert {name: group["lr"] for name, group in again.hyperparameters.items()} == {
+        "hidden matrices": 4e-3,
+        "decayed": 1e-3,
+    }
+    assert again.counters["lr_scheduler"] == {"num_steps": 0}
 
 
 def test_freezing_rows_after_growth_is_refused(tmp_path: Path) -> None:
