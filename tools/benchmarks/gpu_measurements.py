@@ -32,11 +32,11 @@ def measurements() -> Iterator[Measurement]:
     yield Measurement("kernels are right", "Outputs and gradients of every kernel that the GPU compiles.", tests, 10)
     yield _training("150M", "all speed-ups", "45 % MFU or more, floor 40 %.", 16)
     yield _training("150M", "plain operations", "What the speed-ups give together.", 16, *OFF)
-    yield _peers("150M", 16)
+    yield _peers("150M", 8)
     yield _kernels("150M", 16384)
     yield _training("1-5B", "all speed-ups", "52 % MFU or more, floor 48 %.", 8)
     yield _training("1-5B", "plain operations", "What the speed-ups give together at 1.5B.", 8, *OFF)
-    yield _peers("1-5B", 8)
+    yield _peers("450M", 4)  # at 1.5B the four of them do not fit on one GPU
     yield _kernels("1-5B", 8192)
     for choice in OFF:
         yield _training("150M", f"all but {choice}", "What this one gives.", 16, choice)
