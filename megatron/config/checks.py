@@ -514,6 +514,20 @@ def _pattention(run: RunConfig) -> Iterator[Finding]:
         )
 
 
+def _profiled_steps(run: RunConfig) -> Iterator[Finding]:
+    profile, last = run.monitor.profile, run.training.train_iters
+    if not profile.enabled:
+        if profile.memory:
+            yield Finding("monitor.profile.memory", "needs profile: true, whose steps it is for")
+        return
+    if profile.step_stop < profile.step_start:
+        yield Finding(
+            "monitor.profile.step_stop", f"is before profile_step_start {profile.step_start}; use that step or later"
+        )
+    if profile.step_start > last:
+        yield Finding("monitor.profile.step_start", f"the run ends with step {last} (train_iters); use an earlier one")
+
+
 def _evaluation_output(run: RunConfig) -> Iterator[Finding]:
     evaluation = run.evaluation
     if evaluation.iterations != "all" and len(evaluation.iterations) > 1 and evaluation.output.endswith(".json"):
@@ -581,6 +595,7 @@ CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     _flash_attention,
     _pattention,
     _loss_of_a_teacher,
+    _profiled_steps,
     _evaluation_output,
     _prompts,
 )

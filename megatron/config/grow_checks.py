@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megatron.config.checks import Finding, nearest_multiple
+from megatron.config.optimizer import facts_of
 from megatron.config.sections.grow import GrowConfig
 from megatron.config.sections.growth import rule_contradictions
 from megatron.config.sections.run_config import RunConfig
@@ -96,6 +97,16 @@ def _rules(run: RunConfig) -> Iterator[Finding]:
         yield Finding(f"grow.{name}", message)
 
 
+def _frozen_rows(run: RunConfig) -> Iterator[Finding]:
+    grow, optimizer = run.grow, run.training.optimizer
+    if grow is not None and grow.old_rows_lr == 0 and grow.old_rows_iters and not facts_of(optimizer).freezes_rows:
+        yield Finding(
+            "grow.old_rows_lr",
+            f"the optimizer {optimizer.type} steps whole matrices, in which frozen rows would change the steps of new "
+            "ones; use a value above 0, or the optimizer Adam",
+        )
+
+
 def _partial_init(run: RunConfig) -> Iterator[Finding]:
     checkpoint, path = run.checkpoint, "checkpoint.pretrain_partial_init"
     if checkpoint.pretrain_partial_init is None:
@@ -110,7 +121,14 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
         yield Finding(at, "contradicts pretrain_partial_init, whose rule is the published one; keep one")
 
 
-GROW_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_moment, _start, _sizes, _rules, _partial_init)
+GROW_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+    _moment,
+    _start,
+    _sizes,
+    _rules,
+    _frozen_rows,
+    _partial_init,
+)
 
 
 def growth_comes_too_late(run: RunConfig, global_batch_size: int) -> str | None:

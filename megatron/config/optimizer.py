@@ -23,7 +23,10 @@ class OptimizerConfig(Section):
 
     key_prefix = "optimizer.params."
 
-    type: Annotated[str, Key("optimizer.type", difference="other optimizers are not implemented")]
+    type: Annotated[
+        str,
+        Key("optimizer.type", difference="Adam, and Muon, which is not NeoX's; no others"),
+    ]
     """Name of the optimizer: a section lists the names that mean it in a Literal."""
 
     lr: Annotated[Positive, Key(difference="must be given; NeoX's default is 0.001")]
@@ -55,6 +58,10 @@ class GroupedParameter(Protocol):
     def full_shape(self) -> tuple[int, ...]:
         """Returns the shape over all tensor-parallel ranks."""
 
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Tells whether it is a matrix between the embedding and the head."""
+
 
 @dataclass(frozen=True)
 class ParameterGroup(Generic[S]):
@@ -64,7 +71,12 @@ class ParameterGroup(Generic[S]):
     takes: Callable[[GroupedParameter], bool]
     """Tells whether a parameter belongs to the group. Each parameter belongs to the first group that takes it."""
     options: Callable[[S], dict[str, Any]]
-    """Returns the group's own keyword arguments, such as its weight decay."""
+    """Returns the group's own keyword arguments, such as its weight decay. An `lr_ratio` among them is its learning
+    rate as a multiple of the schedule's."""
+    moments: tuple[str, ...] | None = None
+    """Names of its moments, where the optimizer does not keep the same for all groups."""
+    counts_steps: bool = True
+    """Whether the optimizer counts the steps of the group, if it counts any."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class OptimizerFacts(Generic[S]):
     """Its section of the configuration. A field without a NeoX name of its own is a key under `optimizer.params`."""
 
     moments: tuple[str, ...]
-    """Names of the tensors of a parameter's shape in torch's state of the optimizer."""
+    """Names of the tensors of a parameter's shape in torch's state of the optimizer, of all groups."""
 
     groups: tuple[ParameterGroup[S], ...]
     """Groups of its parameters, in the order of torch's `param_groups`. A group without parameters is left out."""
@@ -127,6 +139,12 @@ class OptimizerFacts(Generic[S]):
     known_to_deepspeed: bool = False
     """Whether all these classes are on DeepSpeed's list of those tested under ZeRO, so that it needs no permission."""
 
+    learning_rates: tuple[str, ...] = ("lr",)
+    """Fields that are peak learning rates, which belong to the schedule that a run keeps when it goes on."""
+
+    freezes_rows: bool = True
+    """Whether a row can be kept as it is without an effect on the step of others."""
+
     check: Callable[[S], Iterator[tuple[str, str]]] = lambda section: iter(())
     """Yields (field, what is wrong with its value) for what types cannot say."""
 
@@ -136,6 +154,11 @@ class OptimizerFacts(Generic[S]):
     def group_of(self, parameter: GroupedParameter) -> ParameterGroup[S]:
         """Returns the first group that takes a parameter."""
         return next(group for group in self.groups if group.takes(parameter))
+
+    def moments_of(self, parameter: GroupedParameter) -> tuple[str, ...]:
+        """Returns the names of a parameter's moments."""
+        own = self.group_of(parameter).moments
+        return self.moments if own is None else own
 
     def implementation_of(self, built: Any, section: S) -> Implementation[S]:
         """Returns the implementation that the torch optimizer `built` is.

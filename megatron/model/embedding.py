@@ -51,7 +51,9 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.context = context
         shape = (model.max_position_embeddings, model.hidden_size)
-        self.weight = new_parameter(shape, input_initializer(model), context, what="learned positions")
+        self.weight = new_parameter(
+            shape, input_initializer(model), context, what="learned positions", is_embedding_or_head=True
+        )
 
     def forward(self, length: int, cache: KeyValueCache | None = None) -> Tensor:
         """Returns what this rank adds to the residual stream of `length` tokens, [B or 1, S or S/tp, D].
@@ -83,7 +85,14 @@ class Head(nn.Module):
         super().__init__()
         self.context = context
         shape = (padded_vocab_size, model.hidden_size)
-        self.weight = new_parameter(shape, input_initializer(model), context, what="padded vocabulary", shard_dim=0)
+        self.weight = new_parameter(
+            shape,
+            input_initializer(model),
+            context,
+            what="padded vocabulary",
+            shard_dim=0,
+            is_embedding_or_head=True,
+        )
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return logits(x_BSD, self.weight, self.context)

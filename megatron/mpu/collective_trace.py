@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
+from megatron.mpu.communication_tally import CommunicationTally
 from megatron.mpu.waiting_time import waiting_time
 
 COLLECTIVES = (
@@ -67,6 +68,8 @@ class CollectiveTrace:
         """Channels by a name that all their ranks share."""
         self.waited = waiting_time()
         """Time spent in operations so far."""
+        self.tally: CommunicationTally | None = None
+        """Counts bytes and time of the operations, while there is one."""
         self._known: dict[Any, tuple[str, Channel]] = {}
         self._open: tuple[str, Channel, float] | None = None
 
@@ -99,12 +102,16 @@ class CollectiveTrace:
             channel.begun += 1
             self._open = name, channel, time.monotonic()
             mark = self.waited.begin()
+            tally = self.tally
+            counted = None if tally is None else tally.begin(operation, name, (*arguments, *named.values()))
             try:
                 return function(*arguments, **named)
             finally:
                 self._open = None
                 self.waited.end(mark)
                 channel.finished += 1
+                if tally is not None and counted is not None:
+                    tally.end(counted)
 
         return recorded
 

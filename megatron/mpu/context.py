@@ -68,6 +68,20 @@ class ParallelContext:
         )
 
 
+def stage_group(context: ParallelContext) -> dist.ProcessGroup | None:
+    """Returns the group of this rank's pipeline stage, in which data-parallel rank d, tensor-parallel rank t has the
+    number d tensor_size + t; None for one rank alone.
+
+    Collective over all ranks of the default group. The data- or tensor-parallel group where that is all of the stage.
+    """
+    if context.tensor_size == 1:
+        return context.data_group
+    if context.data_size == 1:
+        return context.tensor_group
+    ranks = context.tensor_size * context.data_size
+    return _own_group([range(first, first + ranks) for first in range(0, dist.get_world_size(), ranks)])
+
+
 def _own_group(members: list[range]) -> dist.ProcessGroup | None:
     """Makes the groups `members`, all of one size, and returns the one of this rank; None for groups of one."""
     own = None

@@ -65,7 +65,12 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.context = context
         self.weight = new_parameter(
-            (vocab_size, hidden_size), initializer, context, what="padded vocabulary", shard_dim=0
+            (vocab_size, hidden_size),
+            initializer,
+            context,
+            what="padded vocabulary",
+            shard_dim=0,
+            is_embedding_or_head=True,
         )
 
     def forward(self, tokens_BS: Tensor) -> Tensor:

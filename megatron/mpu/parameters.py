@@ -31,6 +31,13 @@ class ParameterSpec:
     initializer: Initializer
     decays: bool
     """Whether weight decay applies: yes for every matrix, no for norms and biases."""
+    is_embedding_or_head: bool = False
+    """Whether its rows stand for tokens or positions."""
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Tells whether it is a matrix between the embedding and the head."""
+        return len(self.full_shape) == 2 and not self.is_embedding_or_head
 
 
 def shard_size(total: int, context: ParallelContext, what: str) -> int:
@@ -57,6 +64,7 @@ def new_parameter(
     what: str,
     shard_dim: int | None = None,
     decays: bool = True,
+    is_embedding_or_head: bool = False,
 ) -> nn.Parameter:
     """Builds this rank's share of a parameter, unset, on the default device. `what` names it in errors.
 
@@ -68,7 +76,7 @@ def new_parameter(
     parameter = nn.Parameter(torch.empty(shape))
     sharded = shard_dim is not None and context.tensor_size > 1
     parameter.__dict__.update(
-        spec=ParameterSpec(full_shape, shard_dim, initializer, decays),
+        spec=ParameterSpec(full_shape, shard_dim, initializer, decays, is_embedding_or_head),
         # DeepSpeed counts an unmarked parameter's gradient norm on tensor rank 0 only; it reads both names.
         model_parallel=sharded,
         tensor_model_parallel=sharded,

@@ -29,7 +29,7 @@ from megatron.training.distillation.find_teacher import Teacher
 from megatron.training.distillation.teacher_stage import TeacherStage
 from megatron.training.elastic.elastic_training import CrossEntropy, ElasticTraining, TwoPassLoss
 from megatron.training.lr_scheduler import LRScheduler
-from megatron.training.optimizer import build_optimizer
+from megatron.training.optimizer import build_optimizer, give_partitions
 from megatron.training.stability.deepspeed_patches import install
 from megatron.training.stability.step_guard import StepGuard
 from megatron.training.stop_request import StopRequest
@@ -125,6 +125,7 @@ def build_engine(
         engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, batch)
         )
+    give_partitions(optimizer, engine.optimizer, context)
     passes = 1 if elastic is None else elastic.passes
     guard = StepGuard(engine, context, config.training.precision, stop, passes)
     after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)

@@ -41,7 +41,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
         while progress.iteration < training.train_iters:
             with run.watchdog.step(progress.iteration + 1):
                 seed_dropout(training.seed, progress.iteration, run.parallel)
-                learning_rate = run.engine.lr_scheduler.get_last_lr()[0]
+                learning_rate = run.engine.lr_scheduler.learning_rate
                 taught = batches if run.distillation is None else run.distillation.attach(batches)
                 if run.elastic is None:
                     loss = run.engine.train_batch(taught)

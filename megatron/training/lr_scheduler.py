@@ -20,6 +20,8 @@ class LRScheduler:
         self.schedule = schedule
         self.train_iters = train_iters
         self.num_steps = 0
+        self.learning_rate = 0.0
+        """Learning rate of the next optimizer step, of groups without a ratio to it."""
         self._factor = 1.0
         self._apply()
 
@@ -48,5 +50,6 @@ class LRScheduler:
 
     def _apply(self) -> None:
         lr = lr_at(self.num_steps, peak=self.peak, schedule=self.schedule, train_iters=self.train_iters)
+        self.learning_rate = lr * self._factor
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * self._factor
+            group["lr"] = self.learning_rate * group.get("lr_ratio", 1.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from megatron.checkpointing.engine.flat_partitions import Fragment, grouped_fragments
 from megatron.config.optimizer import OptimizerConfig, facts_of
+from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import parameter_spec
 
 
@@ -34,3 +37,20 @@ def build_optimizer(module: nn.Module, section: OptimizerConfig, implementation:
         parameter_groups(module, section), **chosen.arguments(section)
     )
     return optimizer
+
+
+@runtime_checkable
+class UsesPartitions(Protocol):
+    """An optimizer whose step needs to know which parameters lie where in a rank's flat partitions."""
+
+    def use_partitions(self, groups: Sequence[Sequence[Fragment]], context: ParallelContext) -> None:
+        """Takes the fragments by group. Collective over all ranks."""
+
+
+def give_partitions(base: torch.optim.Optimizer, wrapper: Any, context: ParallelContext) -> None:
+    """Tells an optimizer that asks for it where parameters lie in the flat partitions that DeepSpeed has made of them.
+
+    `wrapper` is the engine's optimizer around `base`. Collective over all ranks.
+    """
+    if isinstance(base, UsesPartitions):
+        base.use_partitions(grouped_fragments(wrapper), context)

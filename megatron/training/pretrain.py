@@ -28,8 +28,10 @@ from megatron.training.build_engine import build_engine, release_engine, require
 from megatron.training.callback import Callback
 from megatron.training.callbacks.batch_hashes import BatchHashes
 from megatron.training.callbacks.checkpoints import Checkpoints
+from megatron.training.callbacks.communication import Communication
 from megatron.training.callbacks.evaluation import FinalTest, Validation
 from megatron.training.callbacks.metrics import Metrics
+from megatron.training.callbacks.profiling import Profile
 from megatron.training.callbacks.run_events import RunEvents, note_start
 from megatron.training.callbacks.run_folder import RunFolder
 from megatron.training.callbacks.samples import Samples
@@ -42,6 +44,7 @@ from megatron.training.run_lease import RunLease, run_lease
 from megatron.training.run_start import RunStart, adopt_schedule, find_start, load_start, newest_start, roll_back
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stability.deepspeed_version import compare_unknown, refuse_known_faults
+from megatron.training.step_parts import StepParts
 from megatron.training.stop_request import StopRequest, signals_request
 from megatron.training.training_context import TrainingContext, TrainingRun, open_training_context
 from megatron.training.training_data import build_training_data
@@ -185,6 +188,7 @@ def assemble(
         lease=lease or RunLease(),
         event_log=EventLog(run_folder),
         watchdog=watchdog or Watchdog(config.watchdog, run_folder, stop, CollectiveTrace()),
+        parts=StepParts(built.engine),
     )
 
 
@@ -203,6 +207,8 @@ def build_callbacks(context: TrainingContext) -> list[Callback]:
         (FinalTest, evaluates and datasets.test is not None),
         (Samples, bool(config.generation.sample_prompts)),
         (Metrics, True),
+        (Communication, config.monitor.comms_logger.enabled),
+        (Profile, config.monitor.profile.enabled),
         (Checkpoints, config.checkpoint.save is not None),
         (RunEvents, True),
     ]

@@ -18,6 +18,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from megatron.checkpointing.engine.flat_partitions import Fragment, grouped_fragments, grouped_parameters
 from megatron.config.optimizer import OptimizerConfig, facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules
 from megatron.model.new_rows import local_old_rows
@@ -91,34 +92,23 @@ class RowRules:
             for name, parameter in engine.module.global_parameters()
         }
         self._parts = {
-            flat: list(self._parts_of(parameters))
-            for group, parameters in zip(self._base.param_groups, self._groups, strict=True)
+            flat: list(self._parts_of(fragments))
+            for group, fragments in zip(self._base.param_groups, grouped_fragments(optimizer), strict=True)
             for flat in group["params"]
         }
         self._kept: dict[Tensor, list[_Kept]] = {}
         self._hooks: list[Any] = []
 
-    @property
-    def _groups(self) -> list[list[nn.Parameter]]:
-        """Returns this rank's parameters by the optimizer's groups, in the order of its flat tensors."""
-        groups: list[list[nn.Parameter]] = (
-            self._optimizer.bf16_groups if isinstance(self._optimizer, BF16_Optimizer) else self._optimizer.bit16_groups
-        )
-        return groups
-
-    def _parts_of(self, parameters: list[nn.Parameter]) -> Iterator[_Part]:
+    def _parts_of(self, fragments: list[Fragment]) -> Iterator[_Part]:
         """Yields the parts of the partition of one group; its padding is in none."""
-        for parameter in parameters:
-            mapping: Any = parameter.__dict__["_hp_mapping"]
-            if mapping is None:
-                continue
-            own, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+        for fragment in fragments:
+            parameter, first = fragment.parameter, fragment.place.start
             first_new = self._old_rows[parameter] * (parameter.numel() // parameter.shape[0])
-            num_old = min(max(first_new - own.start, 0), own.numel)
+            num_old = min(max(first_new - fragment.own.start, 0), fragment.size)
             decays = parameter_spec(parameter).decays
-            for start, stop, is_new in ((0, num_old, False), (num_old, own.numel, True)):
+            for start, stop, is_new in ((0, num_old, False), (num_old, fragment.size, True)):
                 if start < stop:
-                    yield _Part(slice(there.start + start, there.start + stop), is_new, decays)
+                    yield _Part(slice(first + start, first + stop), is_new, decays)
 
     def begin_step(self, iteration: int) -> None:
         """Sets the rates of the step that follows `iteration` steps."""
@@ -150,7 +140,8 @@ class RowRules:
     def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yields this rank's parameters with the gradients that are accumulated for them."""
         if isinstance(self._optimizer, BF16_Optimizer):
-            for parameters, gradients in zip(self._groups, self._optimizer.fp32_groups_gradients, strict=True):
+            groups = zip(grouped_parameters(self._optimizer), self._optimizer.fp32_groups_gradients, strict=True)
+            for parameters, gradients in groups:
                 yield from zip(parameters, gradients, strict=True)
             return
         for parameter in self._old_rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from megatron.checkpointing.store.fetch import local_source, require_free, resto
 from megatron.checkpointing.store.find_checkpoint import find_checkpoint
 from megatron.checkpointing.store.publish import put_back_replaced
 from megatron.config.local_path import is_url
+from megatron.config.optimizer import facts_of
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.growth import GrowthRecord
 from megatron.config.sections.run_config import RunConfig
@@ -93,7 +94,9 @@ def find_start(config: RunConfig) -> RunStart:
     nothing does not write into a folder that already holds another run's checkpoints. Raises CheckpointError for each
     of these, and for a checkpoint that does not fit; ConfigError for one that cannot grow as configured.
     """
-    return _with_due_change(config, _locate(config.checkpoint))
+    start = _locate(config.checkpoint)
+    _require_same_optimizer(start, config)
+    return _with_due_change(config, start)
 
 
 def newest_start(config: RunConfig, run_id: str) -> RunStart:
@@ -252,6 +255,17 @@ def _loads_from_save(config: CheckpointConfig) -> bool:
     return save in (load, load.parent)
 
 
+def _require_same_optimizer(start: RunStart, config: RunConfig) -> None:
+    if start.checkpoint is None or not start.loads_optimizer:
+        return
+    theirs, ours = start.checkpoint.config.training.optimizer, config.training.optimizer
+    if facts_of(theirs) is not facts_of(ours):
+        raise CheckpointError(
+            f"{start.checkpoint.path} was trained by {theirs.type}, whose moments {ours.type} (optimizer.type) cannot "
+            f"go on with. Set `no_load_optim: true` to begin {ours.type} with moments of zero."
+        )
+
+
 def _require_optimizer_state(start: RunStart, checkpoint: Checkpoint) -> None:
     if start.loads_optimizer and checkpoint.holds_weights_alone:
         raise CheckpointError(
@@ -282,20 +296,21 @@ def adopt_schedule(config: RunConfig, start: RunStart) -> RunConfig:
     """
     if start.checkpoint is None or not start.continues:
         return config
-    ours, theirs = _described_schedule(config.training), _described_schedule(start.checkpoint.config.training)
+    rates = facts_of(config.training.optimizer).learning_rates
+    ours, theirs = (_described_schedule(each.training, rates) for each in (config, start.checkpoint.config))
     if ours == theirs or config.training.lr_schedule.override_lr_scheduler:
         return config
     if config.training.lr_schedule.use_checkpoint_lr_scheduler:
-        lr = theirs.pop("lr")
+        peaks = {name: theirs.pop(name) for name in rates}
         training = config.training.model_copy(
             update={
-                "optimizer": config.training.optimizer.model_copy(update={"lr": lr}),
+                "optimizer": config.training.optimizer.model_copy(update=peaks),
                 "lr_schedule": config.training.lr_schedule.model_copy(update=theirs),
             }
         )
         return config.model_copy(update={"training": training})
-    changed = [f"{name}: checkpoint {theirs[name]}, configuration {ours[name]}" for name in ours
-               if ours[name] != theirs[name]]  # fmt: skip
+    changed = [f"{name}: checkpoint {theirs.get(name)}, configuration {ours.get(name)}" for name in ours | theirs
+               if ours.get(name) != theirs.get(name)]  # fmt: skip
     raise CheckpointError(
         f"the learning-rate schedule differs from the one that {start.checkpoint.path} was trained with: "
         f"{'; '.join(changed)}. Set `override_lr_scheduler: true` to follow the configuration, or "
@@ -303,7 +318,8 @@ def adopt_schedule(config: RunConfig, start: RunStart) -> RunConfig:
     )
 
 
-def _described_schedule(training: TrainingConfig) -> dict[str, object]:
+def _described_schedule(training: TrainingConfig, rates: Sequence[str]) -> dict[str, object]:
     schedule = training.lr_schedule
     values = schedule.model_dump(exclude={"override_lr_scheduler", "use_checkpoint_lr_scheduler"})
-    return {"lr": training.optimizer.lr, **values, "decay_iters": schedule.decay_iters or training.train_iters}
+    peaks = {name: getattr(training.optimizer, name, None) for name in rates}
+    return {**peaks, **values, "decay_iters": schedule.decay_iters or training.train_iters}

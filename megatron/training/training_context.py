@@ -34,6 +34,7 @@ from megatron.training.progress import Progress
 from megatron.training.run_description import write_description
 from megatron.training.run_lease import RunLease
 from megatron.training.stability.step_guard import StepGuard
+from megatron.training.step_parts import StepParts
 from megatron.training.stop_request import StopRequest
 from megatron.training.training_data import TrainingData
 
@@ -79,6 +80,8 @@ class TrainingRun:
     """Takes what happens to the run, on rank 0."""
     watchdog: Watchdog
     """Times the steps, and notices one that will not end."""
+    parts: StepParts
+    """Parts of the engine's steps, for who wants to see them."""
 
     @property
     def step_flops(self) -> float:

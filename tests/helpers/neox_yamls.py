@@ -174,6 +174,9 @@ LOADABLE: dict[str, dict[str, Any]] = {
     "125M-json.yml": _125M | {"hostfile": "/mock_path"},
     "19M.yml": _sized(6, 512, 8, **_SMALL)
     | {"deepspeed_extra_args": {"comms_logger": {"enabled": True, "verbose": True, "prof_all": True, "debug": False}}},
+    "prof.yml": _125M
+    | {"profile": True, "profile_step_start": 10, "profile_step_stop": 12}
+    | {"memory_profiling": True, "memory_profiling_path": "tensorboard"},
     "49M.yml": _sized(10, 640, 10, **_SMALL, rotary_pct=0.25) | {"gpt_j_residual": True},
     "350M.yml": _sized(24, 1024, 16),
     "760M.yml": _sized(24, 1536, 16, layernorm_fusion=True),
@@ -238,10 +241,6 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
     "sparse.yml": (
         _125M | {"attention_config": [[["local", "global"], "all"]], "sparsity_config": {"block": 16}},
         "attention type local is not implemented",
-    ),
-    "prof.yml": (
-        _125M | {"profile": True, "memory_profiling": True},
-        "profile: true: known to NeoX, not supported here",
     ),
     "llama/13B.yml": (
         _llama(40, 5120, 40, **{"model-parallel-size": 2}, **_SILU),

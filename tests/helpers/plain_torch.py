@@ -33,8 +33,7 @@ class PlainRun:
         """Yield (loss, gradient norm before clipping) of each step on the dataset at `prefix`."""
         samples = sample_order(prefix, self.settings, self.steps * self.batch)
         weights = {name: weight.double().requires_grad_() for name, weight in weights.items()}
-        first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        state = State(weights)
         forward = {"tokenformer": tokenformer, "gpt_neox": pythia, "gpt2": gpt2, "llama": llama}[
             self.settings["architecture"]
         ]
@@ -47,17 +46,29 @@ class PlainRun:
             gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
             norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
             clip = min(1.0, limit / (norm + 1e-6))
-            rate = self.learning_rate(step)
             with torch.no_grad():
                 for name, weight in weights.items():
-                    gradient = gradients[name] * clip
-                    first[name] = 0.9 * first[name] + 0.1 * gradient
-                    second[name] = 0.95 * second[name] + 0.05 * gradient**2
-                    if not ("norm" in name or name.endswith("bias")):
-                        weight *= 1 - rate * self.settings["weight_decay"]
-                    m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
-                    weight -= rate * m / (v.sqrt() + 1e-8)
+                    self.update(name, weight, gradients[name] * clip, state, step)
             yield float(loss.detach()), norm
+
+    def update(self, name: str, weight: Tensor, gradient: Tensor, state: State, step: int) -> None:
+        """One step of a weight: AdamW's, or Muon's where that is chosen and the weight is a matrix of a layer."""
+        optimizer, rate = self.settings["optimizer"], self.learning_rate(step)
+        is_vector = "norm" in name or name.endswith("bias")
+        is_hidden = name.startswith("layers.") and not is_vector
+        if optimizer["type"] == "Muon" and not is_hidden:
+            rate *= optimizer["params"]["adam_lr"] / optimizer["params"]["lr"]
+        if not is_vector:
+            weight *= 1 - rate * self.settings["weight_decay"]
+        if optimizer["type"] == "Muon" and is_hidden:
+            state.first[name] = 0.95 * state.first[name] + 0.05 * gradient
+            newest = 0.05 * gradient + 0.95 * state.first[name]
+            weight -= rate * 0.2 * math.sqrt(max(weight.shape)) * nearly_orthogonal(newest)
+            return
+        state.first[name] = 0.9 * state.first[name] + 0.1 * gradient
+        state.second[name] = 0.95 * state.second[name] + 0.05 * gradient**2
+        m, v = state.first[name] / (1 - 0.9 ** (step + 1)), state.second[name] / (1 - 0.95 ** (step + 1))
+        weight -= rate * m / (v.sqrt() + 1e-8)
 
     def learning_rate(self, step: int) -> float:
         peak, lowest = self.settings["optimizer"]["params"]["lr"], self.settings["min_lr"]
@@ -66,6 +77,23 @@ class PlainRun:
         if step <= warmup:
             return peak * step / warmup
         return lowest + (peak - lowest) / 2 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
+
+
+class State:
+    """Running averages of gradients and of their squares."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+
+def nearly_orthogonal(matrix: Tensor) -> Tensor:
+    """Muon's five Newton-Schulz steps as what they do to singular values: s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left @ torch.diag(values) @ right
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -78,5 +78,5 @@ def _optimizer_elements(engine: Any) -> dict[str, int]:
     masters = [master for group in adam.param_groups for master in group["params"]]
     elements = {"master": sum(master.numel() for master in masters)}
     for moment in ("exp_avg", "exp_avg_sq"):
-        elements[moment] = sum(adam.state[master][moment].numel() for master in masters)
+        elements[moment] = sum(adam.state[master][moment].numel() for master in masters if moment in adam.state[master])
     return elements

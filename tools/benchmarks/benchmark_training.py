@@ -2,10 +2,14 @@
 
     python tools/benchmarks/benchmark_training.py configs/demo.yml --output benchmark.json
     python tools/benchmarks/benchmark_training.py a.yml b.yml train_batch_size=8 --vocab-size 50277
+    python tools/benchmarks/benchmark_training.py configs/tokenformer/150M.yml --peers --vocab-size 50277
 
 Both train one rank from the same initial weights on the same random tokens, so no dataset is needed, and with
 --vocab-size no tokenizer. Each runs in a process of its own, which keeps their memory apart; they take turns in blocks
 of steps, so that a machine that gets slower or faster does so for both.
+
+With --peers a TokenFormer is timed beside others: the same model by the operations of the published code, and a
+Transformer of as many parameters, here and in `transformers`. Those loops are plain torch as well.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from megatron.config.load_config import LoadedConfig, load_config
 from megatron.errors import ConfigError, EnvironmentSetupError, UserError
 from megatron.monitor.format_quantities import format_count
 from tools.benchmarks.benchmark_command import benchmark_parser, write_report
+from tools.benchmarks.peers import PEERS, require_tokenformer
 from tools.command_line import positive
 
 NAMES = ("engine", "plain torch")
@@ -43,33 +48,42 @@ class Settings:
     """Timed blocks per contender."""
     vocab_size: int | None
     """Ids of the vocabulary; None asks the tokenizer."""
+    names: tuple[str, ...] = NAMES
+    """Contenders, the first of which the others are compared with."""
 
 
 def parse_args(argv: Sequence[str]) -> tuple[Settings, Path | None]:
     """Parses the settings, and the path of the report."""
     parser = benchmark_parser(__doc__, rounds=8)
     parser.add_argument("--steps", type=positive, default=5, help="optimizer steps per block (default: 5)")
+    parser.add_argument("--peers", action="store_true", help="time a TokenFormer beside its peers")
     args, words = parser.parse_known_args(argv)
-    return Settings(parse_command_line(words), args.steps, args.rounds, args.vocab_size), args.output
+    names = PEERS if args.peers else NAMES
+    return Settings(parse_command_line(words), args.steps, args.rounds, args.vocab_size, names), args.output
 
 
 def benchmark(settings: Settings) -> dict[str, Any]:
-    """Runs both contenders in turn. Returns what the JSON file holds.
+    """Runs the contenders in turn. Returns what the JSON file holds.
 
     Raises ConfigError for a configuration that needs more than one rank, and what training itself would raise.
     """
-    require_one_rank(load_config(settings.command.files, settings.command.overrides))
+    loaded, names = load_config(settings.command.files, settings.command.overrides), settings.names
+    require_one_rank(loaded)
+    if names is PEERS:
+        require_tokenformer(loaded.run.model)
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, settings)) for name in NAMES}
-        description = {name: worker.receive() for name, worker in workers.items()}["engine"]
-        blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+        workers = {name: stack.enter_context(Worker(name, settings)) for name in names}
+        descriptions = {name: worker.receive() for name, worker in workers.items()}
+        blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         # The first block, untimed, is for compiling, allocating and waking up.
         for number in range(settings.rounds + 1):
             # Whoever goes first in one round goes last in the next: a steady drift then favours neither.
-            for name in NAMES if number % 2 else reversed(NAMES):
+            for name in names if number % 2 else reversed(names):
                 blocks[name].append(workers[name].ask("run"))
-        memory = {name: workers[name].ask("memory") for name in NAMES}
-    return summarize(description, blocks, memory, settings.steps)
+        memory = {name: workers[name].ask("memory") for name in names}
+    if names is PEERS:
+        return summarize_peers(descriptions, blocks, memory, settings.steps)
+    return summarize(descriptions["engine"], blocks, memory, settings.steps)
 
 
 def require_one_rank(loaded: LoadedConfig) -> None:
@@ -141,19 +155,8 @@ def summarize(
 
     The ratio is taken round by round, within which little drifts, and its median over the rounds.
     """
-    tokens = description["micro_batch_size"] * description["gradient_accumulation_steps"] * description["seq_length"]
-    step_seconds = {name: [block["seconds"] / steps for block in blocks[name][1:]] for name in NAMES}
-    results = {}
-    for name, seconds in step_seconds.items():
-        rate = 1.0 / statistics.median(seconds)
-        peak = description["peak_flops"]
-        results[name] = {
-            "steps_per_second": rate,
-            "tokens_per_second": rate * tokens,
-            "step_seconds": seconds,
-            "peak_memory_gib": memory[name],
-            "mfu": None if peak is None else rate * tokens * description["flops_per_token"] / peak,
-        }
+    results = {name: measured(description, blocks[name], memory[name], steps) for name in NAMES}
+    step_seconds = {name: result["step_seconds"] for name, result in results.items()}
     ratios = [plain / engine for engine, plain in zip(step_seconds["engine"], step_seconds["plain torch"], strict=True)]
     losses = {name: [loss for block in blocks[name] for loss in block["losses"]] for name in NAMES}
     return description | {
@@ -168,16 +171,79 @@ def summarize(
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """Formats the report as a table."""
+def measured(
+    description: dict[str, Any], blocks: list[dict[str, Any]], memory: float, steps: int
+) -> dict[str, Any]:  # fmt: skip
+    """Computes the rates of one contender from its blocks, the first of which is not timed."""
+    tokens = description["micro_batch_size"] * description["gradient_accumulation_steps"] * description["seq_length"]
+    seconds = [block["seconds"] / steps for block in blocks[1:]]
+    rate, peak = 1.0 / statistics.median(seconds), description["peak_flops"]
+    return {
+        "steps_per_second": rate,
+        "tokens_per_second": rate * tokens,
+        "step_seconds": seconds,
+        "peak_memory_gib": memory,
+        "mfu": None if peak is None else rate * tokens * description["flops_per_token"] / peak,
+    }
+
+
+def summarize_peers(
+    descriptions: dict[str, dict[str, Any]],
+    blocks: dict[str, list[dict[str, Any]]],
+    memory: dict[str, float],
+    steps: int,
+) -> dict[str, Any]:
+    """Computes rates as `summarize` does, and of each peer by how much the engine is faster, in tokens by time.
+
+    The first loss tells that the engine and the published operations compute the same model.
+    """
+    results = {}
+    for name, description in descriptions.items():
+        results[name] = measured(description, blocks[name], memory[name], steps)
+        pairs = zip(results["engine"]["step_seconds"], results[name]["step_seconds"], strict=True)
+        ratios = [theirs / ours for ours, theirs in pairs]
+        results[name] |= {
+            "parameters": description["parameters"],
+            "engine_is_faster": statistics.median(ratios),
+            "ratios": ratios,
+            "first_loss": blocks[name][0]["losses"][0],
+        }
+    return descriptions["engine"] | {"steps_per_block": steps, "results": results}
+
+
+def peers_table(report: dict[str, Any]) -> str:
+    """Formats the report on peers as a table."""
+    columns = f"{'':26}{'parameters':>11}{'tokens/s':>10}{'step [ms]':>11}{'MFU':>7}{'GiB':>7}  engine is faster by"
+    lines = [*heading(report, rounds=len(report["results"]["engine"]["ratios"])), "", columns]
+    for name, result in report["results"].items():
+        mfu = "-" if result["mfu"] is None else f"{result['mfu']:.1%}"
+        ratios = result["ratios"]
+        faster = f"{result['engine_is_faster']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        memory = f"{result['peak_memory_gib']:.2f}"
+        lines.append(
+            f"{name:26}{format_count(result['parameters']):>11}{format_count(result['tokens_per_second']):>10}"
+            f"{1e3 * statistics.median(result['step_seconds']):>11.1f}{mfu:>7}{memory:>7}  {faster}"
+        )
+    ours, theirs = (report["results"][name]["first_loss"] for name in PEERS[:2])
+    return "\n".join([*lines, "", f"first loss: engine {ours:.6f}, published operations {theirs:.6f}"])
+
+
+def heading(report: dict[str, Any], rounds: int) -> list[str]:
+    """Formats what was measured, and where."""
     where = f"{report['cpu_threads']} CPU threads" if report["device"] == "cpu" else report["device"]
-    memory = "peak resident memory" if report["device"] == "cpu" else "peak GPU memory"
-    lines = [
+    return [
         f"{' '.join(report['config'])}: {format_count(report['parameters'])} parameters, {report['dtype']}, {where}, "
         f"torch {report['torch']}",
         f"{report['micro_batch_size']} samples x {report['gradient_accumulation_steps']} micro batches of "
-        f"{report['seq_length']} tokens per step; median of {len(report['ratios'])} blocks of "
-        f"{report['steps_per_block']} steps",
+        f"{report['seq_length']} tokens per step; median of {rounds} blocks of {report['steps_per_block']} steps",
+    ]
+
+
+def table(report: dict[str, Any]) -> str:
+    """Formats the report as a table."""
+    memory = "peak resident memory" if report["device"] == "cpu" else "peak GPU memory"
+    lines = [
+        *heading(report, rounds=len(report["ratios"])),
         "",
         f"{'':12}{'steps/s':>10}{'tokens/s':>12}{'step [ms]':>12}{'fastest':>10}{'slowest':>10}{'MFU':>8}  {memory}",
     ]
@@ -205,7 +271,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints the table, and writes the JSON file."""
     settings, output = parse_args(argv)
     report = benchmark(settings)
-    print(table(report))
+    print(peers_table(report) if settings.names is PEERS else table(report))
     write_report(report, output)
     return 0
 

@@ -35,7 +35,7 @@ from tools.benchmarks.contenders import Task, random_batches
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Measures the seconds of everything in each round, and sizes. Leaves in `folder` what it writes there."""
-    task = build_task(settings)
+    task = build_task("engine", settings)
     context = ParallelContext.single()
     with process_group():
         join_process_group()

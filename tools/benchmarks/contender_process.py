@@ -18,6 +18,7 @@ from megatron.planner.devices import peak_flops
 from megatron.training.build_engine import require_hardware
 from megatron.training.stability.deepspeed_patches import join_process_group
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
+from tools.benchmarks.peers import TRANSFORMER, equal_transformer
 from tools.benchmarks.turns import synchronized_seconds
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
     "run" takes a block of steps and is answered by its seconds and losses, "memory" by the peak so far [GiB].
     Raises what training raises for a configuration that cannot run here.
     """
-    task = build_task(settings)
+    task = build_task(name, settings)
     with process_group():
         join_process_group()
         contender = CONTENDERS[name](task)
@@ -43,11 +44,13 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
             connection.send(peak_memory_gib() if request == "memory" else run_block(contender, settings.steps))
 
 
-def build_task(settings: Settings) -> Task:
-    """Builds the task of both contenders, on one rank; reads the tokenizer only without --vocab-size."""
+def build_task(name: str, settings: Settings) -> Task:
+    """Builds the task of a contender, on one rank; reads the tokenizer only without --vocab-size."""
     loaded = load_config(settings.command.files, settings.command.overrides)
-    require_hardware(loaded.run)
     actual = settings.vocab_size or build_tokenizer(loaded.run.data.tokenizer).vocab_size
+    if name.startswith(TRANSFORMER):
+        loaded = equal_transformer(settings.command, actual)
+    require_hardware(loaded.run)
     return Task(loaded.run, loaded.batch(1), VocabSize(actual, padded_vocab_size(loaded.run.model, actual)))
 
 

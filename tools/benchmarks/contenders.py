@@ -1,8 +1,8 @@
-"""Two ways to train the same model on the same tokens: this project's engine, and a loop in plain torch."""
+"""Ways to train on the same tokens: this project's engine, and loops in plain torch of its model and of its peers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron.config.optimizer import OptimizerConfig
 from megatron.config.optimizers.adamw import AdamWConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig, CheckpointedActivations
 from megatron.data.micro_batch import MicroBatch, to_inputs_and_labels
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
+from megatron.model.pattention import Pattention
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import DTYPES
 from megatron.mpu.random import seed_dropout
@@ -24,6 +26,7 @@ from megatron.training.build_engine import build_engine
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import parameter_groups
 from megatron.training.stop_request import StopRequest
+from tools.benchmarks.kernel_cases import published_pattention
 
 # The plain loop scales fp16 losses by a constant: random tokens need no search for the right one.
 FP16_LOSS_SCALE = 1024.0
@@ -84,9 +87,7 @@ class PlainTorch:
         training = task.config.training
         self._task = task
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = build_local(task.config.model, task.vocab, training.seed)
-        recompute_layers(model, training.checkpoint_activations)
-        self._model = model.to(self._device, DTYPES[training.precision.dtype])
+        self._model = self.build_model(task).to(self._device, DTYPES[training.precision.dtype])
         # (fp32 weight that AdamW updates, weight that the model computes with): one and the same in fp32.
         self.weight_pairs = [
             (weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()), weight)
@@ -98,6 +99,21 @@ class PlainTorch:
             self._optimizer, peak=training.optimizer.lr, schedule=training.lr_schedule, train_iters=training.train_iters
         )
         self._batches = random_batches(task)
+
+    def build_model(self, task: Task) -> nn.Module:
+        """Builds the model on the CPU, in float32."""
+        model = build_local(task.config.model, task.vocab, task.config.training.seed)
+        recompute_layers(model, task.config.training.checkpoint_activations)
+        return model
+
+    def logits(self, inputs_BS: Tensor) -> Tensor:
+        """Computes the logits [B, S, V] of a micro batch."""
+        logits_BSV: Tensor = self._model(inputs_BS)
+        return logits_BSV
+
+    def groups(self, section: OptimizerConfig) -> list[dict[str, Any]]:
+        """Returns the optimizer's groups of the model's parameters."""
+        return parameter_groups(self._model, section)
 
     def step(self) -> Tensor:
         num_micro_batches = self._task.batch.gradient_accumulation_steps
@@ -111,7 +127,7 @@ class PlainTorch:
         return torch.stack(losses).mean()
 
     def _loss(self, inputs_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        logits_BSV = self._model(inputs_BS)
+        logits_BSV = self.logits(inputs_BS)
         if self._task.config.model.mask_padded_vocab:
             logits_BSV = logits_BSV[..., : self._task.vocab.actual]
         return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten())
@@ -137,7 +153,7 @@ class PlainTorch:
         if not isinstance(section, AdamWConfig):
             raise ConfigError(f"optimizer.type: {section.type}: the plain loop is written for AdamW. Choose AdamW.")
         master_of = {weight: master for master, weight in self.weight_pairs}
-        groups: list[dict[str, Any]] = parameter_groups(self._model, section)
+        groups = self.groups(section)
         for group in groups:
             group["params"] = [master_of[weight] for weight in group["params"]]
         beta1, beta2 = section.betas
@@ -163,4 +179,54 @@ def recompute_layers(model: LocalCausalLM, settings: CheckpointedActivations) ->
         model.layers = nn.ModuleList(Recomputed(layers[i : i + step]) for i in range(0, len(layers), step))
 
 
-CONTENDERS: dict[str, type[Contender]] = {"engine": Engine, "plain torch": PlainTorch}
+class PublishedOperations(PlainTorch):
+    """The loop in plain torch, with every Pattention by the operations of the published code."""
+
+    def build_model(self, task: Task) -> nn.Module:
+        model = super().build_model(task)
+        for module in model.modules():
+            if isinstance(module, Pattention):
+                module.kernel = published_projections
+        return model
+
+
+def published_projections(
+    x_BSD: Tensor, key_tokens: Sequence[Tensor], value_tokens: Sequence[Tensor], *, theta: str, **others: Any
+) -> Tensor:
+    """Computes the outputs [J, B, S, D] of Pattentions of one input, one after the other, on one rank."""
+    pairs = zip(key_tokens, value_tokens, strict=True)
+    return torch.stack([published_pattention(x_BSD, key, value, theta) for key, value in pairs])
+
+
+class TransformersLoop(PlainTorch):
+    """The loop in plain torch, with the model of `transformers` that computes what ours does."""
+
+    def build_model(self, task: Task) -> nn.Module:
+        from tools.benchmarks.transformers_model import transformers_model
+
+        if task.config.training.checkpoint_activations.enabled:
+            raise ConfigError("checkpoint_activations: transformers' model keeps its activations. Set it to false.")
+        ours = build_local(task.config.model, task.vocab, task.config.training.seed)
+        model: nn.Module = transformers_model(ours, task.config, task.vocab).train()
+        return model
+
+    def logits(self, inputs_BS: Tensor) -> Tensor:
+        logits_BSV: Tensor = self._model(inputs_BS, use_cache=False).logits
+        return logits_BSV
+
+    def groups(self, section: OptimizerConfig) -> list[dict[str, Any]]:
+        parameters = list(self._model.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": section.weight_decay},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ]
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    "engine": Engine,
+    "plain torch": PlainTorch,
+    "published operations": PublishedOperations,
+    "Transformer, engine": Engine,
+    "Transformer, transformers": TransformersLoop,
+}
+"""By the name in a table. Those whose name begins with Transformer train one of as many parameters (peers.py)."""

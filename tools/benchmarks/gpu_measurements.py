@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Figures = dict[str, float | str]
@@ -32,9 +32,11 @@ def measurements() -> Iterator[Measurement]:
     yield Measurement("kernels are right", "Outputs and gradients of every kernel that the GPU compiles.", tests, 10)
     yield _training("150M", "all speed-ups", "45 % MFU or more, floor 40 %.", 16)
     yield _training("150M", "plain operations", "What the speed-ups give together.", 16, *OFF)
+    yield _peers("150M", 8)
     yield _kernels("150M", 16384)
     yield _training("1-5B", "all speed-ups", "52 % MFU or more, floor 48 %.", 8)
     yield _training("1-5B", "plain operations", "What the speed-ups give together at 1.5B.", 8, *OFF)
+    yield _peers("450M", 4)  # at 1.5B the four of them do not fit on one GPU
     yield _kernels("1-5B", 8192)
     for choice in OFF:
         yield _training("150M", f"all but {choice}", "What this one gives.", 16, choice)
@@ -45,6 +47,17 @@ def measurements() -> Iterator[Measurement]:
     yield _training("150M", "compiled layers", "What torch.compile adds to the kernels.", 16, "torch_compile=on")
     gpu = ("-m", "pytest", "-q", "-p", "no:xdist", "-m", "gpu", "tests/unit")
     yield Measurement("other GPU tests", "Everything else that needs a GPU.", gpu, 5)
+
+
+def _peers(size: str, micro_batch: int) -> Measurement:
+    decides = "2 times the published operations; no slower than a Transformer."
+    row = _training(size, "beside its peers", decides, micro_batch)
+    return replace(row, arguments=(*row.arguments, "--peers"), minutes=15, figures=_peer_figures)
+
+
+def _peer_figures(report: Mapping[str, Any]) -> Figures:
+    peers = {name: result for name, result in report["results"].items() if name != "engine"}
+    return {f"faster than {name}": round(result["engine_is_faster"], 2) for name, result in peers.items()}
 
 
 def _training(size: str, variant: str, decides: str, micro_batch: int, *choices: str) -> Measurement:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from megatron.checkpointing.engine.flat_partitions import grouped_fragments
 from megatron.checkpointing.states.parameter_layout import fit_vocabulary
 from megatron.checkpointing.states.read_zero_files import LOSS_SCALE, MASTER
 from megatron.checkpointing.states.universal_files import OPTIMIZER_FILE, parameter_folder
@@ -81,25 +81,28 @@ def _load_optimizer(
     optimizer._load_global_state(
         common if same_precision else {key: value for key, value in common.items() if key not in LOSS_SCALE}
     )
-    groups = optimizer.bf16_groups if isinstance(optimizer, BF16_Optimizer) else optimizer.bit16_groups
     base = optimizer.optimizer
     facts = facts_of(section)
     implementation = facts.implementation_of(base, section)
-    for group, parameters in zip(base.param_groups, groups, strict=True):
+    for group, fragments in zip(base.param_groups, grouped_fragments(optimizer), strict=True):
         (flat,) = group["params"]
         targets = {MASTER: flat.data}
-        if _file(folder, optimizer, parameters[0], facts.moments[0]).exists():
-            targets |= {key: base.state[flat].setdefault(key, torch.zeros_like(flat)) for key in facts.moments}
-            if implementation.step_count is not None:
-                steps = load_tensors(_file(folder, optimizer, parameters[0], "step"))
+        first = fragments[0].parameter
+        kind, moments = facts.group_of(parameter_spec(first)), facts.moments_of(parameter_spec(first))
+        if _file(folder, optimizer, first, moments[0]).exists():
+            targets |= {key: base.state[flat].setdefault(key, torch.zeros_like(flat)) for key in moments}
+            if implementation.step_count is not None and kind.counts_steps:
+                steps = load_tensors(_file(folder, optimizer, first, "step"))
                 _set_steps(base, group, steps, implementation)
         else:
             base.state.pop(flat, None)
-        for parameter in parameters:
-            if parameter.__dict__["_hp_mapping"] is not None:
+        for fragment in fragments:
+            if fragment.size:
                 for key, target in targets.items():
+                    parameter = fragment.parameter
                     whole = _whole(load_tensors(_file(folder, optimizer, parameter, key)), parameter, vocab_size)
-                    _copy_own(whole, parameter, target, context)
+                    share = local_shard(whole, parameter_spec(parameter).shard_dim, context).flatten()
+                    target[fragment.place].copy_(share[fragment.own])
 
 
 def _file(universal: Path, optimizer: Any, parameter: nn.Parameter, key: str) -> Path:
@@ -118,11 +121,3 @@ def _set_steps(
 
 def _whole(content: Mapping[str, Tensor], parameter: nn.Parameter, vocab_size: int) -> Tensor:
     return fit_vocabulary(content["param"], parameter_spec(parameter), vocab_size)
-
-
-def _copy_own(whole: Tensor, parameter: nn.Parameter, target: Tensor, context: ParallelContext) -> None:
-    """Copies the part of a whole parameter that lies in this rank's partition."""
-    mapping: Any = parameter.__dict__["_hp_mapping"]
-    own, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-    share = local_shard(whole, parameter_spec(parameter).shard_dim, context).flatten()
-    target.narrow(0, there.start, there.numel).copy_(share.narrow(0, own.start, own.numel))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,21 @@ from megatron.io.hashing import HashingWriter
 def write_tensors(content: Any, path: Path) -> FileEntry:
     """Writes a new file with `torch.save`, flushed to disk; returns its size and hash.
 
-    They are of what was meant to be written, not of what a bad disk may give back.
+    They are of what was meant to be written, not of what a bad disk may give back. torch's own checksums, which its
+    reader never compares, are left out: they took about a seventh of the writing's processor time.
     """
-    with path.open("xb") as file:
+    with path.open("xb") as file, _without_crc32():
         hashed = HashingWriter(file)
         torch.save(content, hashed)  # type: ignore[arg-type] # torch asks for no more than this
         flush_file(file)
     return FileEntry(hashed.size, hashed.sha256)
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, distributed
 
 from megatron.data.micro_batch import MicroBatch
+from megatron.errors import UserError
 from megatron.monitor.throughput import TimedIterator, peak_memory_gib
 from megatron.mpu.agreement import rank_and_size
 from megatron.training.callback import Callback
 from megatron.training.progress import Step
+from megatron.training.step_parts import PartTimes
 from megatron.training.training_context import TrainingContext
 
 
@@ -22,11 +25,27 @@ class Metrics(Callback):
     def __init__(self, context: TrainingContext) -> None:
         super().__init__(context)
         self.losses: dict[str, list[Tensor]] = {}
+        self.parts: PartTimes | None = None
+        self._observing = ExitStack()
 
     def wrap_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Times how long the engine waits for its training data."""
         self.batches = TimedIterator(batches)
         return self.batches
+
+    def start(self) -> None:
+        """Begins to time the parts of the steps, where that is asked for."""
+        if self.context.run.config.monitor.log_part_times:
+            self.parts = PartTimes(self.context.progress.iteration)
+            self._observing.enter_context(self.context.run.parts.observed(self.parts.observe))
+
+    def finish(self) -> None:
+        """Stops timing them."""
+        self._observing.close()
+
+    def on_error(self, error: UserError) -> None:
+        """Stops timing them."""
+        self._observing.close()
 
     def after_step(self, step: Step) -> None:
         """Collects the losses, and reports their means since the last record when it is time.
@@ -55,6 +74,9 @@ class Metrics(Callback):
             **rank_spread(run.watchdog.own_step_seconds(), run.engine.device),
             **step.metrics,
         }
+        if self.parts is not None:
+            saves = record.get("train/save_wait_seconds", 0.0)
+            record |= self.parts.measure(step.iteration, saves, run.engine.device)
         context.monitor.write(step.iteration, record)
 
 

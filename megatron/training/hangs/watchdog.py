@@ -89,7 +89,8 @@ class Watchdog:
         waited, since = self.trace.waited.seconds(), time.monotonic()
         self._enter(f"step {number}", number, in_step=True)
         try:
-            yield
+            with contextlib.nullcontext() if self.trace.tally is None else self.trace.tally.step():
+                yield
         finally:
             self._enter(f"what follows step {number}", number, in_step=False)
         seconds = time.monotonic() - since

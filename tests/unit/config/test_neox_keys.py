@@ -92,7 +92,9 @@ def test_keys_inside_a_refused_dictionary_are_refused_with_it() -> None:
     assert str(problem).startswith("command line deepspeed_extra_args.hidden_size: 768: known to NeoX, not supported")
 
 
-@pytest.mark.parametrize("key", ["gradient_clipping", "bf16.enabled", "comms_logger", "zero_optimization.stage"])
+@pytest.mark.parametrize(
+    "key", ["gradient_clipping", "bf16.enabled", "comms_logger.enabled", "zero_optimization.stage"]
+)
 def test_deepspeeds_keys_mean_the_same_in_its_extra_dictionary(key: str) -> None:
     assert find_entry(f"deepspeed_extra_args.{key}") is neox_keys()[key]
     (problem,) = translated(**{f"deepspeed_extra_args.{key}": "x"}).problems

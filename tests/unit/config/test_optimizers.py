@@ -135,7 +135,9 @@ def test_one_implementation_of_an_optimizer_can_be_asked_for() -> None:
 
 @pytest.mark.usefixtures("sign")
 def test_an_unknown_type_is_answered_with_all_that_are_registered() -> None:
-    with pytest.raises(ConfigError, match=r"the optimizer Lion is not implemented; Adam, .* as in NeoX, is, and Sign$"):
+    with pytest.raises(
+        ConfigError, match=r"the optimizer Lion is not implemented; Adam, .* as in NeoX, is, and Muon, and Sign$"
+    ):
         loaded("optimizer.type=Lion")
 
 

@@ -8,7 +8,6 @@ from megatron.config.neox_entries import Inert, MapsTo, Rejected, TableEntry, ab
 
 _COMET = "only read with use_comet: true, which is refused"
 _NOISE_SCALE = "only read with log_gradient_noise_scale: true, which is refused"
-_PROFILE = "only read with profile: true, which is refused"
 _DEEPSPEED_MONITOR = "DeepSpeed's own monitors are not used"
 
 CHECKPOINT_KEYS: dict[str, TableEntry] = {
@@ -46,7 +45,9 @@ MONITOR_KEYS: dict[str, TableEntry] = {
     "wandb": Rejected(_DEEPSPEED_MONITOR, "use use_wandb", accepts=dict),
     "csv_monitor": Inert(dict, f"{_DEEPSPEED_MONITOR}; metrics.jsonl in log_dir has the numbers", warn=True),
     "steps_per_print": Inert(int, "DeepSpeed's own progress lines are off; log_interval decides"),
-    "wall_clock_breakdown": Inert(bool, "only prints DeepSpeed's timers, and slows the run to do so"),
+    "wall_clock_breakdown": Inert(
+        bool, "only prints DeepSpeed's timers, and slows the run to do so; log_part_times records times of parts"
+    ),
     "log_grad_norm": Inert(bool, "the gradient norm is always recorded"),
     "log_param_norm": absent_flag("parameter norms are not recorded"),
     "log_grad_pct_zeros": absent_flag("shares of zero gradients are not recorded"),
@@ -54,18 +55,17 @@ MONITOR_KEYS: dict[str, TableEntry] = {
     "log_gradient_noise_scale": absent_flag("the gradient noise scale is not measured"),
     "gradient_noise_scale_n_batches": Inert(int, _NOISE_SCALE),
     "gradient_noise_scale_cpu_offload": Inert(bool, _NOISE_SCALE),
-    "memory_profiling": absent_flag("no memory trace is written", "see peak memory in metrics.jsonl"),
-    "memory_profiling_path": Inert(str, "only read with memory_profiling: true, which is refused"),
-    "profile": absent_flag("no profile is written"),
-    "profile_step_start": Inert(int, _PROFILE),
-    "profile_step_stop": Inert(int, _PROFILE),
+    "memory_profiling_path": Inert(str, "snapshots go to the folder `profile` of the run's folder", warn=True),
+    "comms_logger.prof_all": Inert(bool, "all operations are counted"),
+    "comms_logger.prof_ops": Inert(list, "all operations are counted", warn=True),
+    "comms_logger.verbose": Inert(bool, "operations are not logged one by one", warn=True),
+    "comms_logger.debug": Inert(bool, "a trace has the caller of each operation: profile: true"),
     "peak_theoretical_tflops": Inert(
         float, "utilization is reported for devices whose peak is known, and against that", warn=True
     ),
     "git_hash": Inert(str, "the commit is found out by the run itself"),
     "dump_state": absent_flag("DeepSpeed's state is not dumped", "use --print-effective-config"),
     "flops_profiler": Inert(dict, "DeepSpeed's profiler, which prints alone, is not used", warn=True),
-    "comms_logger": Inert(dict, "DeepSpeed's log of communication, which prints alone, is not used", warn=True),
 }
 
 GENERATION_KEYS: dict[str, TableEntry] = {

@@ -43,3 +43,16 @@ def test_both_take_the_same_steps(config: Path, tmp_path: Path, capsys: pytest.C
 def test_what_a_contender_meets_is_reported_as_training_reports_it(config: Path) -> None:
     with pytest.raises(DataError, match="nothing/here"):
         main([str(config)])
+
+
+@pytest.mark.full
+def test_peers_take_turns(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "peers.json"
+    arguments = ["--peers", "--vocab-size", "100", "--steps", "1", "--rounds", "1", "--output", str(output)]
+    assert main([str(config), *arguments]) == 0
+    results = json.loads(output.read_text())["results"]
+    assert results["engine"]["first_loss"] == pytest.approx(results["published operations"]["first_loss"], abs=1e-6)
+    ours, theirs = results["Transformer, engine"], results["Transformer, transformers"]
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=1e-5)
+    assert ours["parameters"] == theirs["parameters"]
+    assert "engine is faster by" in capsys.readouterr().out

@@ -7,12 +7,15 @@ import pytest
 import torch
 import yaml
 
+from megatron.config.command_line import parse_command_line
 from megatron.config.load_config import load_config
+from megatron.config.model_size import count_parameters
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import VocabSize
 from tests.helpers.configs import BENCHMARKED
-from tools.benchmarks.benchmark_training import main, summarize, table
-from tools.benchmarks.contenders import PlainTorch, Task
+from tools.benchmarks.benchmark_training import main, peers_table, summarize, summarize_peers, table
+from tools.benchmarks.contenders import PlainTorch, PublishedOperations, Task, TransformersLoop
+from tools.benchmarks.peers import AS_TRANSFORMER, PEERS, equal_transformer
 
 
 @pytest.fixture
@@ -60,6 +63,52 @@ def test_masked_padding_is_left_out_of_the_softmax(config: Path) -> None:
     assert float(PlainTorch(task).step() - PlainTorch(masked).step()) == pytest.approx(
         torch.tensor(112 / 100).log().item(), abs=0.01
     )
+
+
+def test_the_published_operations_compute_the_same_model(config: Path) -> None:
+    loaded = load_config([config])
+    contender = PublishedOperations(Task(loaded.run, loaded.batch(1), VocabSize(100, 112)))
+    losses = [float(contender.step()) for _ in range(8)]
+    assert losses == pytest.approx(_plain_losses(config), abs=1e-6)
+
+
+def test_the_transformer_has_as_many_parameters(config: Path) -> None:
+    """The TokenFormer has 3 layers of 2 D 256, a Transformer's has 12 D^2; transformers' model takes the same steps."""
+    command = parse_command_line([str(config), "ffn_slot_num=128"])
+    loaded = equal_transformer(command, 100)
+    model = loaded.run.model
+    assert (model.architecture, model.hidden_size, model.num_layers) == ("gpt_neox", 32, 4)
+    ours = load_config(command.files, command.overrides).run.model
+    assert count_parameters(model, 112) == pytest.approx(count_parameters(ours, 112), rel=0.05)
+    task = Task(loaded.run, loaded.batch(1), VocabSize(100, 112))
+    theirs, plain = TransformersLoop(task), PlainTorch(task)
+    for _ in range(4):
+        assert float(theirs.step()) == pytest.approx(float(plain.step()), abs=1e-5)
+
+
+def test_peers_are_those_of_a_tokenformer(config: Path) -> None:
+    with pytest.raises(ConfigError, match="architecture gpt_neox: --peers times a TokenFormer"):
+        main([str(config), *AS_TRANSFORMER, "--peers", "--vocab-size", "100"])
+
+
+def test_figures_of_peers() -> None:
+    one = {"micro_batch_size": 2, "gradient_accumulation_steps": 1, "seq_length": 64, "peak_flops": 1e6}
+    one |= {"config": ["a.yml"], "dtype": "bf16", "device": "cpu", "cpu_threads": 1, "torch": "2.13.0"}
+    descriptions = {
+        name: one | {"parameters": 1000, "flops_per_token": 100.0 + place} for place, name in enumerate(PEERS)
+    }
+    blocks = {
+        name: [{"seconds": seconds * (1 + place), "losses": [float(place)]} for seconds in (9.0, 1.0, 2.0, 4.0)]
+        for place, name in enumerate(PEERS)
+    }
+    report = summarize_peers(descriptions, blocks, dict.fromkeys(PEERS, 1.5), steps=2)
+    last = report["results"][PEERS[-1]]
+    assert last["engine_is_faster"] == pytest.approx(4.0) and last["first_loss"] == 3.0
+    assert last["tokens_per_second"] == pytest.approx(128 / 4.0)
+    assert last["mfu"] == pytest.approx(128 / 4.0 * 103.0 / 1e6)
+    row = peers_table(report).splitlines()[-3].split()
+    assert row[:2] == ["Transformer,", "transformers"]
+    assert row[3:] == ["32", "4000.0", "0.3%", "1.50", "4.000", "(4.000", "to", "4.000)"]
 
 
 def test_figures() -> None:

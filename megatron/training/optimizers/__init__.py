@@ -1,0 +1,1 @@
+"""Optimizers that no library has in the form that ZeRO needs, one module each."""
