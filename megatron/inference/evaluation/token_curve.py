@@ -100,7 +100,7 @@ def task_metrics(
         return {}
     # It needs lm-eval, which is optional.
     from megatron.inference.evaluation.evaluate_models import evaluate_checkpoints
-    from megatron.inference.evaluation.results_file import metrics_of
+    from megatron.monitor.evaluation_metrics import metrics_of
 
     found: dict[tuple[str, str], tuple[float, float | None]] = {}
     for file in evaluate_checkpoints(config, context, device):
