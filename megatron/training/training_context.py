@@ -151,9 +151,7 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         opened.append(monitor)
 
     on_first_rank(open_monitor)
-    with opened[0] if opened else Monitor() as monitor:
-        run.lease.restore = run.describe
-        on_first_rank(run.lease.restore)
+    with opened[0] if opened else Monitor() as monitor, run.lease.describing(run.describe):
         peak = peak_flops(description["device"], training.precision.dtype)
         throughput = Throughput(
             tokens_per_step=description["tokens_per_step"],
