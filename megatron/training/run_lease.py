@@ -33,8 +33,7 @@ class RunLease:
         # A folder before what lies in it, which cannot be made again without it.
         ours = sorted((folders or {}).items()) if rank == 0 else []
         self._leases = [FolderLease(folder, what, key=key) for folder, key in ours]
-        self.restore: Callable[[], None] = lambda: None
-        """Writes again what a folder holds that the run still knows."""
+        self._describe: Callable[[], None] | None = None
 
     @property
     def is_in_doubt(self) -> bool:
@@ -58,9 +57,23 @@ class RunLease:
 
     def _check(self) -> bool:
         unchanged = [lease.check() for lease in self._leases]
-        if not all(unchanged):
-            self.restore()
+        if not all(unchanged) and self._describe is not None:
+            self._describe()
         return all(unchanged)
+
+    @contextmanager
+    def describing(self, describe: Callable[[], None]) -> Iterator[None]:
+        """Calls `describe`, which writes what the run knows of itself, and again where a folder is made again later.
+
+        On rank 0. Collective. Raises what `describe` raises, on all ranks.
+        """
+        self._describe = describe
+        try:
+            on_first_rank(describe)
+            yield
+        finally:
+            # It knows the whole run, of which nothing may be left in memory when a larger model's begins.
+            self._describe = None
 
     def release(self) -> None:
         """Gives the lease back."""

@@ -161,9 +161,7 @@ def open_training_context(run: TrainingRun, progress: Progress) -> Iterator[Trai
         opened.append(monitor)
 
     on_first_rank(open_monitor)
-    with opened[0] if opened else Monitor() as monitor:
-        run.lease.restore = run.describe
-        on_first_rank(run.lease.restore)
+    with opened[0] if opened else Monitor() as monitor, run.lease.describing(run.describe):
         peak = peak_flops(description["device"], training.precision.dtype)
         further = 0 if run.elastic is None else run.elastic.mean_further_flops
         throughput = Throughput(

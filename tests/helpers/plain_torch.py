@@ -6,7 +6,7 @@ Models, data order, loss, clipping, AdamW and learning rate are each written fro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,14 +125,30 @@ def weigh(q: Tensor, k: Tensor, v: Tensor, divisor: float) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(future, -math.inf).softmax(-1), v).flatten(2)
 
 
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.pow(2).sum(-1, keepdim=True).sqrt()
+
+
+THETAS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "l2_norm_gelu": lambda scores, scale: gelu(unit(scores) * math.sqrt(scale)),
+    "gelu_l2_norm": lambda scores, scale: unit(gelu(scores)) * math.sqrt(scale),
+    "softmax": lambda scores, scale: scores.exp() / scores.exp().sum(-1, keepdim=True) * scale,
+}
+"""Normalizations of a row's scores, as published."""
+
+
 def tokenformer(weights: Weights, tokens: Tensor, settings: dict[str, Any]) -> Tensor:
     def pattention(x: Tensor, name: str) -> Tensor:
         scores = x @ weights[f"{name}.key_tokens"].T
         # A grown layer keeps the scale of the tokens that it had first.
         scale = settings.get("scales", {}).get(name.rsplit(".", maxsplit=1)[-1], scores.shape[-1])
-        normal = scores / scores.pow(2).sum(-1, keepdim=True).sqrt() * math.sqrt(scale)
-        return normal * 0.5 * (1 + torch.erf(normal / math.sqrt(2))) @ weights[f"{name}.value_tokens"]
+        return theta(scores, scale) @ weights[f"{name}.value_tokens"]
 
+    theta = THETAS[settings.get("norm_activation_type", "l2_norm_gelu")]
     x = weights["embedding.word_embeddings.weight"][tokens]
     for i in range(settings["num_layers"]):
         h = layer_norm(x)

@@ -24,7 +24,13 @@ SHORT = {"num_layers": 1, "seq_length": 4, "max_position_embeddings": 4}
 
 
 def follows_the_float64_loop(
-    write_config: Callable[..., Path], dataset: Path, base: dict[str, Any], layout: tuple[int, int, int], **keys: Any
+    write_config: Callable[..., Path],
+    dataset: Path,
+    base: dict[str, Any],
+    layout: tuple[int, int, int],
+    *,
+    relative_norm_error: float = 0.0,
+    **keys: Any,
 ) -> str:
     """Trains, and holds losses and norms of all steps against plain torch's; returns what the run printed."""
     tensor, pipe, data = layout
@@ -39,7 +45,7 @@ def follows_the_float64_loop(
     losses, norms = (list(records(config.with_suffix(""), f"train/{key}").values()) for key in ("lm_loss", "grad_norm"))
     assert len(losses) == steps
     assert losses == pytest.approx([loss for loss, _ in expected], abs=1e-6, rel=0)
-    assert norms == pytest.approx([norm for _, norm in expected], abs=1e-5, rel=0)
+    assert norms == pytest.approx([norm for _, norm in expected], abs=1e-5, rel=relative_norm_error)
     return printed
 
 
@@ -61,7 +67,10 @@ def test_thirty_steps_of_every_theta_through_every_kernel(
     if not is_installed("triton"):
         pytest.skip("the package 'triton' is not installed")
     changes = TRITON | SHORT | {"batch": 1, "train_iters": 30, "norm_activation_type": theta}
-    follows_the_float64_loop(write_config, dataset, TOKENFORMER, layout, **changes)
+    # Its gradients are ten times as long as those of the others, and float32's rounding with them: 3e-5 by plain
+    # operations, 2e-5 by these kernels.
+    error = 1e-5 if theta == "gelu_l2_norm" else 0.0
+    follows_the_float64_loop(write_config, dataset, TOKENFORMER, layout, relative_norm_error=error, **changes)
 
 
 def test_the_last_stage_trains_a_tied_head_without_its_logits(write_config: Callable[..., Path], dataset: Path) -> None:
