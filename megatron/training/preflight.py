@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import socket
@@ -46,8 +45,6 @@ from megatron.training.training_context import TrainingRun
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
-
-logger = logging.getLogger(__name__)
 
 GIB = 2**30
 MESSAGE = 2**26
@@ -221,9 +218,8 @@ def _disk(config: RunConfig, plan: Plan | None) -> Tried:
 
 
 def _steps(run: TrainingRun, start: RunStart, plan: Plan | None) -> Tried:
-    batches = run.data.read("train", start.progress.consumed_train_samples)
-    if run.distillation is not None:
-        batches = run.distillation.attach(batches)
+    read = run.data.read("train", start.progress.consumed_train_samples)
+    batches: object = read if run.distillation is None else run.distillation.attach(read)
     run.after_growth.set_step(start.progress.iteration)
     seconds, loss = [], 0.0
     for _ in range(STEPS):
