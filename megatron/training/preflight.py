@@ -51,6 +51,8 @@ MESSAGE = 2**26
 """Bytes that ranks sum to try the network."""
 LATE = 1.5
 """Times the predicted memory or time from which a finding is a warning."""
+LATE_IMPORTS = 0.5 * GIB
+"""Memory of what DeepSpeed imports with its first engine and step, which counts as a CPU rank's own [bytes]."""
 STEPS = 2
 """Steps that are taken: the first has no optimizer state yet."""
 Kind = Literal["ok", "warning", "wrong"]
@@ -262,7 +264,10 @@ def _memory(run: TrainingRun, held: HeldMemory) -> Tried:
     text = f"rank {most} held {measured / GIB:,.2f} GiB at a time, most of all; planned {planned / GIB:,.2f} GiB"
     if torch.cuda.is_available():
         text += f", of {torch.cuda.get_device_properties(local_device()).total_memory / GIB:,.1f} GiB"
-    return Tried("memory", "warning" if measured > LATE * planned else "ok", text)
+    imported = 0.0 if torch.cuda.is_available() else LATE_IMPORTS
+    if imported:
+        text += f", and up to {imported / GIB:g} GiB for what the first step imports"
+    return Tried("memory", "warning" if measured > LATE * planned + imported else "ok", text)
 
 
 def _save(run: TrainingRun, plan: Plan | None) -> Tried:
