@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.errors import ConfigError, end_at_once_when_stopped, exit_on_user_error
 
 if TYPE_CHECKING:
+    from megatron.config.command_line import CommandLine
     from megatron.config.load_config import LoadedConfig
+
+    Check = Callable[[LoadedConfig, CommandLine], list[str]]
 
 TRAINING_SCRIPT = "train.py"
 """Every other script runs a trained model, which has no batch triangle and no pipeline."""
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from megatron.training.check_config import require_trainable
 
     trains = script.name == TRAINING_SCRIPT
-    check = require_trainable if trains else lambda loaded, command: require_growable(loaded)
+    check: Check = require_trainable if trains else lambda loaded, command: require_growable(loaded)
     command, loaded = load_command_line(arguments, script.name, check)
     if command.plan:
         from megatron.training.plan_run import plan_report

@@ -54,9 +54,8 @@ def overrides(plan: Plan) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    shown = [plan.memory[0]] if len(plan.memory) == 1 else list(plan.memory)
-    shown = sorted({shown[0].stage: shown[0], plan.largest.stage: plan.largest, shown[-1].stage: shown[-1]}.items())
-    columns = [memory for _, memory in shown]
+    by_stage = {memory.stage: memory for memory in (plan.memory[0], plan.largest, plan.memory[-1])}
+    columns = [by_stage[stage] for stage in sorted(by_stage)]
     names = list(dict.fromkeys(part for memory in columns for part in memory.parts))
     heads = [f"stage {memory.stage}" if len(plan.stages) > 1 else "" for memory in columns]
     lines = [f"{'memory of a rank [GiB]':<34}" + "".join(f"{head:>12}" for head in heads)]

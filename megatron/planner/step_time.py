@@ -27,6 +27,10 @@ ADDED_GRADIENT = {"fp32": 12, "fp16": 18, "bf16": 20}
 REDUCED = {"fp32": 64, "fp16": 64, "bf16": 52}
 """Bytes that the step reads and writes for each parameter before the optimizer: joining, mean, search for NaN, norm,
 clipping, weights in the run's number format."""
+FRESH_STEP, FRESH_REDUCED = 16, {"fp32": 24, "fp16": 24, "bf16": 8}
+"""Those of both that new memory takes: roots and quotients of moments; buffers, partitions and flat gradients."""
+RESIDENT = 2.0**24
+"""Tensors up to which passes run as fast as over memory that is there already [bytes]."""
 LOSS_PASSES = {4: (24, 24), 2: (30, 36)}
 """Bytes for each logit, forward and backward, by the bytes of the number format (mpu/cross_entropy.py)."""
 
@@ -212,5 +216,7 @@ class _Clock:
         """Returns the time of everything between the last gradient and the next step, but for messages."""
         own = stage.parameters / self.batch.data_parallel_size
         step = FUSED_STEP if self.implementation.fused_optimizer else PLAIN_STEP
-        moved = REDUCED[self.dtype] * stage.parameters + step * own
-        return self.moving(moved, MASTER * own)
+        fresh = FRESH_REDUCED[self.dtype] * stage.parameters
+        fresh += 0 if self.implementation.fused_optimizer else FRESH_STEP * own
+        resident = REDUCED[self.dtype] * stage.parameters + step * own - fresh
+        return self.moving(fresh, MASTER * own) + self.moving(resident, min(MASTER * own, RESIDENT))

@@ -16,7 +16,7 @@ from megatron.planner.devices import CPU, device_of, named_device
 from megatron.planner.rates import Rates, assumed_cpu_rates, assumed_rates
 
 GIB = 2**30
-GPU_RESERVE, CPU_RESERVE = 1.5 * GIB, 0.5 * GIB
+GPU_RESERVE, CPU_RESERVE = 1.5 * GIB, 0.75 * GIB
 """Memory of a rank that torch's tensors do not account for: CUDA's context and NCCL's buffers on a GPU, the libraries
 that are imported on a CPU [bytes]."""
 FRAGMENTS = 0.04

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron.config.checks import tensor_sizes
 from megatron.config.command_line import CommandLine
 from megatron.config.effective_config import fewest_ranks
 from megatron.config.load_config import LoadedConfig
@@ -86,8 +87,6 @@ def _largest_parts(memory: RankMemory) -> list[tuple[str, float]]:
 
 def _smallest(run: RunConfig, rows: int, limit: float) -> str:
     """Proposes the fewest ranks of a model, and a micro batch, with which a rank has room."""
-    from megatron.config.checks import tensor_sizes
-
     again = run.training.checkpoint_activations.model_copy(update={"enabled": True, "num_layers": 1})
     training = run.training.model_copy(update={"checkpoint_activations": again})
     sizes = [

@@ -10,13 +10,15 @@ from multiprocessing.connection import Connection
 import torch
 
 from megatron.config.load_config import LoadedConfig
+from megatron.config.sections.run_config import RunConfig
+from megatron.config.sections.training import BatchConfig
 from megatron.data.micro_batch import MicroBatch, to_inputs_and_labels
 from megatron.model.causal_lm import VocabSize
 from megatron.monitor.held_memory import HeldMemory
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.process_group import process_group
 from megatron.mpu.random import seed_dropout
-from megatron.training.build_engine import build_engine
+from megatron.training.build_engine import build_engine, release_engine
 from megatron.training.calibrate import work_clock
 from megatron.training.stability.deepspeed_patches import join_process_group
 from megatron.training.stop_request import StopRequest
@@ -36,6 +38,7 @@ def serve(loaded: LoadedConfig, rank: int, size: int, port: int, connection: Con
         join_process_group()
         sizes = run.parallel
         context = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
+        import_late_modules(run, rows, context)
         held = HeldMemory()
         engine = build_engine(run, batch, VocabSize(rows, rows), context, StopRequest()).engine
         batches = random_batches(rows, batch.micro_batch_size, run.model.seq_length, context.data_rank)
@@ -54,6 +57,21 @@ def serve(loaded: LoadedConfig, rank: int, size: int, port: int, connection: Con
             engine.train_batch(batches).item()
             connection.send(clock() - begin)
             number += 1
+
+
+def import_late_modules(run: RunConfig, rows: int, context: ParallelContext) -> None:
+    """Takes a step of the same model with one layer and one sample, for what DeepSpeed imports only then."""
+    training = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    small = run.model_copy(
+        update={
+            "model": run.model.model_copy(update={"num_layers": 1}),
+            "training": run.training.model_copy(update=training),
+        }
+    )
+    batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, data_parallel_size=context.data_size)
+    engine = build_engine(small, batch, VocabSize(rows, rows), context, StopRequest()).engine
+    engine.train_batch(random_batches(rows, 1, run.model.seq_length, context.data_rank))
+    release_engine(engine)
 
 
 def random_batches(rows: int, micro_batch_size: int, seq_length: int, seed: int) -> Iterator[MicroBatch]:
