@@ -117,7 +117,7 @@ def scores_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
         rows=len(tasks), cols=1, shared_xaxes=True, vertical_spacing=PANEL_GAP / inner, subplot_titles=tasks
     )
     for row, task in enumerate(tasks, 1):
-        for run, (name, steps) in enumerate(points[task].items()):
+        for index, (name, steps) in enumerate(points[task].items()):
             places = sorted(steps)
             line = go.Scatter(
                 name=_name(name),
@@ -127,7 +127,7 @@ def scores_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
                 y=[steps[place][0] for place in places],
                 error_y={"array": [steps[place][1] for place in places], "thickness": 1},
                 mode="lines+markers",
-                line={"color": COLOURS[run % len(COLOURS)]},
+                line={"color": COLOURS[index % len(COLOURS)]},
             )
             figure.add_trace(line, row=row, col=1)
     figure.update_xaxes(showticklabels=True)
