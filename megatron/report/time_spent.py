@@ -1,4 +1,4 @@
-"""Where the time of a run went, as its metrics tell."""
+"""Sums where the time of a run went, from its metrics."""
 
 from __future__ import annotations
 
