@@ -52,7 +52,7 @@ MEASURED_FIRST = LADDER[3]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a size costs."""
+    """Parameters and work of a size."""
 
     parameters: int
     flops_per_token: float

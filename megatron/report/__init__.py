@@ -1,1 +1,1 @@
-"""What a run has left in its folder, read and shown: curves, and a report in HTML."""
+"""Records of runs and their curves, and a report of them in HTML."""

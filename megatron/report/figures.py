@@ -111,13 +111,17 @@ def scores_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
                     of_run[scores.iteration] = (value, error or 0.0)
     if not any(len(steps) > 1 for by_run in points.values() for steps in by_run.values()):
         return None
-    tasks = sorted(points)
+    tasks, names = sorted(points), [run.name for run in runs]
     inner = PANEL_HEIGHT * len(tasks) + PANEL_GAP * (len(tasks) - 1)
     figure = make_subplots(
-        rows=len(tasks), cols=1, shared_xaxes=True, vertical_spacing=PANEL_GAP / inner, subplot_titles=tasks
+        rows=len(tasks),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=PANEL_GAP / inner,
+        subplot_titles=list(map(_name, tasks)),
     )
     for row, task in enumerate(tasks, 1):
-        for run, (name, steps) in enumerate(points[task].items()):
+        for name, steps in points[task].items():
             places = sorted(steps)
             line = go.Scatter(
                 name=_name(name),
@@ -127,7 +131,7 @@ def scores_figure(runs: Sequence[RunFiles]) -> go.Figure | None:
                 y=[steps[place][0] for place in places],
                 error_y={"array": [steps[place][1] for place in places], "thickness": 1},
                 mode="lines+markers",
-                line={"color": COLOURS[run % len(COLOURS)]},
+                line={"color": COLOURS[names.index(name) % len(COLOURS)]},
             )
             figure.add_trace(line, row=row, col=1)
     figure.update_xaxes(showticklabels=True)

@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         host, _, port = self.headers.get("Host", "").rpartition(":")
-        if host not in NAMES or port != str(self.server.server_address[1]):
+        if host not in NAMES or port != str(self.connection.getsockname()[1]):
             self.send_error(HTTPStatus.FORBIDDEN, "this page is served to this machine alone")
             return
         try:

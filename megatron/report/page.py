@@ -46,7 +46,7 @@ FIGURE_OPTIONS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say about growth."""
+    """Verdict on growth, of all runs together."""
 
     sentences: Sequence[str]
     arms: Sequence[Sequence[str]]

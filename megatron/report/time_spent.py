@@ -1,4 +1,4 @@
-"""Where the time of a run went, as its metrics tell."""
+"""Sums where the time of a run went, from its metrics."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def time_spent(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _number(row: Mapping[str, Any], metric: str) -> float:
-    value = row.get(metric)
+    value: Any = row.get(metric)
     return max(float(value), 0.0) if is_number(value) and value == value else 0.0  # noqa: PLR0124 - NaN
