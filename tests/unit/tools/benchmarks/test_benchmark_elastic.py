@@ -1,4 +1,4 @@
-"""The benchmark of shares at a size that takes a second: every share is timed beside the whole, and its FLOPs counted."""
+"""The benchmark of shares at a size that takes a second: each is timed beside the whole, and its FLOPs counted."""
 
 from __future__ import annotations
 
