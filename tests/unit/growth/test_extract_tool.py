@@ -30,14 +30,15 @@ from tools.ckpts import extract, grow, prune
 GROUPS = 4
 KEYS: dict[str, Any] = TOKENFORMER | {"qkv_slot_num": 32, "proj_slot_num": 32, "param_token_groups": GROUPS}
 SCALES = {"query": 32, "key": 32, "value": 32, "proj": 32, "mlp": 48}
-THETAS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+THETAS = ["l2_norm_gelu", *(pytest.param(theta, marks=pytest.mark.full) for theta in ("gelu_l2_norm", "softmax"))]
 
 Call = Callable[..., Checkpoint]
 
 
-@pytest.fixture
-def source(tmp_path: Path, dataset: Path) -> Checkpoint:
-    return make_checkpoint(write_yaml(tmp_path, KEYS | {"data_path": str(dataset)}))
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Checkpoint:
+    """Tests only read it."""
+    return make_checkpoint(write_yaml(tmp_path_factory.mktemp("source"), KEYS | {"data_path": str(dataset)}))
 
 
 @pytest.fixture
@@ -72,10 +73,10 @@ def logits_of(model: ModelConfig, weights: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(("share", "layout"), [("0.5", (1, 1)), ("0.25", (2, 1)), ("0.5", (1, 2))])
 def test_an_extracted_model_has_rows_of_the_large_one_bitwise(
-    share: str, layout: tuple[int, int], call: Call, source: Checkpoint, tmp_path: Path
+    share: str, layout: tuple[int, int], call: Call, source: Checkpoint
 ) -> None:
     ranks = [f"model_parallel_size={layout[0]}", f"pipe_parallel_size={layout[1]}"]
-    small = call(extract, "--share", share, "--config_file", str(tmp_path / "run.yml"), *ranks)
+    small = call(extract, "--share", share, "--config_file", str(source.path.parents[1] / "run.yml"), *ranks)
     assert (small.state.tensor_parallel_size, small.state.pipe_parallel_size) == layout
     expected = taken(read_weights(source), float(share))
     found = read_weights(small)
@@ -92,17 +93,9 @@ def test_an_extracted_model_has_rows_of_the_large_one_bitwise(
     assert (ours - reference).abs().max() < 1e-6 * reference.abs().max()
 
 
-def test_a_share_of_a_share_is_the_share_and_counts_do_the_same(tmp_path: Path, dataset: Path) -> None:
-    keys = KEYS | {"data_path": str(dataset)}
-    source = make_checkpoint(write_yaml(tmp_path, keys))
-
-    def extracted(given: Checkpoint, name: str, *words: str) -> Checkpoint:
-        folders = ["--input_dir", str(given.path), "--output_dir", str(tmp_path / name)]
-        assert extract.main([*folders, *words]) == 0
-        return read_checkpoint(tmp_path / name / given.path.name)
-
-    twice = extracted(extracted(source, "half", "--share", "0.5"), "twice", "--share", "0.5")
-    counted = extracted(source, "counted", "--qkv", "8", "--proj", "8", "--ffn", "12")
+def test_a_share_of_a_share_is_the_share_and_counts_do_the_same(call: Call, source: Checkpoint) -> None:
+    twice = call(extract, "--share", "0.5", given=call(extract, "--share", "0.5"))
+    counted = call(extract, "--qkv", "8", "--proj", "8", "--ffn", "12")
     expected = taken(read_weights(source), 0.25)
     for found in (read_weights(twice), read_weights(counted)):
         assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -176,7 +169,7 @@ def test_a_model_without_parameter_tokens_is_refused(tmp_path: Path, dataset: Pa
             tool.main(["--input_dir", str(other.path), "--output_dir", str(tmp_path / "out"), "--share", "0.5"])
 
 
-def test_growth_wants_one_group_and_then_grows(call: Call, source: Checkpoint) -> None:
+def test_growth_wants_one_group_and_then_grows(call: Call) -> None:
     with pytest.raises(ConfigError, match=r"param_token_groups: 4: zero_key appends .* --share 1 --groups 1"):
         call(grow, "--factor", "2")
     half = call(extract, "--share", "0.5", "--groups", "1")
@@ -240,7 +233,7 @@ def test_importance_is_that_of_plain_torch(source: Checkpoint) -> None:
 
 
 def test_pruning_keeps_the_scale_and_shows_the_recomputed_one(
-    call: Call, source: Checkpoint, capsys: pytest.CaptureFixture[str]
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = call(prune, "--share", "0.5", "--sequences", "8", "--measure", "gradient")
     said = capsys.readouterr().out
@@ -250,11 +243,7 @@ def test_pruning_keeps_the_scale_and_shows_the_recomputed_one(
     assert recomputed is not None and recomputed.qkv_scale_base == 16
     assert "under the scale of the whole model, and to" in said and "under a recomputed one" in said
     assert "qkv_slot_num=16 proj_slot_num=16 ffn_slot_num=24 qkv_scale_base=32" in said
+    short = tmp_path / "short.txt"
+    short.write_text("few words of text")
     with pytest.raises(DataError, match="importance is measured on those after them"):
-        call(prune, "--share", "0.5", "--text", str(short_text(source)))
-
-
-def short_text(source: Checkpoint) -> Path:
-    path = source.path.parent.parent / "short.txt"
-    path.write_text("few words of text")
-    return path
+        call(prune, "--share", "0.5", "--text", str(short))
