@@ -188,7 +188,7 @@ CELLS: dict[str, Callable[[float], str]] = {
     "above_small": "{:+.3f}".format,
     "above_scratch_full": "{:+.3f}".format,
     "jump": "{:+.3f}".format,
-    "saving": "{:.0%}".format,
+    "saving": "{:z.0%}".format,
     "growth_factor": "{:.3g}x".format,
     "growth_at": "{:.0%}".format,
     "flops": format_power,

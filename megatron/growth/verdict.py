@@ -215,4 +215,5 @@ def _saving_words(outcome: Outcome) -> str:
     if bound == "at least" and saving.mean < SAME_COST:
         return ", a loss that no run from scratch has reached"
     spread = f" ± {saving.half_width:.0%}" if saving.seeds > 1 else ""
-    return f", and saves {f'{bound} ' if bound else ''}{saving.mean:.0%}{spread} of the FLOPs to that loss from scratch"
+    share = f"{bound} {saving.mean:z.0%}".lstrip() + spread
+    return f", and saves {share} of the FLOPs to that loss from scratch"

@@ -34,13 +34,13 @@ def busy_in(phase: str) -> None:
     }[phase]
     original = getattr(module, name)
 
-    def build(*arguments: Any) -> Any:
+    def build(*arguments: Any, **options: Any) -> Any:
         if this_rank() == 0:
             print("busy", flush=True)
             if phase == "index":
                 hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
             time.sleep(60)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     setattr(module, name, build)
 
