@@ -60,7 +60,7 @@ def tensor_sizes(run: RunConfig) -> list[int]:
 
 
 def _or_tensor_size(run: RunConfig) -> str:
-    """Proposes tensor-parallel sizes that fit the model as it is."""
+    """Names tensor-parallel sizes that fit the model as it is."""
     *others, last = (str(size) for size in tensor_sizes(run)[:_MOST_PROPOSED])
     return f"; or model_parallel_size {', '.join(others)} or {last}" if others else "; or model_parallel_size 1"
 

@@ -73,7 +73,7 @@ class LoadedConfig:
 
 
 def _sizes(run: RunConfig, world_size: int) -> str:
-    """Proposes sizes of the parallel groups for so many ranks, in a sentence."""
+    """Names sizes of the parallel groups for so many ranks, in a sentence."""
     pairs = sorted(parallel_sizes(run, world_size), key=lambda pair: (pair[0] * pair[1], pair))
     listed = ", ".join(f"{tensor} x {stages}" for tensor, stages in pairs[:_MOST_SIZES])
     more = " and larger ones" if len(pairs) > _MOST_SIZES else ""

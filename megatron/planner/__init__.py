@@ -1,1 +1,1 @@
-"""What a run will need before it starts: memory, time and disk, and the layouts that fit."""
+"""Needs of a run, known before it starts: memory, time and disk, and the layouts that fit."""

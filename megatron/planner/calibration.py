@@ -1,4 +1,4 @@
-"""What `--calibrate` has measured: one file for each kind of device, in the user's cache."""
+"""Measurements of `--calibrate`: one file for each kind of device, in the user's cache."""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ def implementation_of(run: RunConfig, *, on_gpu: bool) -> Implementation:
     speedups = run.speedups
     automatic = "triton" if on_gpu else "eager"
     facts = facts_of(run.training.optimizer)
-    switches = ["auto" if not one.switch else getattr(speedups, one.switch) for one in facts.implementations.values()]
+    switches: list[Switch] = [
+        "auto" if not one.switch else getattr(speedups, one.switch) for one in facts.implementations.values()
+    ]
     return Implementation(
         on_gpu,
         pattention=automatic if speedups.pattention == "auto" else speedups.pattention,
@@ -44,7 +46,8 @@ def implementation_of(run: RunConfig, *, on_gpu: bool) -> Implementation:
         fused_cross_entropy=_is_on(speedups.fused_cross_entropy, on_gpu) and run.distillation is None,
         # The first is the reference, of plain operations.
         fused_optimizer=any(_is_on(switch, on_gpu) for switch in switches[1:]),
-        moments=len(facts.moments),
+        # Muon's hidden matrices have one, of which so much is not made: room for two is planned.
+        moments=max(len(facts.moments if group.moments is None else group.moments) for group in facts.groups),
     )
 
 

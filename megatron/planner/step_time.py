@@ -165,7 +165,7 @@ class _Clock:
 
     def stage_passes(self, stage: Stage) -> float:
         """Returns the time of what a micro batch does beside its layers: gradients are added, rows looked up."""
-        added = ADDED_GRADIENT[self.dtype] * stage.parameters
+        added: float = ADDED_GRADIENT[self.dtype] * stage.parameters
         if self.dtype == "fp32" and self.batch.gradient_accumulation_steps == 1:
             added = 0.0
         if stage.has_embedding:
@@ -216,7 +216,7 @@ class _Clock:
         """Returns the time of everything between the last gradient and the next step, but for messages."""
         own = stage.parameters / self.batch.data_parallel_size
         step = FUSED_STEP if self.implementation.fused_optimizer else PLAIN_STEP
-        fresh = FRESH_REDUCED[self.dtype] * stage.parameters
+        fresh: float = FRESH_REDUCED[self.dtype] * stage.parameters
         fresh += 0 if self.implementation.fused_optimizer else FRESH_STEP * own
         resident = REDUCED[self.dtype] * stage.parameters + step * own - fresh
         return self.moving(fresh, MASTER * own) + self.moving(resident, min(MASTER * own, RESIDENT))

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -92,9 +93,9 @@ def calibration_text(measured: Calibration, file: str) -> str:
         *(f"  passes over {size / 2**20:,.2f} MiB: {rate / 1e9:,.1f} GB/s" for size, rate in measured.passes),
         f"  GeLUs: {measured.functions / 1e6:,.0f} million/s",
     ]
-    for name, rate in (("in a machine", measured.link), ("between machines, a rank", measured.network)):
-        if rate is not None:
-            lines.append(f"  collectives {name}: {rate / 1e9:,.2f} GB/s")
+    for name, speed in (("in a machine", measured.link), ("between machines, a rank", measured.network)):
+        if speed is not None:
+            lines.append(f"  collectives {name}: {speed / 1e9:,.2f} GB/s")
     if measured.latency is not None:
         lines.append(f"  the smallest collective: {measured.latency * 1e6:,.0f} us")
     return "\n".join([*lines, f"kept in {file}; --plan --device {measured.device} takes them from there"])
@@ -138,7 +139,7 @@ def passes_curve() -> list[list[float]]:
     device, points = local_device(), []
     for size in TENSORS[device.type]:
         values = torch.randn(size // 4, device=device)
-        points.append([float(size), 2.0 * size / _seconds(lambda values=values: values * 1.5)])
+        points.append([float(size), 2.0 * size / _seconds(partial(torch.mul, values, 1.5))])
     return points
 
 

@@ -86,7 +86,7 @@ def _largest_parts(memory: RankMemory) -> list[tuple[str, float]]:
 
 
 def _smallest(run: RunConfig, rows: int, limit: float) -> str:
-    """Proposes the fewest ranks of a model, and a micro batch, with which a rank has room."""
+    """Finds the fewest ranks of a model, and a micro batch, with which a rank has room."""
     again = run.training.checkpoint_activations.model_copy(update={"enabled": True, "num_layers": 1})
     training = run.training.model_copy(update={"checkpoint_activations": again})
     sizes = [

@@ -271,7 +271,7 @@ def _memory(run: TrainingRun, held: HeldMemory) -> Tried:
 
 
 def _save(run: TrainingRun, plan: Plan | None) -> Tried:
-    """Has the engine save into nothing: what ranks would write, and how long they take without a disk."""
+    """Saves into nothing, by the engine: what ranks would write, and how long they take without a disk."""
     engine, config = run.engine, run.config
     files = NowhereFiles(copies=config.checkpoint.async_save)
     before, engine.checkpoint_engine = engine.checkpoint_engine, files
