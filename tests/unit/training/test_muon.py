@@ -60,7 +60,7 @@ def test_steps_are_those_of_torch_and_of_its_adamw() -> None:
     theirs = torch.optim.Muon(
         matrices, lr=0.02, weight_decay=0.3, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )
-    adamw = torch.optim.AdamW([vector], lr=0.01, betas=(0.9, 0.95), weight_decay=0.3)
+    adamw = torch.optim.AdamW([vector], lr=0.01, betas=section.betas, weight_decay=0.3)
     for rate in (1.0, 0.5):
         for group in ours.param_groups:
             group["lr"] = rate * 0.02 * group["lr_ratio"]
