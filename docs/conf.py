@@ -15,7 +15,7 @@ project = "TokenFormer trainer"
 author = copyright = "the authors, Apache-2.0"  # noqa: A001 - Sphinx reads this name
 extensions = ["myst_parser"]
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/**.md", "megatron/**.md"]
+include_patterns = ["docs/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/**.md", "megatron/**.md", "tools/**.md"]
 
 myst_enable_extensions = ["dollarmath", "attrs_inline"]
 myst_heading_anchors = 4
