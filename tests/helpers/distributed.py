@@ -142,16 +142,24 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
         try:
             fn, args = pickle.loads(task)  # noqa: S301 - from our own parent
             reply = ("", pickle.dumps(fn(*args)))
+            _leave(groups)
         except BaseException:  # noqa: BLE001 - whatever fails on a rank is told to the parent
             reply = (traceback.format_exc(), b"")
         connection.send(reply)
-        # A group's threads wake every ten milliseconds, and after some hundred functions they would fill a core.
-        while groups:
-            with contextlib.suppress(ValueError):  # The function has destroyed it.
-                dist.destroy_process_group(groups.pop())
-        gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _leave(groups: list[dist.ProcessGroup]) -> None:
+    """Destroys groups that a function has made, when all ranks are through with it.
+
+    A group's threads wake every ten milliseconds, and after some hundred functions they would fill a core.
+    """
+    dist.barrier()
+    while groups:
+        with contextlib.suppress(ValueError):  # The function has destroyed it.
+            dist.destroy_process_group(groups.pop())
+    gc.collect()
 
 
 def _record_new_groups() -> list[dist.ProcessGroup]:
