@@ -38,12 +38,14 @@ class StepParts:
 
     def __init__(self, engine: PipelineEngine) -> None:
         self._engine = engine
-        self._instructions: Mapping[type, Callable[..., None]] = engine._INSTRUCTION_MAP
+        self._instructions: Mapping[type, Callable[..., None]] = {}
         self._observers: list[Observer] = []
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Lets `observer` see the parts of every step that is taken inside, evaluations apart."""
+        if not self._observers:
+            self._instructions = self._engine._INSTRUCTION_MAP
         self._observers.append(observer)
         self._engine._INSTRUCTION_MAP = {
             kind: self._observed(method, PARTS[kind]) for kind, method in self._instructions.items()

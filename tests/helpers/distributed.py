@@ -140,9 +140,9 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
     groups = _record_new_groups()
     while (task := connection.recv()) is not None:
         try:
+            _leave(groups)
             fn, args = pickle.loads(task)  # noqa: S301 - from our own parent
             reply = ("", pickle.dumps(fn(*args)))
-            _leave(groups)
         except BaseException:  # noqa: BLE001 - whatever fails on a rank is told to the parent
             reply = (traceback.format_exc(), b"")
         connection.send(reply)
@@ -151,7 +151,7 @@ def _work(connection: Connection, rank: int, world_size: int, port: int) -> None
 
 
 def _leave(groups: list[dist.ProcessGroup]) -> None:
-    """Destroys groups that a function has made, when all ranks are through with it.
+    """Destroys groups that the function before has made, while no rank uses any.
 
     A group's threads wake every ten milliseconds, and after some hundred functions they would fill a core.
     """
@@ -160,6 +160,7 @@ def _leave(groups: list[dist.ProcessGroup]) -> None:
         with contextlib.suppress(ValueError):  # The function has destroyed it.
             dist.destroy_process_group(groups.pop())
     gc.collect()
+    dist.barrier()
 
 
 def _record_new_groups() -> list[dist.ProcessGroup]:

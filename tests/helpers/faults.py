@@ -137,10 +137,10 @@ def signal_in_evaluation(batch: int, rank: int, number: int) -> None:
 
     original, calls = PipelineEngine.eval_batch, iter(range(1, sys.maxsize))
 
-    def counted(self: Any, *arguments: Any) -> Any:
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
         if next(calls) == batch and this_rank() == rank:
             os.kill(os.getpid(), number)
-        return original(self, *arguments)
+        return original(self, *arguments, **options)
 
     PipelineEngine.eval_batch = counted
 

@@ -64,7 +64,8 @@ def test_its_refusals_are_reported_with_all_others() -> None:
     with pytest.raises(ConfigError) as caught:
         loaded("gpt_j_residual=true", "qkv_slot_num=8", "model_parallel_size=8", "num_attention_heads=16")
     assert str(caught.value).splitlines()[1:] == [
-        f"{PYTHIA}:5 num_layers: 12: does not split over model_parallel_size 8; nearest valid value: 16",
+        f"{PYTHIA}:5 num_layers: 12: does not split over model_parallel_size 8; nearest valid value: 16; or "
+        "model_parallel_size 1, 2 or 4",
         "command line qkv_slot_num: 8: only the tokenformer architecture has parameter tokens, and this is plain "
         '(command line attention_config: [[["plain"], 12]])',
         "command line gpt_j_residual: true: a plain layer is sequential; use false",

@@ -31,8 +31,8 @@ def takes_text(field: Field) -> bool:
 
 def test_every_key_about_files_is_a_path() -> None:
     mentioned = {field.key for field in fields().values() if takes_text(field) and OPENED.search(field.meaning)}
-    # It begins file names of another folder.
-    assert mentioned - {field.key for field in PATHS} - URLS == {"eval_results_prefix"}
+    # One begins file names of another folder, the other is written into a file of the run's.
+    assert mentioned - {field.key for field in PATHS} - URLS == {"eval_results_prefix", "sample_prompts"}
     assert {"save", "data_path", "train_data_paths", "vocab_file", "tensorboard_dir"} <= {field.key for field in PATHS}
 
 

@@ -11,6 +11,7 @@ import pytest
 from megatron.config.load_config import load_config
 from megatron.config.neox.keys.table import find_entry, is_dictionary, is_known, neox_keys
 from megatron.config.neox_entries import Inert, MapsTo, Rejected
+from megatron.config.optimizer import OPTIMIZERS
 from megatron.config.sections.section_fields import fields
 from megatron.config.value_types import schema_of
 from megatron.errors import ConfigError
@@ -127,7 +128,8 @@ def test_what_is_refused_says_that_it_is_not_here(key: str) -> None:
     value = {bool: "true", int: "7", float: "0.7", str: "some", list: "[some]"}.get(entry.accepts, "{a: 1}")
     if entry.accepts is bool and True in entry.harmless:
         value = "false"
-    message = refusal(f"{key}={value}")
+    is_muons = key.removeprefix("optimizer.params.") in OPTIMIZERS["muon"].neox_keys
+    message = refusal(f"{key}={value}", *(["optimizer.type=Muon"] if is_muons else []))
     assert message is not None
     assert "not supported here: " in message
     (line,) = [line for line in message.splitlines() if line.startswith(f"command line {key}")]

@@ -67,6 +67,6 @@ def test_check_says_it_before_any_rank_starts(tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
     valid = run_command(["deepy.py", "train.py", str(path), "--check", "norm_activation_type=gelu_l2_norm"])
     assert (valid.returncode, valid.stdout.splitlines()[0]) == (0, "the configuration is valid"), valid.stderr
-    assert valid.stdout.splitlines()[-1] == (
+    assert valid.stdout.splitlines()[-2] == (
         "grows by zero_key after step 4: qkv 24 to 48, proj 40 to 80, ffn 48 to 96; 57,408 parameters"
     )
