@@ -58,8 +58,8 @@ SMALLER: dict[str, object] = {
     "model_parallel_size": 1,
 }
 """Values of a recipe's top level; `tiny` has those that depend on what stands there. Parameter tokens stay as many."""
-MOST_STEPS = 24
-"""Steps of a recipe that has more than 1,000."""
+MOST_STEPS, FEW_STEPS = 120, 24
+"""Steps of the demo, and of recipes that have more than 1,000."""
 TEXT = "\n\n".join(map(inspect.getsource, (argparse, textwrap, email.message)))
 
 
@@ -100,7 +100,8 @@ class DocumentedFolder:
     def run(self, line: str) -> str:
         """Runs a command; returns what it printed."""
         program, *words = shlex.split(line, comments=True)
-        words = [name for word in words for name in self._files(word)]
+        if words[:1] != ["-c"]:
+            words = [name for word in words for name in self._files(word)]
         if program != "python":
             words = ["-m", program, *words]
         ended = run_python(words, self.folder / "as_shipped" if re.search(LOOKS, line) else self.folder)
@@ -151,7 +152,7 @@ def tiny(text: str) -> str:
         key, value = match[1], int(match[2])
         if key == "num_layers":
             return f"{key}: {min(value, LAYERS)}"
-        return f"{key}: {value if value <= 1000 else MOST_STEPS}"
+        return f"{key}: {FEW_STEPS if value > 1000 else min(value, MOST_STEPS)}"
 
     return re.sub(r"^(num_layers|train_iters|lr_decay_iters): (\d+)", capped, text, flags=re.MULTILINE)
 

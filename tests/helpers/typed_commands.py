@@ -18,7 +18,7 @@ from unittest import mock
 
 from tests.helpers.forkserver import CONTEXT, ENVIRONMENT, preload_evaluation
 
-SECONDS = 240
+SECONDS = 600
 """Time that a command may take on a busy machine [s]."""
 INPUT = "The list of\n"
 """What a user types, where a command reads what is typed."""
