@@ -4,7 +4,7 @@
 # make test-cluster  train under a real Slurm, ssh, pdsh, OpenMPI and MPICH, which this machine must have, and clean up
 # make test-transformers  run transformers' own common tests on the modelling file of exports, and on GPTNeoX
 # make checks   lint, types, floors, circles, openings of docstrings, modules with a single importer
-# make docs     write again what is generated: the tables of keys, the schema, the figure of the floors
+# make docs     write again what is generated: the tables of keys, the schema, the figures of floors and Pattention
 # make site     build the documentation, to be read without a network: build/site/docs/index.html
 SHELL := /bin/sh
 VENV := .venv
@@ -55,6 +55,7 @@ site: $(VENV)/dev.installed
 docs: $(VENV)/base.installed
 	$(PY) tools/generate_config_docs.py
 	$(PY) tools/plots/draw_architecture.py
+	$(PY) tools/plots/draw_pattention.py
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -23,12 +23,13 @@ myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 html_title = project
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 highlight_language = "bash"
-pygments_style, pygments_dark_style = "sphinx", "monokai"
 
 
 def _inline(self: HTML5Translator, node: nodes.math) -> None:

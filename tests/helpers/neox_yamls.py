@@ -16,7 +16,7 @@ LOCAL_SETUP: dict[str, Any] = {
     "tensorboard-dir": "tensorboard",
     "log-dir": "logs",
 }
-_WANDB = {"use_wandb": True, "wandb_host": "https://api.wandb.ai", "wandb_project": "neox"}
+WANDB = {"use_wandb": True, "wandb_host": "https://api.wandb.ai", "wandb_project": "neox"}
 _PILE = {f"{split}-data-paths": ["/data/pile_text_document"] for split in ("train", "valid", "test")}
 
 _ZERO = {
@@ -273,7 +273,7 @@ NOT_HERE: dict[str, tuple[dict[str, Any], str]] = {
 def write_neox_yamls(folder: Path) -> Path:
     """Write the files as NeoX does, in braces and with a trailing comma; returns the folder."""
     files = LOADABLE | ALONE | {name: keys for name, (keys, _) in NOT_HERE.items()}
-    setups = {"local_setup.yml": LOCAL_SETUP, "local_setup_wandb.yml": LOCAL_SETUP | _WANDB}
+    setups = {"local_setup.yml": LOCAL_SETUP, "local_setup_wandb.yml": LOCAL_SETUP | WANDB}
     for name, keys in (files | setups).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Every command of the documentation is one that its program takes: configurations are checked, flags are parsed."""
+"""Every command of the documentation is one that its program takes: configurations are checked, flags are parsed.
+
+tests/ranks/test_documented_pages.py runs those that NOT_RUN has no reason for.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,7 @@ import argparse
 import importlib
 import os
 import re
-import shlex
-import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,13 +18,16 @@ import pytest
 from megatron.config.command_line import SCRIPTS, load_command_line
 from megatron.config.load_config import load_config
 from megatron.config.run_yaml import write_run_yaml
+from tests.helpers.documentation import NOT_RUN, Command, SavedFile, commands, pages, steps
 from tests.helpers.forkserver import ROOT
+from tests.helpers.neox_yamls import write_neox_yamls
 
-FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<block>.*?)^```", re.MULTILINE | re.DOTALL)
-RUN_FOLDERS = ("demo/run", "runs/a", "runs/150M", "runs/elastic")
+RUN_FOLDERS = ("demo/run", "runs/a", "runs/150M", "runs/elastic", "runs/finetuned", "runs/grown")
 """Folders that pages name in place of YAML files."""
 ELSEWHERE = {
     "docker": "needs a daemon and an image; the words of train.py are checked",
+    "hf": "Hugging Face's own",
+    "lm_eval": "lm-eval's own; the tutorial's test runs it",
     "make": "a target of the Makefile, looked up there",
     "pip": "needs a package index",
     "sbatch": "needs Slurm",
@@ -32,47 +35,30 @@ ELSEWHERE = {
     "torchrun": "starts train.py, whose words are checked",
 }
 """Programs that are not of this project, and why their commands are not parsed whole."""
-
-
-@dataclass(frozen=True)
-class Command:
-    page: str
-    words: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.page}: {shlex.join(self.words)}"
-
-
-def pages() -> list[str]:
-    listed = subprocess.run(["git", "ls-files", "*.md"], check=True, cwd=ROOT, capture_output=True, text=True)
-    return [page for page in listed.stdout.split() if page != "CHANGELOG.md"]
-
-
-def commands() -> Iterator[Command]:
-    for page in pages():
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for match in FENCE.finditer(text):
-            if match["language"] not in {"", "bash", "console"}:
-                continue
-            for line in match["block"].replace("\\\n", " ").splitlines():
-                # What a synopsis has in brackets may be left out.
-                words = shlex.split(re.sub(r" \[[^\]=]*\]", "", line), comments=True)
-                if words and not line.startswith((" ", "{")):
-                    yield Command(page, tuple(words))
-
-
-COMMANDS = list(commands())
+COMMANDS = commands()
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the checkout, with the runs that pages speak of."""
+    """A folder that looks like the checkout, with the runs and the files that pages speak of."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "tools"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "tools").symlink_to(ROOT / "tools")
+    (folder / "configs").mkdir()
+    for path in (ROOT / "configs").iterdir():
+        (folder / "configs" / path.name).symlink_to(path)
+    (folder / "neox").mkdir()
+    for path in write_neox_yamls(folder / "neox").glob("*.yml"):
+        path.rename(folder / "configs" / path.name)
+    demo = (ROOT / "configs" / "demo.yml").read_text(encoding="utf-8")
+    (folder / "pythia-1b.yml").write_text(demo.replace("save: demo/run\n", ""), encoding="utf-8")
     for run in RUN_FOLDERS:
         (folder / run).mkdir(parents=True)
         write_run_yaml(load_config([ROOT / "configs" / "demo.yml"], [f"save={run}"]).given.text(), folder / run)
+    for page in pages():
+        for step in steps(page):
+            if isinstance(step, SavedFile):
+                (folder / step.name).parent.mkdir(exist_ok=True)
+                (folder / step.name).write_text(step.text, encoding="utf-8")
     return folder
 
 
@@ -92,6 +78,21 @@ def _parse(self: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
 def test_pages_have_commands() -> None:
     assert len({command.page for command in COMMANDS}) > 10
     assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize("pattern", NOT_RUN)
+def test_every_reason_not_to_run_is_that_of_a_command(pattern: str) -> None:
+    assert any(re.search(pattern, command.line) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("reason", sorted({reason for reason in NOT_RUN.values() if "tests/" in reason}))
+def test_a_test_that_a_reason_names_is_there(reason: str) -> None:
+    for path in re.findall(r"tests/[\w/.]+", reason):
+        assert (ROOT / path).exists(), path
+
+
+def test_most_commands_are_run() -> None:
+    assert sum(command.reason is None for command in COMMANDS) > 0.7 * len(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)

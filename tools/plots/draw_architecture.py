@@ -17,20 +17,21 @@ from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from megatron.config.local_path import local_path
 from tools.command_line import tool_parser
+from tools.plots.themed_svg import save_svg
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "docs" / "architecture.svg"
 PACKAGE = "megatron"
 SCRIPTS = ("deepy.py  train.py  eval.py  generate.py  tools/", "Commands: what a user types.")
 FLOOR_COLOURS = ("#f3ece1", "#e4eef6")
-BOX, ROOM, EDGE, BATCH = "#ffffff", "#f7f7f5", "#4a4a4a", "#c2410c"
+BOX, ROOM, EDGE, BATCH = "#ffffff", "#f7f7f5", "#8a8a8a", "#c2410c"
+INK, WORDS = "#222222", "#555555"
 LETTERS_PER_UNIT = 1.8
 NARROW = 18.0
 """Width under which rooms are a line of names [percent of the picture]."""
@@ -51,10 +52,7 @@ def main(argv: Sequence[str]) -> int:
     parser = tool_parser(__doc__)
     parser.add_argument("--output", type=local_path, default=OUTPUT, help="file to write (docs/architecture.svg)")
     options = parser.parse_args(argv)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    # Text stays text, and equal pictures are equal files.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": PACKAGE, "font.family": "DejaVu Sans"}):
-        draw().savefig(options.output, metadata={"Date": None} if options.output.suffix == ".svg" else None, dpi=130)
+    save_svg(draw, options.output)
     return 0
 
 
@@ -104,7 +102,7 @@ def draw() -> Figure:
             draw_package(
                 axes, (3.0 + place * width, top + 0.08, width - 1.0, height - 0.16), name, words, numbers.get(name)
             )
-    axes.text(3.0, total + 0.14, "A file imports its own package or a lower floor.", fontsize=11, color=EDGE)
+    axes.text(3.0, total + 0.14, "A file imports its own package or a lower floor.", fontsize=11, color=WORDS)
     axes.text(3.0, -0.2, "One batch", fontsize=11, fontweight="bold", color=BATCH, va="center")
     for number, (_, words) in enumerate(ONE_BATCH, start=1):
         column, line = divmod(number - 1, 3)
@@ -127,26 +125,26 @@ def draw_package(
     x, y, width, height = place
     _box(axes, place, BOX, EDGE)
     top = y + height
-    axes.text(x + 0.8, top - 0.17, name, fontsize=12, fontweight="bold", va="center")
+    axes.text(x + 0.8, top - 0.17, name, fontsize=12, fontweight="bold", color=INK, va="center")
     lines = textwrap.wrap(words, width=int(width * LETTERS_PER_UNIT), break_on_hyphens=False)[:3]
-    axes.text(x + 0.8, top - 0.32, "\n".join(lines), fontsize=8.8, color="#333333", va="top", linespacing=1.25)
+    axes.text(x + 0.8, top - 0.32, "\n".join(lines), fontsize=8.8, color=WORDS, va="top", linespacing=1.25)
     if number is not None:
         circle = {"boxstyle": "circle,pad=0.25", "fc": BATCH, "ec": "none"}
         place_of_number = (x + width - 1.3, top - 0.17)
-        axes.text(*place_of_number, str(number), bbox=circle, fontsize=9, color="white", va="center", ha="center")
+        axes.text(*place_of_number, str(number), bbox=circle, fontsize=9, color=BOX, va="center", ha="center")
     inner = rooms(name)
     step = (width - 1.2) / max(len(inner), 1)
     if step < NARROW:
-        names = " · ".join(room for room, _ in inner)
-        axes.text(x + 0.8, y + 0.16, names, fontsize=8.2, style="italic", color="#555555", va="center")
+        names = textwrap.wrap(" · ".join(room for room, _ in inner), width=int(width * LETTERS_PER_UNIT * 1.05))
+        axes.text(x + 0.8, y + 0.08, "\n".join(names), fontsize=8.2, style="italic", color=WORDS, va="bottom")
         return
     for index, (room, what) in enumerate(inner):
         left = x + 0.8 + index * step
         _box(axes, (left, y + 0.06, step - 0.4, 0.5), ROOM, "#b5b5b5")
-        axes.text(left + 0.4, y + 0.44, room, fontsize=8.6, fontweight="bold", color="#333333", va="center")
+        axes.text(left + 0.4, y + 0.44, room, fontsize=8.6, fontweight="bold", color=WORDS, va="center")
         lines = textwrap.wrap(what, width=int(step * LETTERS_PER_UNIT * 1.12), break_on_hyphens=False)[:2]
         text = "\n".join(lines)
-        axes.text(left + 0.4, y + 0.34, text, fontsize=7.6, color="#555555", va="top", linespacing=1.2)
+        axes.text(left + 0.4, y + 0.34, text, fontsize=7.6, color=WORDS, va="top", linespacing=1.2)
 
 
 def _box(axes: Axes, place: tuple[float, float, float, float], face: str, edge: str) -> None:
