@@ -55,6 +55,6 @@ def _parts(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Yields the parts of tensors of one shape, each with those of the others that belong to it."""
     size = PART * torch.get_num_threads()
     if all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
-        yield from zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+        yield from zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
     else:
         yield tuple(tensors)
