@@ -32,7 +32,6 @@ from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe
 from tools.benchmarks.contenders import Task, random_batches
 
-
 STEPS_ALONE = 3
 """Steps that are timed before a save, and after it."""
 
