@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.config.optimizer import facts_of
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig, PrecisionConfig
 
@@ -16,7 +15,6 @@ def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
     accumulated and reduced in fp32 in every precision. The optimizer and the schedule are the caller's.
     """
     zero = run.parallel.zero
-    untested = {} if facts_of(run.training.optimizer).known_to_deepspeed else {"zero_allow_untested_optimizer": True}
     return {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
@@ -34,7 +32,6 @@ def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "wall_clock_breakdown": False,
-        **untested,
         **precision_section(run.training.precision),
     }
 

@@ -136,9 +136,6 @@ class OptimizerFacts(Generic[S]):
     squared_moments: tuple[str, ...] = ()
     """Those moments that average squares of gradients: a gradient of twice the size makes them four times as large."""
 
-    known_to_deepspeed: bool = False
-    """Whether all these classes are on DeepSpeed's list of those tested under ZeRO, so that it needs no permission."""
-
     learning_rates: tuple[str, ...] = ("lr",)
     """Fields that are peak learning rates, which belong to the schedule that a run keeps when it goes on."""
 

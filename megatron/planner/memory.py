@@ -227,8 +227,9 @@ class _Rank:
     def optimizer_step(self) -> dict[str, float]:
         """Returns gradients, and what the optimizer holds for itself."""
         largest = max(self.stage.matrices, self.stage.vectors) / self.data
-        # torch's AdamW of plain operations has the root of a moment, and its quotient.
-        own = 0.0 if self.implementation.fused_optimizer else 2 * MASTER * largest
+        # torch's AdamW of plain operations has the root of a moment, and its quotient: on CPUs, of a part at a time.
+        holds_nothing = self.implementation.fused_optimizer or not self.implementation.on_gpu
+        own = 0.0 if holds_nothing else 2 * MASTER * largest
         norm = min(NORM_CHUNK, 2 * MASTER * largest)
         everything = MASTER * self.parameters
         if self.dtype == "bf16":

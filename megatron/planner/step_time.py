@@ -21,14 +21,14 @@ from megatron.planner.stages import Stage
 ATTENTION_BACKWARD = 2.5
 """Operations of attention's backward pass in terms of its forward pass, whose scores it computes again."""
 PLAIN_STEP, FUSED_STEP = 80, 28
-"""Bytes that AdamW reads and writes for each parameter: eight operations one after the other, or one kernel."""
+"""Bytes that AdamW reads and writes for each parameter: eight operations, over parts on CPUs, or one kernel."""
 ADDED_GRADIENT = {"fp32": 12, "fp16": 18, "bf16": 20}
 """Bytes by which a micro batch's gradient is added to those before it, for each parameter."""
 REDUCED = {"fp32": 64, "fp16": 64, "bf16": 52}
 """Bytes that the step reads and writes for each parameter before the optimizer: joining, mean, search for NaN, norm,
 clipping, weights in the run's number format."""
-FRESH_STEP, FRESH_REDUCED = 16, {"fp32": 24, "fp16": 24, "bf16": 8}
-"""Those of both that new memory takes: roots and quotients of moments; buffers, partitions and flat gradients."""
+FRESH_REDUCED = {"fp32": 24, "fp16": 24, "bf16": 8}
+"""Those among them that new memory takes: buffers, partitions and flat gradients."""
 RESIDENT = 2.0**24
 """Tensors up to which passes run as fast as over memory that is there already [bytes]."""
 LOSS_PASSES = {4: (24, 24), 2: (30, 36)}
@@ -217,6 +217,5 @@ class _Clock:
         own = stage.parameters / self.batch.data_parallel_size
         step = FUSED_STEP if self.implementation.fused_optimizer else PLAIN_STEP
         fresh: float = FRESH_REDUCED[self.dtype] * stage.parameters
-        fresh += 0 if self.implementation.fused_optimizer else FRESH_STEP * own
         resident = REDUCED[self.dtype] * stage.parameters + step * own - fresh
         return self.moving(fresh, MASTER * own) + self.moving(resident, min(MASTER * own, RESIDENT))

@@ -30,7 +30,7 @@ from megatron.training.distillation.teacher_stage import TeacherStage
 from megatron.training.elastic.elastic_training import CrossEntropy, ElasticTraining, TwoPassLoss
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer, give_partitions
-from megatron.training.stability.deepspeed_patches import install
+from megatron.training.stability.deepspeed_patches import install, trust_optimizer
 from megatron.training.stability.step_guard import StepGuard
 from megatron.training.stop_request import StopRequest
 
@@ -116,6 +116,7 @@ def build_engine(
         )
         apply_speedups(module, speedups)
         optimizer = build_optimizer(module, config.training.optimizer, speedups.optimizer)
+        trust_optimizer(optimizer)
         scheduler = LRScheduler(
             optimizer,
             peak=config.training.optimizer.lr,

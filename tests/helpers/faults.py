@@ -71,52 +71,64 @@ def watch_save(iteration: int, log: Path | None, kill_at: int | None) -> None:
     sys.addaudithook(hook)
 
 
+def before_each_file(fault: Callable[[Any, Path], None]) -> None:
+    """Calls `fault` with content and path before a file of a checkpoint is written, in whichever way."""
+    from megatron.checkpointing.engine import engine_files
+
+    now, meanwhile = engine_files.write_tensors, engine_files.SharedCopies.write
+
+    def write_now(content: Any, path: Path) -> Any:
+        fault(content, path)
+        return now(content, path)
+
+    def write_meanwhile(copies: Any, content: Any, path: Path) -> Any:
+        fault(content, path)
+        return meanwhile(copies, content, path)
+
+    engine_files.write_tensors = write_now
+    engine_files.SharedCopies.write = write_meanwhile  # type: ignore[method-assign]
+
+
 def kill_in_the_middle_of_a_file(iteration: int, rank: int) -> None:
     """Kills all ranks when `rank` has written half of its first large file in the save of `iteration`."""
     import torch
 
-    from megatron.checkpointing.engine import engine_files
-
-    original = engine_files.write_tensors
-
-    def write(content: Any, path: Path) -> Any:
+    def fault(content: Any, path: Path) -> None:
         if path.parent.name == f".global_step{iteration}.writing" and this_rank() == rank:
             whole = io.BytesIO()
             torch.save(content, whole)
             if len(whole.getvalue()) > 10_000:
                 path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
                 kill_all_ranks()
-        return original(content, path)
 
-    engine_files.write_tensors = write
+    before_each_file(fault)
 
 
 def slow_writes(seconds: float, rank: int | None = None) -> None:
-    """The thread that writes checkpoints sleeps so long before each file, on all ranks or on one."""
-    from megatron.checkpointing.engine import engine_files
+    """The thread that has checkpoints written sleeps so long before each file, on all ranks or on one."""
 
-    original = engine_files.write_tensors
-
-    def write(content: Any, path: Path) -> Any:
+    def fault(content: Any, path: Path) -> None:
         if threading.current_thread() is not threading.main_thread() and rank in (None, this_rank()):
             time.sleep(seconds)
-        return original(content, path)
 
-    engine_files.write_tensors = write
+    before_each_file(fault)
 
 
 def limit_file_size_in_save(iteration: int, rank: int, size: int) -> None:
     """From the save of `iteration` on, no file of `rank` can grow beyond `size` bytes, as on a full disk."""
-    from megatron.checkpointing.engine import engine_files
 
-    original = engine_files.write_tensors
-
-    def write(content: Any, path: Path) -> Any:
+    def fault(content: Any, path: Path) -> None:
         if path.parent.name == f".global_step{iteration}.writing" and this_rank() == rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        return original(content, path)
+            for process in (os.getpid(), *writer_processes()):
+                resource.prlimit(process, resource.RLIMIT_FSIZE, (size, size))
 
-    engine_files.write_tensors = write
+    before_each_file(fault)
+
+
+def writer_processes() -> list[int]:
+    """Returns the processes that write checkpoints for this one."""
+    children = "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+    return [int(child) for child in children if b"writer_process.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def limit_file_size(step: int, rank: int, size: int) -> None:

@@ -27,7 +27,7 @@ from tools.benchmarks.benchmark_command import benchmark_parser, write_report
 from tools.benchmarks.benchmark_training import Settings, require_one_rank
 
 MEANINGS = {
-    "step": "without a save",
+    "step": "without a save, before and after it",
     "synchronous save": "training waits",
     "asynchronous save: copy": "training waits",
     "asynchronous save: publish": "training waits",
@@ -77,7 +77,14 @@ def table(report: dict[str, Any]) -> str:
         seconds = report["seconds"][name]
         figures = "".join(f"{value:>9.2f}" for value in (statistics.median(seconds), min(seconds), max(seconds)))
         lines.append(f"{name:38}{figures}  {meaning}")
-    lines += ["", f"{'':38}{'GiB':>9}{'bytes per parameter':>22}"]
+    pairs = zip(report["seconds"]["step"], report["seconds"]["step while a save is written"], strict=True)
+    kept = [alone / beside for alone, beside in pairs]
+    lines += [
+        "",
+        f"beside a save, steps keep {statistics.median(kept):.0%} of their speed ({min(kept):.0%} to {max(kept):.0%})",
+        "",
+        f"{'':38}{'GiB':>9}{'bytes per parameter':>22}",
+    ]
     for name, size in report["bytes"].items():
         lines.append(f"{name:38}{size / 2**30:>9.2f}{size / report['parameters']:>22.2f}")
     return "\n".join(lines)

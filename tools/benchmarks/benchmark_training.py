@@ -6,7 +6,8 @@
 
 Both train one rank from the same initial weights on the same random tokens, so no dataset is needed, and with
 --vocab-size no tokenizer. Each runs in a process of its own, which keeps their memory apart; they take turns in blocks
-of steps, so that a machine that gets slower or faster does so for both.
+of steps, so that a machine that gets slower or faster does so for both. On a CPU that others use as well, ratios of
+processor time say more than those of the clock: take one thread (OMP_NUM_THREADS=1), which never waits for another.
 
 With --peers a TokenFormer is timed beside others: the same model by the operations of the published code, and a
 Transformer of as many parameters, here and in `transformers`. Those loops are plain torch as well.
@@ -158,12 +159,14 @@ def summarize(
     results = {name: measured(description, blocks[name], memory[name], steps) for name in NAMES}
     step_seconds = {name: result["step_seconds"] for name, result in results.items()}
     ratios = [plain / engine for engine, plain in zip(step_seconds["engine"], step_seconds["plain torch"], strict=True)]
+    processor = zip(*(results[name]["processor_seconds"] for name in NAMES), strict=True)
     losses = {name: [loss for block in blocks[name] for loss in block["losses"]] for name in NAMES}
     return description | {
         "steps_per_block": steps,
         "results": results,
         "ratios": ratios,
         "ratio": statistics.median(ratios),
+        "processor_ratio": statistics.median(plain / engine for engine, plain in processor),
         "first_loss": {name: losses[name][0] for name in NAMES},
         "largest_loss_difference": max(
             abs(a - b) for a, b in zip(losses["engine"], losses["plain torch"], strict=True)
@@ -182,6 +185,7 @@ def measured(
         "steps_per_second": rate,
         "tokens_per_second": rate * tokens,
         "step_seconds": seconds,
+        "processor_seconds": [block["processor_seconds"] / steps for block in blocks[1:]],
         "peak_memory_gib": memory,
         "mfu": None if peak is None else rate * tokens * description["flops_per_token"] / peak,
     }
@@ -202,7 +206,9 @@ def summarize_peers(
         results[name] = measured(description, blocks[name], memory[name], steps)
         pairs = zip(results["engine"]["step_seconds"], results[name]["step_seconds"], strict=True)
         ratios = [theirs / ours for ours, theirs in pairs]
+        own = zip(results["engine"]["processor_seconds"], results[name]["processor_seconds"], strict=True)
         results[name] |= {
+            "processor_ratio": statistics.median(theirs / ours for ours, theirs in own),
             "parameters": description["parameters"],
             "engine_is_faster": statistics.median(ratios),
             "ratios": ratios,
@@ -214,11 +220,14 @@ def summarize_peers(
 def peers_table(report: dict[str, Any]) -> str:
     """Formats the report on peers as a table."""
     columns = f"{'':26}{'parameters':>11}{'tokens/s':>10}{'step [ms]':>11}{'MFU':>7}{'GiB':>7}  engine is faster by"
+    on_cpu = report["device"] == "cpu"
+    columns += ", in processor time" if on_cpu else ""
     lines = [*heading(report, rounds=len(report["results"]["engine"]["ratios"])), "", columns]
     for name, result in report["results"].items():
         mfu = "-" if result["mfu"] is None else f"{result['mfu']:.1%}"
         ratios = result["ratios"]
         faster = f"{result['engine_is_faster']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        faster += f", {result['processor_ratio']:.3f}" if on_cpu else ""
         memory = f"{result['peak_memory_gib']:.2f}"
         lines.append(
             f"{name:26}{format_count(result['parameters']):>11}{format_count(result['tokens_per_second']):>10}"
@@ -261,10 +270,16 @@ def table(report: dict[str, Any]) -> str:
             *lines,
             "",
             f"engine over plain torch, steps/s: {report['ratio']:.3f} (rounds: {min(ratios):.3f} to {max(ratios):.3f})",
+            *processor_line(report),
             f"largest difference of their losses: {report['largest_loss_difference']:.2g}, "
             f"of {report['first_loss']['plain torch']:.4f} at the first step",
         ]
     )
+
+
+def processor_line(report: dict[str, Any]) -> list[str]:
+    """Formats the ratio of processor times, where the processor is what computes."""
+    return [f"in processor time: {report['processor_ratio']:.3f}"] if report["device"] == "cpu" else []
 
 
 def main(argv: Sequence[str]) -> int:

@@ -32,6 +32,9 @@ from tools.benchmarks.benchmark_training import Settings
 from tools.benchmarks.contender_process import build_task, describe
 from tools.benchmarks.contenders import Task, random_batches
 
+STEPS_ALONE = 3
+"""Steps that are timed before a save, and after it."""
+
 
 def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     """Measures the seconds of everything in each round, and sizes. Leaves in `folder` what it writes there."""
@@ -60,7 +63,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
 def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Path) -> dict[str, float]:
     """Writes global_step1 while training waits, and global_step2 while it goes on."""
     state = initial_run_state(SampleCounts(0, 0, 0), {}, task.vocab, ParallelContext.single())
-    seconds = {"step": timed(lambda: engine.train_batch(batches))}
+    alone = [timed(lambda: engine.train_batch(batches)) for _ in range(STEPS_ALONE)]
+    seconds = {}
     saver = Saver(engine, saving_to(task.config, folder), run_id="benchmark", versions={})
     seconds["synchronous save"] = timed(lambda: saver.save(replace(state, iteration=1), wait=True))
     seconds["asynchronous save: copy"] = timed(lambda: saver.save(replace(state, iteration=2), wait=False))
@@ -70,6 +74,9 @@ def saves(engine: PipelineEngine, batches: Iterator[Any], task: Task, folder: Pa
         published.append(timed(saver.publish_if_written))
     seconds["asynchronous save: publish"] = sum(published)
     seconds["asynchronous save: in the background"] = time.perf_counter() - begin - sum(published)
+    # Steps before and after it count alike: a machine that gets slower or faster meanwhile does so for both.
+    alone += [timed(lambda: engine.train_batch(batches)) for _ in range(STEPS_ALONE)]
+    seconds["step"] = statistics.median(alone)
     seconds["step while a save is written"] = statistics.mean(steps)
     return seconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,8 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
 
 
 def run_block(contender: Contender, steps: int) -> dict[str, Any]:
-    """Takes `steps` optimizer steps; returns their seconds and losses."""
-    start = synchronized_seconds()
+    """Takes `steps` optimizer steps; returns their seconds, those of this process on its cores, and losses."""
+    start, processor_start = synchronized_seconds(), time.process_time()
     losses = [contender.step() for _ in range(steps)]
-    seconds = synchronized_seconds() - start
-    return {"seconds": seconds, "losses": torch.stack(losses).tolist()}
+    seconds, processor_seconds = synchronized_seconds() - start, time.process_time() - processor_start
+    return {"seconds": seconds, "processor_seconds": processor_seconds, "losses": torch.stack(losses).tolist()}

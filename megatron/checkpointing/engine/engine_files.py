@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from torch import Tensor
 
+from megatron.checkpointing.engine.shared_copies import SharedCopies
 from megatron.checkpointing.store.manifest import FileEntry
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.checkpointing.store.tensor_files import write_tensors
@@ -50,11 +49,14 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
             return
         file = Path(path)
         try:
-            self._written[file.name] = write_tensors(state_dict, file)
+            self._written[file.name] = self._write_file(state_dict, file)
         # torch's writer turns an OSError of the file below it into a RuntimeError of its own.
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
             self._failure = f"{file.name}: {reason}"
+
+    def _write_file(self, content: Any, file: Path) -> FileEntry:
+        return write_tensors(content, file)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Reads one file on the CPU. Raises CheckpointError when it is damaged or could run code."""
@@ -75,13 +77,11 @@ class EngineFiles(CheckpointEngine):  # type: ignore[misc] # DeepSpeed is untype
 
 
 class SnapshotFiles(EngineFiles):
-    """Copies what is to be saved into host memory; `write` writes it, in another thread.
-
-    Buffers are reused between saves: allocating them costs several times more than copying.
-    """
+    """Copies what is to be saved into host memory; `write`, in another thread, has a process write it from there."""
 
     def __init__(self, *, allow_unsafe: bool) -> None:
         super().__init__(allow_unsafe=allow_unsafe)
+        self._shared: SharedCopies | None = None
         self._copies: dict[str, Any] = {}
         self._unwritten: list[str] = []
 
@@ -98,9 +98,12 @@ class SnapshotFiles(EngineFiles):
         """Copies the content of one file."""
         name = Path(path).name
         try:
-            self._copies[name] = _copied(state_dict, self._copies.get(name))
+            if self._shared is None:
+                # In the thread that takes the steps: the process ends with it.
+                self._shared = SharedCopies()
+            self._copies[name] = self._shared.copied(state_dict, self._copies.get(name))
         # torch tells of too little host memory by a RuntimeError.
-        except (MemoryError, RuntimeError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             self._failure = f"{name}: no copy for async_save: {str(error).splitlines()[0]}"
         else:
             self._unwritten.append(path)
@@ -111,6 +114,11 @@ class SnapshotFiles(EngineFiles):
             path = self._unwritten[0]
             super().save(self._copies[Path(path).name], path)
             del self._unwritten[0]
+
+    def _write_file(self, content: Any, file: Path) -> FileEntry:
+        if self._shared is None:
+            raise RuntimeError("nothing is copied yet")
+        return self._shared.write(content, file)
 
     def taken(self) -> dict[str, FileEntry]:
         if self._unwritten:
@@ -123,13 +131,13 @@ class NowhereFiles(EngineFiles):
 
     def __init__(self, *, copies: bool) -> None:
         super().__init__(allow_unsafe=False)
-        self._copies = copies
+        self._shared = SharedCopies() if copies else None
 
     def save(self, state_dict: Any, path: str) -> None:
         """Counts the bytes of one file."""
         name = Path(path).name
         try:
-            content = _copied(state_dict, None) if self._copies else state_dict
+            content = state_dict if self._shared is None else self._shared.copied(state_dict, None)
             with Path(os.devnull).open("wb") as nowhere:
                 hashed = HashingWriter(nowhere)
                 torch.save(content, hashed)  # type: ignore[arg-type] # torch asks for no more than this
@@ -137,21 +145,3 @@ class NowhereFiles(EngineFiles):
             self._failure = f"{name}: {str(error).splitlines()[0]}"
         else:
             self._written[name] = FileEntry(hashed.size, hashed.sha256)
-
-
-def _copied(content: Any, before: Any) -> Any:
-    """Copies tensors to the CPU, and everything else in dictionaries and lists, as they are now.
-
-    The memory of the copy `before` is used again where tensors have the same size and type.
-    """
-    if isinstance(content, Tensor):
-        if not (isinstance(before, Tensor) and (before.shape, before.dtype) == (content.shape, content.dtype)):
-            before = torch.empty(content.shape, dtype=content.dtype, pin_memory=content.is_cuda)
-        return before.detach().copy_(content.detach()).requires_grad_(content.requires_grad)
-    if isinstance(content, dict):
-        known = before if isinstance(before, dict) else {}
-        return {key: _copied(value, known.get(key)) for key, value in content.items()}
-    if isinstance(content, list):
-        known = dict(enumerate(before)) if isinstance(before, list) else {}
-        return [_copied(value, known.get(number)) for number, value in enumerate(content)]
-    return copy.deepcopy(content)

@@ -20,7 +20,7 @@ def write_tensors(content: Any, path: Path) -> FileEntry:
     They are of what was meant to be written, not of what a bad disk may give back. torch's own checksums, which its
     reader never compares, are left out: they took about a seventh of the writing's processor time.
     """
-    with path.open("xb") as file, _without_crc32():
+    with path.open("xb") as file, without_crc32():
         hashed = HashingWriter(file)
         torch.save(content, hashed)  # type: ignore[arg-type] # torch asks for no more than this
         flush_file(file)
@@ -28,7 +28,8 @@ def write_tensors(content: Any, path: Path) -> FileEntry:
 
 
 @contextmanager
-def _without_crc32() -> Iterator[None]:
+def without_crc32() -> Iterator[None]:
+    """Lets `torch.save` leave its checksums out."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -52,7 +52,10 @@ OPTIMIZERS.register("adamw")(
             ParameterGroup("not decayed", takes=lambda parameter: True, options=lambda section: {"weight_decay": 0.0}),
         ),
         implementations={
-            "torch AdamW": Implementation("torch.optim:AdamW", lambda section: _arguments(section, fused=False)),
+            "torch AdamW": Implementation(
+                "megatron.training.optimizers.adamw:CacheBlockedAdamW",
+                lambda section: _arguments(section, fused=False),
+            ),
             "torch fused AdamW": Implementation(
                 "torch.optim:AdamW",
                 lambda section: _arguments(section, fused=True),
@@ -69,7 +72,6 @@ OPTIMIZERS.register("adamw")(
                 how_to_get_it="Install apex, or set the key to auto or off.",
             ),
         },
-        known_to_deepspeed=True,
         check=_check,
         neox_keys={
             "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),

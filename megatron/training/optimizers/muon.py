@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron.checkpointing.engine.flat_partitions import Fragment
 from megatron.mpu.context import ParallelContext, stage_group
 from megatron.mpu.parameters import DTYPES
+from megatron.training.optimizers.adamw import CacheBlockedAdamW
 from megatron.training.optimizers.whole_matrices import WholeMatrices
 
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -50,7 +51,7 @@ class OrthogonalizedMomentum(torch.optim.Optimizer):
         fused: bool,
     ) -> None:
         own = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "ns_dtype": ns_dtype}
-        self._adamw = torch.optim.AdamW([torch.zeros(0)], lr=lr, betas=betas, eps=eps, fused=fused)
+        self._adamw = CacheBlockedAdamW([torch.zeros(0)], lr=lr, betas=betas, eps=eps, fused=fused)
         super().__init__(groups, self._adamw.defaults | own)
         self._matrices: WholeMatrices | None = None
 

@@ -3,7 +3,8 @@
 1. `join_process_group`, before the engine is made: quiet logs, no shared-memory collective, which needs a compiler, and
    torch's own names of collectives.
 2. `model/pipeline.py` subclasses PipelineModule, of which the engine is made: partition, recomputation, tied weights.
-3. `install` changes the engine that `deepspeed.initialize` has made. Nothing else sets an attribute of it afterwards,
+3. `trust_optimizer`, before the engine is made, for optimizers that DeepSpeed does not know.
+4. `install` changes the engine that `deepspeed.initialize` has made. Nothing else sets an attribute of it afterwards,
    except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the loader of the universal form,
    which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters back; and while somebody looks
    at the parts of its steps (`training/step_parts.py`).
@@ -26,6 +27,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, distributed, nn
 
 from megatron.checkpointing.engine.engine_files import build_engine_files
@@ -54,6 +56,15 @@ def join_process_group() -> None:
     backend = sys.modules["deepspeed.comm.comm"].cdb
     backend.all_gather_function = getattr(distributed, ALL_GATHER)
     backend.reduce_scatter_function = getattr(distributed, REDUCE_SCATTER)
+
+
+def trust_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Puts an optimizer's class on DeepSpeed's list of those that ZeRO may step, without which it warns of each run.
+
+    This project's tests hold every registered optimizer, under ZeRO-1 and in all layouts, against plain torch.
+    """
+    if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
 
 
 def install(

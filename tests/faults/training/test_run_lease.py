@@ -19,7 +19,7 @@ from megatron.checkpointing.store.checkpoint import Checkpoint
 from megatron.io import lease
 from megatron.monitor.event_log import read_events
 from tests.helpers.commands import run_command
-from tests.helpers.faults import at_step, this_rank
+from tests.helpers.faults import at_step, before_each_file, this_rank
 from tests.helpers.interrupted import TWO_RANKS, saved
 from tests.helpers.records import records
 from tests.helpers.runs import ROOT, Finished, run_ranks, start_ranks
@@ -244,17 +244,14 @@ def test_a_folder_that_is_removed_is_made_again(write_config: Callable[..., Path
 
 def remove_in_save(run: str, iteration: int) -> None:
     """The run's folder is removed while the checkpoint of `iteration` is written to it."""
-    from megatron.checkpointing.engine import engine_files
+    done = []
 
-    original, done = engine_files.write_tensors, []
-
-    def write(content: Any, path: Path) -> Any:
+    def fault(content: Any, path: Path) -> None:
         if path.parent.name == f".global_step{iteration}.writing" and this_rank() == 0 and not done:
             done.append(path)
             shutil.rmtree(run)
-        return original(content, path)
 
-    engine_files.write_tensors = write
+    before_each_file(fault)
 
 
 @pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.full)])

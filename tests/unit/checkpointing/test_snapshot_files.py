@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from torch import nn
 
-from megatron.checkpointing.engine import engine_files
 from megatron.checkpointing.engine.engine_files import EngineFiles, SnapshotFiles
 from megatron.checkpointing.store.manifest import describe_file
 from megatron.checkpointing.store.safe_load import load_tensors
 from megatron.errors import CheckpointError
+from megatron.io.background_writer import BackgroundWriter, SharedMemory
+from megatron.io.writer_process import Piece
 from tests.helpers.tensor_files import tensors
 
 INFO = CheckpointCommitInfo(tag="tag", save_dir="folder", save_latest=False)
@@ -89,6 +92,48 @@ def test_the_next_copy_goes_into_the_same_memory(tmp_path: Path) -> None:
     assert set(seen[1]) - set(seen[2]) == {seen[1][-1]}, "only the tensor that grew got another place"
 
 
+def test_files_are_those_of_a_save_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte; and the process is told places in memory, and little else."""
+    told: list[Piece] = []
+    own = BackgroundWriter.write
+
+    def spied(writer: BackgroundWriter, file: BinaryIO, pieces: Sequence[Piece]) -> tuple[int, str]:
+        told.extend(pieces)
+        return own(writer, file, pieces)
+
+    monkeypatch.setattr(BackgroundWriter, "write", spied)
+    written = content() | {
+        "large": torch.randn(300, 500).to(torch.bfloat16).T,
+        "flags": torch.tensor([True, False]),
+        "none": torch.zeros(0, 3),
+        "one": torch.tensor(3, dtype=torch.int64),
+    }
+    snapshots, plain = SnapshotFiles(allow_unsafe=False), EngineFiles(allow_unsafe=False)
+    for files, name in ((snapshots, "snapshot"), (plain, "plain")):
+        (tmp_path / name).mkdir()
+        files.create(INFO)
+        # As copies are: contiguous, and without other elements of the same memory.
+        same = {**written, "large": written["large"].contiguous(), "module": {}, "groups": []}
+        files.save(same, str(tmp_path / name / "a.pt"))
+    snapshots.write()
+    assert snapshots.taken() == plain.taken()
+    assert (tmp_path / "snapshot/a.pt").read_bytes() == (tmp_path / "plain/a.pt").read_bytes()
+    assert sum(piece[1] for piece in told if isinstance(piece, tuple)) == 300 * 500 * 2 + 2 + 8
+    assert sum(len(piece) for piece in told if isinstance(piece, bytes)) < 4_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copies_of_what_lies_on_a_gpu_are_pinned(tmp_path: Path) -> None:
+    files = SnapshotFiles(allow_unsafe=False)
+    files.create(INFO)
+    weight = torch.arange(10_000.0, device="cuda")
+    files.save({"weight": weight}, str(tmp_path / "a.pt"))
+    assert files._copies["a.pt"]["weight"].is_pinned()
+    files.write()
+    assert torch.equal(load_tensors(tmp_path / "a.pt")["weight"], weight.cpu())
+
+
 def test_a_thread_that_ends_unexpectedly_is_a_failure(tmp_path: Path) -> None:
     files = SnapshotFiles(allow_unsafe=False)
     files.create(INFO)
@@ -101,13 +146,13 @@ def test_a_thread_that_ends_unexpectedly_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(content: Any, before: Any) -> Any:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    def no_memory(memory: SharedMemory, size: int) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     files = SnapshotFiles(allow_unsafe=False)
     files.create(INFO)
-    monkeypatch.setattr(engine_files, "_copied", no_memory)
+    monkeypatch.setattr(SharedMemory, "block", no_memory)
     files.save({"weight": torch.zeros(10)}, str(tmp_path / "a.pt"))
     files.write()
-    with pytest.raises(CheckpointError, match=r"a\.pt: no copy for async_save: DefaultCPUAllocator"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: no copy for async_save: .*Cannot allocate memory"):
         files.taken()

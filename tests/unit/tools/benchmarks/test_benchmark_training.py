@@ -98,7 +98,10 @@ def test_figures_of_peers() -> None:
         name: one | {"parameters": 1000, "flops_per_token": 100.0 + place} for place, name in enumerate(PEERS)
     }
     blocks = {
-        name: [{"seconds": seconds * (1 + place), "losses": [float(place)]} for seconds in (9.0, 1.0, 2.0, 4.0)]
+        name: [
+            {"seconds": seconds * (1 + place), "processor_seconds": seconds * (1 + place / 2), "losses": [float(place)]}
+            for seconds in (9.0, 1.0, 2.0, 4.0)
+        ]
         for place, name in enumerate(PEERS)
     }
     report = summarize_peers(descriptions, blocks, dict.fromkeys(PEERS, 1.5), steps=2)
@@ -108,7 +111,7 @@ def test_figures_of_peers() -> None:
     assert last["mfu"] == pytest.approx(128 / 4.0 * 103.0 / 1e6)
     row = peers_table(report).splitlines()[-3].split()
     assert row[:2] == ["Transformer,", "transformers"]
-    assert row[3:] == ["32", "4000.0", "0.3%", "1.50", "4.000", "(4.000", "to", "4.000)"]
+    assert row[3:] == ["32", "4000.0", "0.3%", "1.50", "4.000", "(4.000", "to", "4.000),", "2.500"]
 
 
 def test_figures() -> None:
@@ -127,20 +130,23 @@ def test_figures() -> None:
     }
     # The untimed first block is slow, and the machine gets slower with every round.
     blocks = {
-        "engine": [{"seconds": s, "losses": [3.0, 2.5]} for s in (50.0, 1.0, 2.0, 4.0)],
-        "plain torch": [{"seconds": s, "losses": [3.0, 2.25]} for s in (9.0, 0.9, 1.9, 4.0)],
+        "engine": [{"seconds": s, "processor_seconds": 0.8, "losses": [3.0, 2.5]} for s in (50.0, 1.0, 2.0, 4.0)],
+        "plain torch": [{"seconds": s, "processor_seconds": s, "losses": [3.0, 2.25]} for s in (9.0, 0.9, 1.9, 4.0)],
     }
     report = summarize(description, blocks, {"engine": 2.0, "plain torch": 1.5}, steps=2)
     assert report["results"]["engine"] == {
         "steps_per_second": 1.0,
         "tokens_per_second": 1024.0,
         "step_seconds": [0.5, 1.0, 2.0],
+        "processor_seconds": [0.4, 0.4, 0.4],
         "peak_memory_gib": 2.0,
         "mfu": pytest.approx(1024.0 * 1e9 / 312e12),
     }
     assert report["ratios"] == pytest.approx([0.9, 0.95, 1.0])
     assert report["ratio"] == pytest.approx(0.95)
+    assert report["processor_ratio"] == pytest.approx(1.9 / 0.8)
     assert report["largest_loss_difference"] == 0.25
+    assert "in processor time: 2.375" in table(report | {"device": "cpu"})
     text = table(report)
     assert "a.yml: 1.5M parameters, bf16, NVIDIA A100-SXM4-80GB, torch 2.13.0" in text
     assert "steps/s: 0.950 (rounds: 0.900 to 1.000)" in text
