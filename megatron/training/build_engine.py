@@ -129,7 +129,7 @@ def build_engine(
     passes = 1 if elastic is None else elastic.passes
     guard = StepGuard(engine, context, config.training.precision, stop, passes)
     after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)
-    install(engine, context, config.checkpoint, guard, after_growth)
+    install(engine, context, config.parallel, config.checkpoint, guard, after_growth)
     training = None
     if elastic is not None:
         flops = training_flops(config.model, vocab.padded, config.model.seq_length)
