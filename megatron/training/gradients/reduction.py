@@ -10,8 +10,8 @@ ended ("Pipeline parallelism does not support overlapped communication"; `overla
   elements, also for one rank alone; under bf16 an all-reduce of a copy of everything. Here each bucket is reduced to
   the rank that steps it (buckets.py), half the bytes, where it lies, as soon as its last gradient has come.
 - After that a rank has sums in its own part alone. So the norm reads that part (slice_norm.py), as does clipping, and
-  ZeRO's search for an overflow in it, with two collectives of its own, is left to the norm, which is finite only if all
-  gradients are.
+  fp16's search for an overflow in it, with two collectives of its own, is left to the norm, which is finite only if
+  all gradients are.
 - `ReduceTiedGrads`. The stages of a tied weight sum its gradients before data-parallel ranks do: its buckets wait for
   that.
 
