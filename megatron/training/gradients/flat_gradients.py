@@ -27,10 +27,12 @@ class FlatGradients:
         if isinstance(optimizer, BF16_Optimizer):
             # Its own buffers, views of which it gives to the optimizer.
             self.flat: list[Tensor] = optimizer.fp32_groups_gradients_flat
+            self.flat_weights: list[Tensor] = optimizer.bf16_groups_flat
             optimizer.immediate_grad_update = True  # or it would look for gradients after each backward pass
             optimizer.clear_hp_grads = lambda: None
         else:
-            self.flat = [torch.zeros_like(flat, dtype=torch.float32) for flat in optimizer.bit16_groups_flat]
+            self.flat_weights = optimizer.bit16_groups_flat
+            self.flat = [torch.zeros_like(flat, dtype=torch.float32) for flat in self.flat_weights]
         self.views: dict[nn.Parameter, Tensor] = {}
         for parameters, flat in zip(self.groups, self.flat, strict=True):
             places = torch.split(

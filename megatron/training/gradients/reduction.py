@@ -72,10 +72,11 @@ class GradientReduction:
         ]
         """This rank's part of each flat gradient: after `finish` the means over the ranks."""
         self.buckets = plan_buckets(members, part_sizes, largest_bucket)
-        self._buckets_of: dict[nn.Parameter, list[int]] = {parameter: [] for parameter in self.gradients.views}
+        self.buckets_of: dict[nn.Parameter, list[int]] = {parameter: [] for parameter in self.gradients.views}
+        """Numbers of the buckets that a parameter lies in."""
         for number, bucket in enumerate(self.buckets):
             for member in bucket.members:
-                self._buckets_of[groups[bucket.group][member]].append(number)
+                self.buckets_of[groups[bucket.group][member]].append(number)
         self._passes = 0
         self._begin_step()
 
@@ -94,7 +95,7 @@ class GradientReduction:
         """Sends what is complete now that a gradient has come, in the order that all ranks share."""
         if self._passes < self._engine.micro_batches:
             return
-        for number in self._buckets_of[parameter]:
+        for number in self.buckets_of[parameter]:
             if number < self._next:
                 raise RuntimeError("a gradient has come twice in one backward pass, as in reentrant recomputation")
             self._missing[number] -= 1

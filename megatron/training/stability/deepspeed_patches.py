@@ -34,6 +34,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.training.after_growth import AfterGrowth
 from megatron.training.gradients.reduction import GradientReduction
 from megatron.training.gradients.slice_norm import SliceNorm
+from megatron.training.gradients.weight_gathering import WeightGathering
 from megatron.training.stability.step_guard import StepGuard
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ def install(
     checkpoint: CheckpointConfig,
     guard: StepGuard,
     after_growth: AfterGrowth,
-) -> None:
-    """Patches the engine: the gradients of a step in the order in which it meets them, then its files."""
+) -> WeightGathering:
+    """Patches the engine: the gradients of a step in the order in which it meets them, its weights, then its files.
+
+    Returns what knows the weights that are still on their way after a step.
+    """
     reduction = GradientReduction(engine, context, parallel.zero.reduce_bucket_size, parallel.communication_data_type)
     norm = SliceNorm(grouped_fragments(engine.optimizer), context)
     _reduce_in_backward(engine, reduction, guard, after_growth)
@@ -74,6 +78,7 @@ def install(
     engine.checkpoint_engine = build_engine_files(checkpoint)
     # DeepSpeed would put scripts into every checkpoint which unpickle whatever they find there.
     engine._copy_recovery_script = lambda save_path: None
+    return WeightGathering(engine, reduction, context)
 
 
 def _reduce_in_backward(

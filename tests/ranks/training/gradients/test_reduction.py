@@ -22,6 +22,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.training.build_engine import build_engine
 from megatron.training.gradients.buckets import Bucket
 from megatron.training.gradients.reduction import GradientReduction
+from megatron.training.gradients.weight_gathering import WeightGathering
 from megatron.training.stop_request import StopRequest
 from tests.helpers.configs import SEQ_LENGTH, TOKENFORMER, VOCAB_SIZE, layout_keys
 from tests.helpers.distributed import run_on_new_ranks
@@ -48,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Seen:
-    """Observations of one rank in its second step."""
+    """Observations of one rank, in its second step unless said otherwise."""
 
     events: list[str] = field(default_factory=list)
     """Names of parameters whose gradients come, "sent" for a bucket, and "end" of the last backward pass."""
@@ -59,6 +60,8 @@ class Seen:
     slices: list[torch.Tensor] = field(default_factory=list)
     """This rank's part of the means."""
     norms: list[float] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    """Buckets of weights on their way in a fourth step: as each layer runs, after it, and once layers are read."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def watch(self, bucket: Bucket, reduction: GradientReduction) -> None:
@@ -81,7 +84,8 @@ def observe_case(case: str, config: Path, trace: Any) -> Seen:
     loaded = load_config([config])
     batch, parallel = loaded.batch(dist.get_world_size()), loaded.run.parallel
     context = ParallelContext.create(parallel.model_parallel_size, parallel.pipe_parallel_size)
-    engine = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context, StopRequest()).engine
+    built = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context, StopRequest())
+    engine = built.engine
     parameters = dict(engine.module.global_parameters())
     generator = torch.Generator().manual_seed(context.data_rank)
 
@@ -108,8 +112,10 @@ def observe_case(case: str, config: Path, trace: Any) -> Seen:
     micro_batches = batches()
     engine.train_batch(micro_batches)
     seen.norms.append(float(engine.get_global_grad_norm()))
-    for name, parameter in parameters.items():
+    hooks = [
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.events.append(name))
+        for name, parameter in parameters.items()
+    ]
     if case == "unused":
         parameters[UNUSED].requires_grad_(False)
     trace.tally = CommunicationTally()
@@ -127,8 +133,28 @@ def observe_case(case: str, config: Path, trace: Any) -> Seen:
             calls, num_bytes = seen.rows.get(key, (0, 0))
             seen.rows[key] = calls + row.calls, num_bytes + row.num_bytes
     seen.norms.append(float(engine.get_global_grad_norm()))
+    for hook in hooks:
+        hook.remove()
+    own_wait = WeightGathering.wait_for
+
+    def wait_for(weights: WeightGathering, layer: int) -> None:
+        own_wait(weights, layer)
+        seen.pending.append(pending(weights))
+
+    with built.weights.overlapping():
+        engine.train_batch(micro_batches)
+        with mock.patch.object(WeightGathering, "wait_for", wait_for):
+            engine.train_batch(micro_batches)
+        seen.pending.append(pending(built.weights))
+        engine.module.body()
+        seen.pending.append(pending(built.weights))
     seen.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return seen
+
+
+def pending(weights: WeightGathering) -> int:
+    """Counts the buckets that nobody has waited for yet."""
+    return len(weights._works) - weights._arrived
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +216,19 @@ def test_the_size_of_buckets_changes_no_bit(ranks: list[dict[str, Seen]]) -> Non
         for small, whole in (("fp32", "one bucket"), ("stages", "stages, one bucket")):
             assert rank[small].norms == rank[whole].norms
             assert all(torch.equal(rank[small].weights[n], rank[whole].weights[n]) for n in rank[whole].weights)
+
+
+def test_weights_arrive_while_the_next_step_goes_on(ranks: list[dict[str, Seen]]) -> None:
+    for case in ("fp32", "bf16", "recomputed", "muon"):
+        for rank in ranks:
+            *layers, after, read = rank[case].pending
+            first_pass = layers[: len(layers) // 2]
+            assert first_pass[0] > 0, "the embedding runs before the others are there"
+            assert first_pass == sorted(first_pass, reverse=True) and first_pass[-1] == 0
+            assert not any(layers[len(layers) // 2 :])
+            assert after > 0 and read == 0
+        assert all(torch.equal(ranks[0][case].weights[n], ranks[1][case].weights[n]) for n in ranks[0][case].weights)
+    assert not any(ranks[0]["stages"].pending), "one data-parallel rank sends nothing"
 
 
 def test_a_parameter_that_no_micro_batch_reads_has_a_gradient_of_zero(ranks: list[dict[str, Seen]]) -> None:
