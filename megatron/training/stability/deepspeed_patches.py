@@ -3,14 +3,15 @@
 1. `join_process_group`, before the engine is made: quiet logs, no shared-memory collective, which needs a compiler, and
    torch's own names of collectives.
 2. `model/pipeline.py` subclasses PipelineModule, of which the engine is made: partition, recomputation, tied weights.
-3. `install` changes the engine that `deepspeed.initialize` has made. Nothing else sets an attribute of it afterwards,
-   except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the loader of the universal form,
-   which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters back; and while somebody looks
-   at the parts of its steps (`training/step_parts.py`).
+3. `install` changes the engine that `deepspeed.initialize` has made. How gradients and weights travel in place of
+   DeepSpeed's way, and why, is said in `training/gradients/` (reduction.py, weight_gathering.py). Nothing else sets an
+   attribute of it afterwards, except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the
+   loader of the universal form, which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters
+   back; and while somebody looks at the parts of its steps (`training/step_parts.py`).
 
-Tested in tests/ranks/training: test_agreement.py (norms, tied gradients; each case fails or waits for ever without its
-patch), test_deepspeed_patches.py (no compiler, no scripts, no warnings); in tests/faults/training/test_non_finite.py
-(guard) and tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
+Tested in tests/ranks/training: gradients/ (what is sent, and when), test_agreement.py (norms, tied gradients; each case
+fails or waits for ever without its patch), test_deepspeed_patches.py (no compiler, no scripts, no warnings); in
+tests/faults/training/test_non_finite.py (guard) and tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
 """
 
 from __future__ import annotations
