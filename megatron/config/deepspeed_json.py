@@ -12,7 +12,7 @@ def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
     """Builds the configuration that `deepspeed.initialize` is given.
 
     Always ZeRO stage 1: stage 0 clips wrongly across pipeline stages, and its checkpoints do not convert. Gradients are
-    accumulated and reduced in fp32 in every precision. The optimizer and the schedule are the caller's.
+    accumulated in fp32 in every precision. Their reduction, the optimizer and the schedule are the caller's.
     """
     zero = run.parallel.zero
     return {
@@ -23,14 +23,12 @@ def deepspeed_config(run: RunConfig, batch: BatchConfig) -> dict[str, Any]:
         "zero_optimization": {
             "stage": zero.stage,
             "allgather_bucket_size": zero.allgather_bucket_size,
-            "reduce_bucket_size": zero.reduce_bucket_size,
             "overlap_comm": False,
         },
         # The pipeline engine recomputes wrongly under reentrant checkpointing: silently so with a single stage.
         # Sequence-parallel activations differ between tensor ranks, so stages must not send each other a share of them.
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
         "wall_clock_breakdown": False,
         **precision_section(run.training.precision),
     }

@@ -34,6 +34,16 @@ Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 """(logits [B, S, V/tp], targets) -> loss, on the last stage."""
 
 
+class WeightsAtHand:
+    """Weights that need not be waited for."""
+
+    def wait_for(self, layer: int) -> None:
+        """Waits for the weights of one of the stage's layers, by its number there."""
+
+    def wait(self) -> None:
+        """Waits for all weights."""
+
+
 class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is untyped
     """This rank's pipeline stage: token ids [B, S] to logits [B, S, V/tp], of which the loss takes the mean.
 
@@ -76,6 +86,8 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         self.model_config = model
         self.recompute_contexts: Callable[[], tuple[Any, Any]] = noop_context_fn
         """Makes the contexts in which layers run forward, and again where they are recomputed in the backward pass."""
+        self.weights = WeightsAtHand()
+        """Knows the weights that are still on their way from other ranks."""
         local_entries = entries[self._local_start : self._local_stop]
         self._segments = list(_segments(local_entries, checkpointed))
         if fused_cross_entropy and self.has_head:
@@ -101,8 +113,9 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         return x
 
     def _run(self, start: int, stop: int, x: Any) -> Any:
-        for layer in self.forward_funcs[start:stop]:
-            x = layer(x)
+        for number in range(start, stop):
+            self.weights.wait_for(number)
+            x = self.forward_funcs[number](x)
         return x
 
     @property
@@ -111,8 +124,16 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         return bool(self._local_stop == len(self._layer_specs))
 
     def body(self) -> list[nn.Module]:
-        """Returns this stage's layers in their order, without the head."""
+        """Returns this stage's layers in their order, without the head, once their weights are there."""
+        self.weights.wait()
         return list(self.forward_funcs[:-1] if self.has_head else self.forward_funcs)
+
+    def layer_parameters(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters that each of this stage's layers reads, the head's last."""
+        layers = [layer.parameters() if isinstance(layer, nn.Module) else () for layer in self.forward_funcs]
+        if self.has_head:
+            layers[-1] = self._head().parameters()
+        return [list(parameters) for parameters in layers]
 
     def head_factors(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what this rank's logits are the product of, on the last stage: x [B, S, D] and a matrix [V/tp, D]."""

@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from megatron.mpu.communication_tally import CommunicationTally
+from megatron.mpu.communication_tally import CommunicationTally, Tallied
 from megatron.mpu.waiting_time import waiting_time
 
 COLLECTIVES = (
@@ -38,7 +38,7 @@ class Channel:
     begun: int = 0
     """Operations begun."""
     finished: int = 0
-    """Operations that have returned. A GPU may still have to do what was queued."""
+    """Operations that have returned. A GPU, or the background, may still have to do what was queued."""
     operation: str = ""
     """Name of the last one begun."""
 
@@ -100,20 +100,31 @@ class CollectiveTrace:
             name, channel = self._known.get(key) or self._channel(key, group, peer)
             channel.operation = operation
             channel.begun += 1
-            self._open = name, channel, time.monotonic()
-            mark = self.waited.begin()
             tally = self.tally
             counted = None if tally is None else tally.begin(operation, name, (*arguments, *named.values()))
             try:
-                return function(*arguments, **named)
+                with self._inside(name, channel):
+                    result = function(*arguments, **named)
             finally:
-                self._open = None
-                self.waited.end(mark)
                 channel.finished += 1
                 if tally is not None and counted is not None:
                     tally.end(counted)
+            if peer is None and isinstance(result, distributed.Work):
+                return _BackgroundWork(result, self, (name, channel), None if counted is None else counted[0])
+            return result
 
         return recorded
+
+    @contextmanager
+    def _inside(self, name: str, channel: Channel) -> Iterator[None]:
+        """Counts the time of the body as spent in the channel's last operation."""
+        self._open = name, channel, time.monotonic()
+        mark = self.waited.begin()
+        try:
+            yield
+        finally:
+            self._open = None
+            self.waited.end(mark)
 
     def _channel(self, key: Any, group: Any, peer: str | None) -> tuple[str, Channel]:
         group = distributed.group.WORLD if group is None else group
@@ -131,6 +142,27 @@ class CollectiveTrace:
         found = name, self.channels.setdefault(name, Channel(ranks))
         self._known[key] = found
         return found
+
+
+class _BackgroundWork:
+    """A collective that goes on beside the rank's work. To wait for it is to be in it."""
+
+    def __init__(
+        self, work: distributed.Work, trace: CollectiveTrace, place: tuple[str, Channel], row: Tallied | None
+    ) -> None:
+        self._work, self._trace, self._place, self._row = work, trace, place, row
+
+    def wait(self, *arguments: Any, **named: Any) -> Any:
+        """Waits as torch's handle does."""
+        mark = None if self._row is None else self._row.time.begin()
+        with self._trace._inside(*self._place):
+            result = self._work.wait(*arguments, **named)
+        if self._row is not None:
+            self._row.time.end(mark)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 @contextmanager

@@ -19,10 +19,6 @@ MASTER = 4
 """Bytes of a master weight, of a moment, and of a gradient as it is accumulated and reduced."""
 LOSS_CHUNK = {True: 2**29, False: 2**26}
 """Wide logits of a chunk of the fused loss on a GPU, and on a CPU [bytes] (mpu/linear_cross_entropy.py)."""
-NORM_CHUNK = 2**24 * 8
-"""Widened gradients of which the norm is taken at a time [bytes] (training/stability/deepspeed_patches.py)."""
-REDUCED_AT_ONCE = 500_000_000
-"""Gradient elements that DeepSpeed's bf16 engine joins before it reduces them [elements]."""
 WEIGHTS, MASTERS, GRADIENTS = "weights", "optimizer state", "gradients"
 ACTIVATIONS, RECOMPUTED, SCRATCH = "activations", "layers computed again", "backward pass of a layer"
 LOGITS, STAGE_BUFFERS, BUFFERS = "logits and loss", "pipeline buffers", "reduction buffers"
@@ -83,7 +79,6 @@ class _Rank:
         self.parameters = stage.parameters
         self.data = batch.data_parallel_size
         self.own_parameters = self.parameters / self.data
-        self.accumulates = batch.gradient_accumulation_steps > 1
         self.vocabulary = padded_vocab_size / parallel.model_parallel_size
         self.is_first, self.is_last = stage.index == 0, stage.index == parallel.pipe_parallel_size - 1
         self.in_flight = min(parallel.pipe_parallel_size - stage.index, batch.gradient_accumulation_steps)
@@ -98,22 +93,30 @@ class _Rank:
         moments = {
             "loss": {
                 **held,
-                GRADIENTS: self.gradients_before_backward(),
+                GRADIENTS: MASTER * self.parameters,
                 ACTIVATIONS: kept,
                 LOGITS: self.loss(),
-                BUFFERS: self.bucket(1) if self.accumulates else 0.0,
             },
             "backward pass": {
                 **held,
-                GRADIENTS: self.gradients_before_backward() + self.first_gradients(),
+                GRADIENTS: MASTER * self.parameters + self.largest_gradient(),
                 ACTIVATIONS: kept,
                 RECOMPUTED: recomputed,
                 SCRATCH: self.costs.scratch * self.tokens if self.stage.num_layers else 0.0,
                 LOGITS: self.logits_between(),
-                BUFFERS: self.bucket(1),
             },
-            "gradient reduction": {**held, LOGITS: self.logits_between(), **self.reduction()},
-            "optimizer step": {**held, LOGITS: self.logits_between(), **self.optimizer_step()},
+            "gradient reduction": {
+                **held,
+                GRADIENTS: MASTER * self.parameters,
+                LOGITS: self.logits_between(),
+                BUFFERS: self.on_the_wire(),
+            },
+            "optimizer step": {
+                **held,
+                GRADIENTS: MASTER * self.parameters,
+                LOGITS: self.logits_between(),
+                STEP: self.optimizer_step(),
+            },
         }
         moments = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
         written = (
@@ -183,61 +186,20 @@ class _Rank:
         """Returns a gradient of the head's matrix, on the last stage."""
         return width * self.stage.vocabulary if self.is_last else 0.0
 
-    def gradients_before_backward(self) -> float:
-        """Returns the gradients that exist when a later micro batch's backward pass begins."""
-        if self.dtype == "bf16":
-            return (MASTER + self.width) * self.parameters  # both stay from step to step
-        return MASTER * self.parameters if self.accumulates else 0.0
-
-    def first_gradients(self) -> float:
-        """Returns gradients of the head, and of a layer's largest matrix, which the backward pass has first."""
-        layer = 0.0
-        if self.stage.num_layers:
-            layer = max(one.inputs * one.outputs for one in self.costs.products) / self.shape.tensor * self.width
-        if self.dtype == "bf16":
-            return layer
-        first = self.head_gradient(self.width if self.dtype == "fp32" else MASTER)
-        return layer if self.accumulates else first + layer
-
-    def bucket(self, count: int) -> float:
-        """Returns DeepSpeed's buffers for gradients under ZeRO's fp32 and fp16 optimizer, allocated whole on a GPU.
-
-        On a CPU, memory counts once it is written to: no more than what is copied there, in place of what it was.
-        """
-        if self.dtype == "bf16" or not self.implementation.on_gpu:
+    def largest_gradient(self) -> float:
+        """Returns the largest matrix's gradient, before it is added to the flat ones that stay from step to step."""
+        if not self.stage.num_layers:
             return 0.0
-        return count * MASTER * float(self.run.parallel.zero.reduce_bucket_size)
+        return max(one.inputs * one.outputs for one in self.costs.products) / self.shape.tensor * self.width
 
-    def reduction(self) -> dict[str, float]:
-        """Returns gradients and buffers while gradients are summed over data-parallel ranks."""
-        everything = MASTER * self.parameters
-        if self.dtype == "bf16":
-            # A single buffer is reduced where it is; several are joined first.
-            matrices = MASTER * self.stage.matrices
-            joined = everything if self.stage.groups > 1 and self.stage.matrices <= REDUCED_AT_ONCE else 0.0
-            if self.stage.groups > 1 and not joined:
-                joined = everything - matrices
-            return {GRADIENTS: everything + self.width * self.parameters, BUFFERS: joined}
-        bucket = min(everything, MASTER * float(self.run.parallel.zero.reduce_bucket_size))
-        partition = min(everything, everything / self.data + MASTER * self.stage.vocabulary * (self.data > 1))
-        # With one partition alone there is nothing to join.
-        joined = bucket if self.data > 1 or self.dtype == "fp16" else 0.0
-        return {GRADIENTS: everything, BUFFERS: self.bucket(2) + max(joined, partition)}
+    def on_the_wire(self) -> float:
+        """Returns copies of gradients that travel in another format; fp32 ones do where they lie."""
+        wire = BYTES[self.run.parallel.communication_data_type]
+        return wire * self.parameters if self.data > 1 and wire < MASTER else 0.0
 
-    def optimizer_step(self) -> dict[str, float]:
-        """Returns gradients, and what the optimizer holds for itself."""
+    def optimizer_step(self) -> float:
+        """Returns what the optimizer holds for itself."""
         largest = max(self.stage.matrices, self.stage.vectors) / self.data
         # torch's AdamW of plain operations has the root of a moment, and its quotient: on CPUs, of a part at a time.
         holds_nothing = self.implementation.fused_optimizer or not self.implementation.on_gpu
-        own = 0.0 if holds_nothing else 2 * MASTER * largest
-        norm = min(NORM_CHUNK, 2 * MASTER * largest)
-        everything = MASTER * self.parameters
-        if self.dtype == "bf16":
-            return {GRADIENTS: everything + self.width * self.parameters, STEP: max(own, norm)}
-        # Gradients of a group that is stepped later hold on to the buffer of all of them.
-        partition = min(everything, everything / self.data + MASTER * self.stage.vocabulary * (self.data > 1))
-        flat = MASTER * largest
-        lasts = self.stage.groups > 1 or partition > own
-        elsewhere = self.bucket(1) or everything if self.data > 1 and self.stage.groups > 1 else 0.0
-        step = max(own, norm - flat) if self.stage.groups > 1 or own >= partition else 0.0
-        return {GRADIENTS: flat + (partition if lasts else 0.0), BUFFERS: elsewhere, STEP: max(step, 0.0)}
+        return 0.0 if holds_nothing else 2 * MASTER * largest

@@ -1,7 +1,7 @@
 """Time of an optimizer step: products by their operations, passes over tensors by their bytes, messages by both.
 
-Nothing overlaps: DeepSpeed's pipeline engine reduces gradients after the last micro batch, and tensor-parallel ranks
-wait for each collective.
+Nothing is taken to overlap: gradients and weights travel while ranks compute, but how much of that is hidden depends on
+the links.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ ATTENTION_BACKWARD = 2.5
 """Operations of attention's backward pass in terms of its forward pass, whose scores it computes again."""
 PLAIN_STEP, FUSED_STEP = 80, 28
 """Bytes that AdamW reads and writes for each parameter: eight operations, over parts on CPUs, or one kernel."""
-ADDED_GRADIENT = {"fp32": 12, "fp16": 18, "bf16": 20}
+ADDED_GRADIENT = {"fp32": 12, "fp16": 10, "bf16": 10}
 """Bytes by which a micro batch's gradient is added to those before it, for each parameter."""
-REDUCED = {"fp32": 64, "fp16": 64, "bf16": 52}
-"""Bytes that the step reads and writes for each parameter before the optimizer: joining, mean, search for NaN, norm,
-clipping, weights in the run's number format."""
-FRESH_REDUCED = {"fp32": 24, "fp16": 24, "bf16": 8}
-"""Those among them that new memory takes: buffers, partitions and flat gradients."""
+REDUCED = {"fp32": 24, "fp16": 22, "bf16": 22}
+"""Bytes that the step reads and writes for each parameter before the optimizer: search for NaN, norm, clipping, weights
+in the run's number format."""
 RESIDENT = 2.0**24
 """Tensors up to which passes run as fast as over memory that is there already [bytes]."""
 LOSS_PASSES = {4: (24, 24), 2: (30, 36)}
@@ -166,8 +164,6 @@ class _Clock:
     def stage_passes(self, stage: Stage) -> float:
         """Returns the time of what a micro batch does beside its layers: gradients are added, rows looked up."""
         added: float = ADDED_GRADIENT[self.dtype] * stage.parameters
-        if self.dtype == "fp32" and self.batch.gradient_accumulation_steps == 1:
-            added = 0.0
         if stage.has_embedding:
             # Its gradient is a matrix of zeros, into which rows are added, and which is added to that of the head.
             added += 4 * self.width * stage.vocabulary
@@ -204,18 +200,21 @@ class _Clock:
         return neighbors * 2 * (volume / rate + self.rates.latency)
 
     def reduction(self, stage: Stage) -> float:
-        """Returns the time in which gradients are summed in fp32, and weights gathered."""
+        """Returns the time in which gradients and weights travel.
+
+        Both do while ranks compute. How much of it is hidden depends on the links, so all of it counts.
+        """
         data = self.batch.data_parallel_size
         if data == 1:
             return 0.0
         rate = self.placement.rate(self.rates, data, self.tensor)
-        volume = (data - 1) / data * stage.parameters * (2 * MASTER + self.width)
+        wire = BYTES[self.run.parallel.communication_data_type]
+        volume = (data - 1) / data * stage.parameters * (wire + self.width)
         return volume / rate + 3 * self.rates.latency
 
     def optimizer(self, stage: Stage) -> float:
         """Returns the time of everything between the last gradient and the next step, but for messages."""
         own = stage.parameters / self.batch.data_parallel_size
         step = FUSED_STEP if self.implementation.fused_optimizer else PLAIN_STEP
-        fresh: float = FRESH_REDUCED[self.dtype] * stage.parameters
-        resident = REDUCED[self.dtype] * stage.parameters + step * own - fresh
-        return self.moving(fresh, MASTER * own) + self.moving(resident, min(MASTER * own, RESIDENT))
+        moved = REDUCED[self.dtype] * stage.parameters + step * own
+        return self.moving(moved, min(MASTER * own, RESIDENT))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.sections.growth import GrowthRecord
@@ -34,7 +37,7 @@ class AfterGrowth:
         if self._ramp is not None:
             self._ramp.set_step(iteration)
 
-    def drop_frozen_gradients(self) -> None:
-        """Makes the gradients of frozen rows zero, before they count in any norm."""
+    def drop_frozen_gradients(self, slices: Sequence[Tensor]) -> None:
+        """Makes the gradients of frozen rows zero, before they count in any norm, in the partitions of all groups."""
         if self._rows is not None:
-            self._rows.drop_frozen_gradients()
+            self._rows.drop_frozen_gradients(slices)

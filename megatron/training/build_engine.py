@@ -28,6 +28,7 @@ from megatron.training.distillation.distillation import Distillation
 from megatron.training.distillation.find_teacher import Teacher
 from megatron.training.distillation.teacher_stage import TeacherStage
 from megatron.training.elastic.elastic_training import CrossEntropy, ElasticTraining, TwoPassLoss
+from megatron.training.gradients.weight_gathering import WeightGathering
 from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import build_optimizer, give_partitions
 from megatron.training.stability.deepspeed_patches import install, trust_optimizer
@@ -68,6 +69,7 @@ class BuiltEngine:
     engine: PipelineEngine
     guard: StepGuard
     after_growth: AfterGrowth
+    weights: WeightGathering
     distillation: Distillation | None = None
     elastic: ElasticTraining | None = None
 
@@ -130,12 +132,12 @@ def build_engine(
     passes = 1 if elastic is None else elastic.passes
     guard = StepGuard(engine, context, config.training.precision, stop, passes)
     after_growth = AfterGrowth(engine, growth, config.training.optimizer, context)
-    install(engine, context, config.checkpoint, guard, after_growth)
+    weights = install(engine, context, config.parallel, config.checkpoint, guard, after_growth)
     training = None
     if elastic is not None:
         flops = training_flops(config.model, vocab.padded, config.model.seq_length)
         training = ElasticTraining(elastic, config.model, config.training.seed, module, two_pass_loss, flops, context)
-    return BuiltEngine(engine, guard, after_growth, distillation, training)
+    return BuiltEngine(engine, guard, after_growth, weights, distillation, training)
 
 
 def _two_pass_loss(

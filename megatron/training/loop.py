@@ -33,7 +33,7 @@ def train_steps(context: TrainingContext, callbacks: Sequence[Callback]) -> Endi
     batches = run.data.read("train", progress.consumed_train_samples)
     for callback in callbacks:
         batches = callback.wrap_batches(batches)
-    with told_of_the_end(callbacks):
+    with run.weights.overlapping(), told_of_the_end(callbacks):
         context.stop.early.begin()
         run.after_growth.set_step(progress.iteration)
         for callback in callbacks:

@@ -177,6 +177,7 @@ def assemble(
         built.engine,
         built.guard,
         built.after_growth,
+        built.weights,
         built.distillation,
         built.elastic,
         start.growth,

@@ -10,15 +10,14 @@ rank steps; their places follow from the shares that DeepSpeed has given to it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron.checkpointing.engine.flat_partitions import Fragment, grouped_fragments, grouped_parameters
+from megatron.checkpointing.engine.flat_partitions import Fragment, grouped_fragments
 from megatron.config.optimizer import OptimizerConfig, facts_of
 from megatron.config.sections.growth import GrowthRecord, GrowthRules
 from megatron.model.new_rows import local_old_rows
@@ -85,7 +84,6 @@ class RowRules:
         self.rates = RowRates()
         self._scheduler = engine.lr_scheduler
         self._moments = facts_of(section).moments
-        self._optimizer = optimizer
         self._base: torch.optim.Optimizer = optimizer.optimizer
         self._old_rows = {
             parameter: local_old_rows(name, parameter_spec(parameter), record, context)
@@ -129,25 +127,15 @@ class RowRules:
                 hook.remove()
             self._hooks = []
 
-    def drop_frozen_gradients(self) -> None:
-        """Makes the gradients of frozen rows zero, before they count in any norm."""
+    @torch.no_grad()
+    def drop_frozen_gradients(self, slices: Sequence[Tensor]) -> None:
+        """Makes the gradients of frozen rows zero, before they count in any norm, in the partitions of all groups."""
         if self.rates.old != 0.0:
             return
-        with torch.no_grad():
-            for parameter, gradient in self._gradients():
-                gradient.view(parameter.shape)[: self._old_rows[parameter]].zero_()
-
-    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yields this rank's parameters with the gradients that are accumulated for them."""
-        if isinstance(self._optimizer, BF16_Optimizer):
-            groups = zip(grouped_parameters(self._optimizer), self._optimizer.fp32_groups_gradients, strict=True)
-            for parameters, gradients in groups:
-                yield from zip(parameters, gradients, strict=True)
-            return
-        for parameter in self._old_rows:
-            gradient = self._optimizer.get_gradient_for_reduction(parameter)
-            if gradient is not None:
-                yield parameter, gradient
+        for parts, gradient in zip(self._parts.values(), slices, strict=True):
+            for part in parts:
+                if not part.is_new:
+                    gradient[part.place].zero_()
 
     @torch.no_grad()
     def _before_step(self, base: torch.optim.Optimizer) -> None:

@@ -28,6 +28,7 @@ from megatron.planner.devices import peak_flops
 from megatron.training.after_growth import AfterGrowth
 from megatron.training.distillation.distillation import Distillation
 from megatron.training.elastic.elastic_training import ElasticTraining
+from megatron.training.gradients.weight_gathering import WeightGathering
 from megatron.training.growth_event import growth_event
 from megatron.training.hangs.watchdog import Watchdog
 from megatron.training.progress import Progress
@@ -58,6 +59,8 @@ class TrainingRun:
     """Guards the engine's steps, and carries requests to stop."""
     after_growth: AfterGrowth
     """What the rules of the last growth do at each step."""
+    weights: WeightGathering
+    """The engine's weights, on their way between ranks after a step."""
     distillation: Distillation | None
     """Teacher of the run; None for a run that learns from its text alone."""
     elastic: ElasticTraining | None

@@ -27,8 +27,10 @@ class ZeroConfig(Section):
     allgather_bucket_size: ElementCount = 500_000_000
     """Elements gathered at a time after the optimizer step [elements]."""
 
-    reduce_bucket_size: ElementCount = 500_000_000
-    """Elements reduced at a time [elements]."""
+    reduce_bucket_size: Annotated[ElementCount, Key(difference="at most 8,388,608, whatever more is given")] = (
+        500_000_000
+    )
+    """Gradients summed over data-parallel ranks at a time, as the backward pass completes them [elements]."""
 
 
 class ParallelConfig(Section):
@@ -49,6 +51,11 @@ class ParallelConfig(Section):
 
     sequence_parallel: bool = False
     """Split the residual stream over the tensor-parallel ranks by sequence."""
+
+    communication_data_type: Annotated[
+        Literal["fp32", "bf16"], Key(difference="fp32 when unset, whatever the precision")
+    ] = "fp32"
+    """Number format in which gradients travel between data-parallel ranks, who add them in it."""
 
     zero: ZeroConfig = ZeroConfig()
     """ZeRO-1 settings."""

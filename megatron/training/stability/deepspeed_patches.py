@@ -4,45 +4,45 @@
    torch's own names of collectives.
 2. `model/pipeline.py` subclasses PipelineModule, of which the engine is made: partition, recomputation, tied weights.
 3. `trust_optimizer`, before the engine is made, for optimizers that DeepSpeed does not know.
-4. `install` changes the engine that `deepspeed.initialize` has made. Nothing else sets an attribute of it afterwards,
-   except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the loader of the universal form,
-   which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters back; and while somebody looks
-   at the parts of its steps (`training/step_parts.py`).
+4. `install` changes the engine that `deepspeed.initialize` has made. How gradients and weights travel in place of
+   DeepSpeed's way, and why, is said in `training/gradients/` (reduction.py, weight_gathering.py). Nothing else sets an
+   attribute of it afterwards, except while a checkpoint loads: `checkpointing/engine/load_universal.py` replaces the
+   loader of the universal form, which unpickles freely, and `hyperparameters.py` puts the configured hyperparameters
+   back; and while somebody looks at the parts of its steps (`training/step_parts.py`).
 
-Tested in tests/ranks/training: test_agreement.py (norms, tied gradients; each case fails or waits for ever without its
-patch), test_deepspeed_patches.py (no compiler, no scripts, no warnings); in tests/faults/training/test_non_finite.py
-(guard) and tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
+Tested in tests/ranks/training: gradients/ (what is sent, and when), test_agreement.py (norms, tied gradients; each case
+fails or waits for ever without its patch), test_deepspeed_patches.py (no compiler, no scripts, no warnings); in
+tests/faults/training/test_non_finite.py (guard) and tests/unit/checkpointing/test_safe_load.py (files of checkpoints).
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from megatron.checkpointing.engine.engine_files import build_engine_files
+from megatron.checkpointing.engine.flat_partitions import grouped_fragments
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.parallel import ParallelConfig
 from megatron.mpu.collectives import ALL_GATHER, REDUCE_SCATTER
 from megatron.mpu.context import ParallelContext
-from megatron.mpu.parameters import parameter_spec
 from megatron.training.after_growth import AfterGrowth
+from megatron.training.gradients.reduction import GradientReduction
+from megatron.training.gradients.slice_norm import SliceNorm
+from megatron.training.gradients.weight_gathering import WeightGathering
 from megatron.training.stability.step_guard import StepGuard
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
-
-WIDENED_AT_ONCE = 2**24
-"""Gradient elements of which a float64 copy is made at a time."""
 
 
 def join_process_group() -> None:
@@ -70,105 +70,99 @@ def trust_optimizer(optimizer: torch.optim.Optimizer) -> None:
 def install(
     engine: PipelineEngine,
     context: ParallelContext,
+    parallel: ParallelConfig,
     checkpoint: CheckpointConfig,
     guard: StepGuard,
     after_growth: AfterGrowth,
-) -> None:
-    """Patches the engine: the gradients of a step in the order in which it meets them, then its files."""
-    _guard_and_sum_tied_gradients(engine, guard, after_growth)
+) -> WeightGathering:
+    """Patches the engine: the gradients of a step in the order in which it meets them, its weights, then its files.
+
+    Returns what knows the weights that are still on their way after a step.
+    """
+    reduction = GradientReduction(engine, context, parallel.zero.reduce_bucket_size, parallel.communication_data_type)
+    norm = SliceNorm(grouped_fragments(engine.optimizer), context)
+    _reduce_in_backward(engine, reduction, guard, after_growth)
+
     if isinstance(engine.optimizer, BF16_Optimizer):
-        _patch_bf16_norm(engine.optimizer, context, engine.device)
+        _patch_bf16_norm(engine.optimizer, reduction, norm, guard, context)
     else:
-        _patch_zero_norm(engine.optimizer, context, engine.device)
+        _patch_zero_norm(engine.optimizer, reduction, norm, guard)
     # Files are flushed and hashed while written, copied first where saves are asynchronous, and never unpickled freely.
     engine.checkpoint_engine = build_engine_files(checkpoint)
     # DeepSpeed would put scripts into every checkpoint which unpickle whatever they find there.
     engine._copy_recovery_script = lambda save_path: None
+    return WeightGathering(engine, reduction, context)
 
 
-def _guard_and_sum_tied_gradients(engine: PipelineEngine, guard: StepGuard, after_growth: AfterGrowth) -> None:
-    """Lets the guard see each rank's own gradients, before the first sum over ranks, which is that of tied weights.
+def _reduce_in_backward(
+    engine: PipelineEngine, reduction: GradientReduction, guard: StepGuard, after_growth: AfterGrowth
+) -> None:
+    """Sums gradients as `reduction` does. The guard sees each rank's own, before any sum is used.
 
-    Those of rows that a growth has frozen are dropped then. DeepSpeed's own sum looks in `weight.grad`, where fp16
-    gradients do not accumulate, and skips what is not there.
+    Gradients of rows that a growth has frozen are dropped before they count in any norm.
     """
-    own_sum = engine._INSTRUCTION_MAP[schedule.ReduceTiedGrads]
-    sum_tied = own_sum if isinstance(engine.optimizer, BF16_Optimizer) else _sum_tied_gradients
+    run_backward = engine._INSTRUCTION_MAP[schedule.BackwardPass]
 
-    def inspect_and_sum(engine: PipelineEngine) -> None:
-        guard.inspect()
-        after_growth.drop_frozen_gradients()
-        sum_tied(engine)
+    def backward(engine: PipelineEngine, buffer_id: int) -> None:
+        reduction.begin_backward()
+        run_backward(engine, buffer_id)
 
-    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ReduceTiedGrads: inspect_and_sum}
+    def inspect_and_sum_tied(engine: PipelineEngine) -> None:
+        guard.inspect(reduction.end_backward())
+        reduction.sum_tied()
+
+    def finish(engine: PipelineEngine) -> None:
+        reduction.finish()
+        after_growth.drop_frozen_gradients(reduction.slices)
+        if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+            # As the optimizer takes gradients that somebody else has laid out.
+            for group, mean in enumerate(reduction.slices):
+                engine.optimizer.averaged_gradients[group] = GradPartitionBufferGroup([mean], mean)
+
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+        schedule.BackwardPass: backward,
+        schedule.ReduceTiedGrads: inspect_and_sum_tied,
+        schedule.ReduceGrads: finish,
+    }
 
 
-def _sum_tied_gradients(engine: PipelineEngine) -> None:
-    for weight, group in engine.module.get_tied_weights_and_groups():
-        distributed.all_reduce(engine.optimizer.get_gradient_for_reduction(weight), group=group)
-
-
-def _patch_zero_norm(optimizer: DeepSpeedZeroOptimizer, context: ParallelContext, device: torch.device) -> None:
+def _patch_zero_norm(
+    optimizer: DeepSpeedZeroOptimizer, reduction: GradientReduction, norm: SliceNorm, guard: StepGuard
+) -> None:
     """Sums the squares of all parameter groups over the ranks at once.
 
     DeepSpeed sums once for each group, so that stages with different numbers of groups, such as those with norms and
-    those without, wait for each other for ever.
+    those without, wait for each other for ever. It leaves a step out whose norm is not finite, so it need not look for
+    an overflow before.
     """
 
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
-        square = _local_norm(_zero_gradients(optimizer), context, device).square()
+        square = guard.judged(norm.square(reduction.slices))
         distributed.all_reduce(square)
         return square.sqrt().float()
 
     optimizer.scaled_global_norm = scaled_global_norm
+    optimizer.check_overflow = lambda partition_gradients=True: None
 
 
-def _patch_bf16_norm(optimizer: BF16_Optimizer, context: ParallelContext, device: torch.device) -> None:
-    """Hands this rank's norm to DeepSpeed as a list of one, in place of the list of its gradients.
+def _patch_bf16_norm(
+    optimizer: BF16_Optimizer,
+    reduction: GradientReduction,
+    norm: SliceNorm,
+    guard: StepGuard,
+    context: ParallelContext,
+) -> None:
+    """Hands the norm over this rank's data-parallel peers to DeepSpeed as a list of one, which sums over the others.
 
-    The norm of both lists is the same, and DeepSpeed fails on a rank that counts no gradient of its own.
+    It would take the norm of a list of whole gradients, and fails on a rank that counts no gradient of its own.
     """
-    own = optimizer.get_grads_for_norm
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:
         if for_clipping:
-            return own(for_clipping=True)
-        return [_local_norm(_bf16_gradients(optimizer), context, device)], {}
+            return reduction.slices
+        square = guard.judged(norm.square(reduction.slices))
+        if context.data_group is not None:
+            distributed.all_reduce(square, group=context.data_group)
+        return [square.sqrt()], {}
 
     optimizer.get_grads_for_norm = get_grads_for_norm
-
-
-def _local_norm(
-    gradients: Iterator[tuple[nn.Parameter, Tensor]], context: ParallelContext, device: torch.device
-) -> Tensor:
-    """Returns this rank's part of the global norm, float64: its squares over all ranks sum to the square of the norm.
-
-    A gradient that several ranks hold alike counts on one of them: replicated weights on tensor rank 0, the embedding
-    of a tied head on the embedding's stage. The others add 0, or NaN where it is not finite, so that no rank takes the
-    step.
-    """
-    square = torch.zeros((), dtype=torch.float64, device=device)
-    for parameter, gradient in gradients:
-        first = parameter_spec(parameter).shard_dim is not None or context.tensor_rank == 0
-        counts = first and not getattr(parameter, PIPE_REPLICATED)
-        for part in torch.split(gradient.flatten(), WIDENED_AT_ONCE):
-            square += float(counts) * torch.linalg.vector_norm(part, dtype=torch.float64).square()
-    return square.sqrt()
-
-
-def _zero_gradients(optimizer: DeepSpeedZeroOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yields each parameter of this data-parallel rank's partition with the part of its gradient that lies in there."""
-    for group, parameters in enumerate(optimizer.params_in_partition):
-        gradients = [g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False)]
-        # What the last partitions have beyond their parameters is padding that is not marked as such.
-        yield from zip(parameters, gradients[: len(parameters)], strict=True)
-
-
-def _bf16_gradients(optimizer: BF16_Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    groups = zip(
-        optimizer.bf16_groups, optimizer.fp32_groups_has_gradients, optimizer.fp32_groups_gradients, strict=True
-    )
-    for parameters, present, gradients in groups:
-        for parameter, there, gradient in zip(parameters, present, gradients, strict=True):
-            if there:
-                yield parameter, gradient

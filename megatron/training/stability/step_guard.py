@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, distributed
 
@@ -35,12 +34,11 @@ class Evidence:
 class StepGuard:
     """Leaves out, on all ranks, a step that is not finite on any of them, and knows the samples to blame.
 
-    The engine calls `inspect` between the last backward pass and the first sum of gradients over ranks
-    (deepspeed_patches.py), while each rank still has its own losses and gradients, so that the rank and the samples
-    can be named. What one rank finds, all learn from one small sum, which carries requests to stop as well, and doubts
-    whether the run's folder is still its own. DeepSpeed
-    skips a step whose gradients are not finite and leaves the schedule and the weights as they were; where only a loss
-    is bad, the guard makes the gradients so.
+    The engine calls `inspect` after the last backward pass (deepspeed_patches.py), with what each rank has seen of its
+    own gradients before they went into sums (gradients/reduction.py), so that the rank and the samples can be named.
+    What one rank finds, all learn from one small sum, which carries requests to stop as well, and doubts whether the
+    run's folder is still its own. DeepSpeed skips a step whose norm is not finite and leaves the schedule and the
+    weights as they were; the guard makes the norm so where it condemns the step, also when only a loss is bad.
 
     fp16 with a dynamic scale is left to DeepSpeed to judge, since it overflows while it searches for its scale.
     """
@@ -60,6 +58,8 @@ class StepGuard:
         self.stop = stop
         self._has_dynamic_scale = precision.dtype == "fp16" and precision.loss_scale == 0
         self.evidence: list[Evidence] = []
+        self.condemned = False
+        """Whether all ranks must leave the step out."""
         self._scale_before = math.inf
 
     @property
@@ -83,10 +83,11 @@ class StepGuard:
         scaler = self.scaler
         return scaler is not None and self.step_was_left_out and self._scale_before <= scaler.min_scale
 
-    def inspect(self) -> None:
-        """Looks for NaN and infinity in this rank's losses and gradients of the step. Collective over all ranks.
+    def inspect(self, bad_gradients: Tensor) -> None:
+        """Looks for NaN and infinity in this rank's losses of the step. Collective over all ranks.
 
-        Where any rank has found some, all gradients become NaN, and `evidence` says who has found what.
+        `bad_gradients` tells whether its gradients have some, as a boolean on the engine's device. Where any rank has
+        found some, the step is condemned, and `evidence` says who has found what.
         """
         engine = self.engine
         self.evidence = []
@@ -95,33 +96,26 @@ class StepGuard:
             self._scale_before = scaler.cur_scale
             # DeepSpeed would raise a bare Exception where `scale_is_stuck` has something to say.
             scaler.raise_error_at_min_scale = False
-        gradients = own_gradients(engine)
-        bad_loss, bad_gradients = _any_bad(engine.fwd_outputs, engine), _any_bad(gradients, engine)
+        bad_loss = _any_bad(engine.fwd_outputs, engine)
         own = torch.tensor([self.stop.requested, self.stop.lease_is_in_doubt()], device=engine.device)
         flags = torch.cat([(bad_loss | bad_gradients).reshape(1), own]).int()
         distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
         bad, stop, in_doubt = flags.tolist()
         self.stop.agreed = self.stop.agreed or bool(stop)
         self.stop.lease_must_be_checked = bool(in_doubt)
-        if bad and scaler is None:
+        self.condemned = bool(bad) and scaler is None
+        if self.condemned:
             self.evidence = self._gather_evidence(bool(bad_gradients))
-            for gradient in gradients:
-                gradient.fill_(math.nan)
+
+    def judged(self, square: Tensor) -> Tensor:
+        """Returns a squared norm, or NaN in a step that is condemned."""
+        return torch.full_like(square, math.nan) if self.condemned else square
 
     def _gather_evidence(self, bad_gradients: bool) -> list[Evidence]:
         bad = (number for number, loss in enumerate(self.engine.fwd_outputs) if not torch.isfinite(loss))
         losses = list(dict.fromkeys(number // self.passes for number in bad))
         seen = gather_objects(Evidence(distributed.get_rank(), self.context.data_rank, losses, bad_gradients))
         return [evidence for evidence in seen if evidence.bad_losses or evidence.bad_gradients]
-
-
-def own_gradients(engine: PipelineEngine) -> list[Tensor]:
-    """Returns the gradients that this rank has accumulated over the step's micro batches."""
-    optimizer: Any = engine.optimizer
-    if isinstance(optimizer, BF16_Optimizer):
-        return list(optimizer.fp32_groups_gradients_flat)
-    found = (optimizer.get_gradient_for_reduction(parameter) for parameter in engine.module.parameters())
-    return [gradient for gradient in found if gradient is not None]
 
 
 def _any_bad(tensors: list[Tensor], engine: PipelineEngine) -> Tensor:

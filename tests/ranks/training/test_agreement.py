@@ -62,7 +62,7 @@ def take_steps(config: Path, poisoned_rank: int | None, poisoned_parameter: str,
     context = ParallelContext.create(
         parallel.model_parallel_size, parallel.pipe_parallel_size, parallel.sequence_parallel
     )
-    unguarded = mock.patch.object(StepGuard, "inspect", lambda guard: None)
+    unguarded = mock.patch.object(StepGuard, "inspect", lambda guard, bad_gradients: None)
     optimizer = mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION)
     with optimizer if as_fp16 else nullcontext():
         engine = build_engine(loaded.run, batch, VocabSize(VOCAB_SIZE, VOCAB_SIZE), context, StopRequest()).engine

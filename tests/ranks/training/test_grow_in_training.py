@@ -184,7 +184,7 @@ def test_what_reads_a_checkpoint_in_mid_ramp_computes_what_training_evaluates(ru
     train(path)
     loaded = load_config([path], ["auto_resume=true"])
     start = find_start(loaded.run)
-    parts = {"build_engine": lambda *_: BuiltEngine(*[cast(Any, None)] * 3), "describe_run": lambda *_: {}}
+    parts = {"build_engine": lambda *_: BuiltEngine(*[cast(Any, None)] * 4), "describe_run": lambda *_: {}}
     with mock.patch.multiple(pretrain, **parts):
         run = pretrain.assemble(
             loaded.run, loaded.batch(1), ParallelContext.single(), path.parent, start, StopRequest()

@@ -30,14 +30,11 @@ class Run:
     def __init__(self, scale: float, *, loss_scale: float = 0.0) -> None:
         deepspeed.init_distributed("gloo", verbose=False)
         scaler = DynamicLossScaler(scale, 100, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
-        self.optimizer: Any = SimpleNamespace(
-            loss_scaler=scaler, overflow=False, get_gradient_for_reduction=lambda p: p
-        )
+        self.optimizer: Any = SimpleNamespace(loss_scaler=scaler, overflow=False)
         self.engine: Any = SimpleNamespace(
             optimizer=self.optimizer,
             device=torch.device("cpu"),
             fwd_outputs=[torch.zeros(())],
-            module=SimpleNamespace(parameters=lambda: iter([self.gradient])),
         )
         precision = PrecisionConfig(dtype="fp16", loss_scale=loss_scale)
         self.guard = StepGuard(self.engine, ParallelContext.single(), precision, StopRequest())
@@ -45,9 +42,9 @@ class Run:
 
     def step(self, *, overflows: bool, policy: str = "stop") -> bool:
         """Takes a step as the pipeline engine and then the loop do; returns whether to roll back."""
-        self.gradient = torch.full((2,), torch.inf if overflows else 1.0)
-        self.guard.inspect()
-        self.optimizer.overflow = not bool(torch.isfinite(self.gradient).all())
+        self.guard.inspect(torch.tensor(overflows))
+        square = self.guard.judged(torch.tensor(torch.inf if overflows else 1.0))
+        self.optimizer.overflow = not bool(torch.isfinite(square))
         self.optimizer.loss_scaler.update_scale(self.optimizer.overflow)
         self.progress.iteration += 1
         config = NonFiniteConfig.model_validate({"policy": policy})

@@ -34,7 +34,7 @@ def assemble(config: Path, *overrides: str) -> TrainingRun:
     loaded = load_config([config], overrides)
     start = find_start(loaded.run)
     run = adopt_schedule(loaded.run, start)
-    parts = {"build_engine": lambda *_: BuiltEngine(*[cast(Any, None)] * 3), "describe_run": lambda *_: {}}
+    parts = {"build_engine": lambda *_: BuiltEngine(*[cast(Any, None)] * 4), "describe_run": lambda *_: {}}
     with mock.patch.multiple(pretrain, **parts):
         return pretrain.assemble(run, loaded.batch(1), ParallelContext.single(), config.parent, start, StopRequest())
 

@@ -44,6 +44,12 @@ def _switch_of(launcher: str) -> Callable[[YamlValue, Flat], Converted]:
     return convert
 
 
+def _not_bf16(value: YamlValue, flat: Flat) -> str | None:
+    if value is True and flat.get("communication_data_type", "fp32") != "fp32":
+        return "it contradicts communication_data_type; leave one of them out"
+    return None
+
+
 _SET_BY_LAUNCHER = "set by whatever starts the ranks, never by a configuration"
 _MEMORY_ONLY = "decides how gradients lie in memory or travel between ranks; nothing computed changes"
 _ZERO_DERIVED = "NeoX overwrites it from zero_optimization"
@@ -56,7 +62,7 @@ PARALLEL_KEYS: dict[str, TableEntry] = {
     "zero_optimization.reduce_scatter": Inert(bool, _MEMORY_ONLY),
     "zero_optimization.contiguous_gradients": Inert(bool, _MEMORY_ONLY),
     "zero_optimization.round_robin_gradients": Inert(bool, _MEMORY_ONLY),
-    "zero_optimization.overlap_comm": Inert(bool, "DeepSpeed switches it off in its pipeline engine"),
+    "zero_optimization.overlap_comm": Inert(bool, "gradients are always on the wire while the backward pass runs"),
     "zero_optimization.load_from_fp32_weights": Inert(bool, "a run goes on from its fp32 master weights"),
     "zero_optimization.elastic_checkpoint": absent_flag("checkpoints keep DeepSpeed's layout"),
     "zero_optimization.cpu_offload": absent_flag(
@@ -76,14 +82,9 @@ PARALLEL_KEYS: dict[str, TableEntry] = {
         str, "fp32 is what is always used", only("fp32", because="gradients are accumulated in fp32")
     ),
     "data_types": Rejected("gradients are accumulated in fp32"),
-    "communication_data_type": Inert(
-        str, "fp32 is what is always used", only("fp32", because="gradients are reduced in fp32")
-    ),
-    "fp32_allreduce": Inert(bool, "gradients are always reduced in fp32"),
-    "prescale_gradients": absent_flag("gradients are averaged after their sum in fp32"),
-    "gradient_predivide_factor": Rejected(
-        "gradients are averaged after their sum in fp32", harmless=(1,), accepts=float
-    ),
+    "fp32_allreduce": Inert(bool, "gradients travel in fp32 unless communication_data_type says otherwise", _not_bf16),
+    "prescale_gradients": absent_flag("gradients are averaged after their sum"),
+    "gradient_predivide_factor": Rejected("gradients are averaged after their sum", harmless=(1,), accepts=float),
     "sparse_gradients": absent_flag("embedding gradients are dense"),
     "sparse_attention": Rejected("sparse attention is not implemented", accepts=dict),
     "compression_training": Rejected("DeepSpeed has removed it", accepts=dict),
