@@ -174,9 +174,9 @@ def _fits_alone(value: YamlValue, schema: Schema) -> bool:
         return False
     if value not in items.get("enum", [value]):
         return False
-    return isinstance(value, types[items["type"]]) and not (
-        _size(value) < items.get("minimum", -math.inf) or _size(value) > items.get("maximum", math.inf)
-    )
+    size, least, most = _size(value), items.get("minimum", -math.inf), items.get("maximum", math.inf)
+    above, below = items.get("exclusiveMinimum", -math.inf), items.get("exclusiveMaximum", math.inf)
+    return isinstance(value, types[items["type"]]) and least <= size <= most and above < size < below
 
 
 _LONGEST_SLIP = 64

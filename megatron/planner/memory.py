@@ -8,6 +8,7 @@ last layer, the reduction of gradients and the optimizer's step each hold someth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
@@ -41,7 +42,7 @@ class RankMemory:
     files: float
     """Bytes that the rank writes into a checkpoint, of those that tensor and data ranks share its part."""
 
-    @property
+    @cached_property
     def peak_moment(self) -> str:
         """Returns the moment of the step with the most memory."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
@@ -51,7 +52,7 @@ class RankMemory:
         """Returns what is held then, by part."""
         return self.moments[self.peak_moment]
 
-    @property
+    @cached_property
     def peak(self) -> float:
         """Returns the most memory of a step [bytes]."""
         return sum(self.parts.values())

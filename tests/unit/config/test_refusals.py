@@ -67,7 +67,7 @@ def wrong_values(key: str) -> list[str]:
     return values + ([f"{default}s"] if isinstance(default, str) and default else [])
 
 
-OF_TOKENFORMER = {field.key for path, field in fields().items() if path.startswith("model.param_tokens.")}
+OF_TOKENFORMER = {field.key for path, field in fields().items() if path.startswith(("model.param_tokens.", "reading."))}
 KEYS = sorted({*neox_keys(), *NEOX_DEFAULTS})
 
 
