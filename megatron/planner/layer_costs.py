@@ -99,7 +99,12 @@ class LayerCosts:
 
     def kept_bytes(self, shape: Shape) -> float:
         """Returns what a rank keeps for each token [bytes]."""
-        return sum(one.elements * (one.width or shape.width) * shape.share(one.spread) for one in self.kept)
+        return kept_bytes(self.kept, shape)
+
+
+def kept_bytes(kept: Iterable[Kept], shape: Shape) -> float:
+    """Returns what tensors take on a rank for each token [bytes]."""
+    return sum(one.elements * (one.width or shape.width) * shape.share(one.spread) for one in kept)
 
 
 CostFunction = Callable[[ModelConfig, Shape], LayerCosts]
@@ -151,15 +156,18 @@ def attention_kept(model: ModelConfig, shape: Shape, *, projected: int, rotated:
     return [*kept, Kept("rotated queries and keys", rotated, "split")] if rotated_share(model) and rotated else kept
 
 
-def norm_kept(model: ModelConfig, shape: Shape, what: str, *, of_input: bool) -> list[Kept]:
-    """Lists what a norm before a sublayer keeps, its output included; `of_input` counts its input."""
+def norm_kept(model: ModelConfig, shape: Shape, what: str, *, of_input: bool, norm: str | None = None) -> list[Kept]:
+    """Lists what a norm keeps, its output included; `of_input` counts its input. Without `norm` it is a sublayer's."""
+    norm = norm or model.norm
     output = Kept(f"{what} output", model.hidden_size, "whole")
-    if model.norm == "rmsnorm" and not shape.implementation.on_gpu:
+    if norm == "rmsnorm" and not shape.implementation.on_gpu:
         # torch computes it by single operations on CPUs, in fp32: the input as it is or widened, and both factors.
         own = of_input or shape.width < 4
         wide = Kept(f"{what} input and its scaled values, in fp32", (1 + own) * model.hidden_size, "residual", 4)
         return [wide, Kept(f"{what} statistics", 1, "residual", 4), output]
-    statistics = Kept(f"{what} statistics", 1 if model.norm == "rmsnorm" else 2, "residual", 4)
+    # CPUs keep the mean and the deviation in the number format of the input.
+    width = 4 if shape.implementation.on_gpu else None
+    statistics = Kept(f"{what} statistics", 1 if norm == "rmsnorm" else 2, "residual", width)
     return [*([Kept(f"{what} input", model.hidden_size, "residual")] if of_input else []), statistics, output]
 
 

@@ -8,11 +8,12 @@ last layer, the reduction of gradients and the optimizer's step each hold someth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig
 from megatron.planner.implementation import BYTES, Implementation
-from megatron.planner.layer_costs import LayerCosts, layer_costs, shape_of_rank
+from megatron.planner.layer_costs import LayerCosts, kept_bytes, layer_costs, norm_kept, shape_of_rank
 from megatron.planner.stages import Stage
 
 MASTER = 4
@@ -36,8 +37,10 @@ class RankMemory:
     """Copy in host memory of what an asynchronous save writes; 0 without."""
     files: float
     """Bytes that the rank writes into a checkpoint, of those that tensor and data ranks share its part."""
+    not_returned: float
+    """Most that the C library of a CPU's rank keeps of freed tensors; 0 on a GPU."""
 
-    @property
+    @cached_property
     def peak_moment(self) -> str:
         """Returns the moment of the step with the most memory."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
@@ -47,7 +50,7 @@ class RankMemory:
         """Returns what is held then, by part."""
         return self.moments[self.peak_moment]
 
-    @property
+    @cached_property
     def peak(self) -> float:
         """Returns the most memory of a step [bytes]."""
         return sum(self.parts.values())
@@ -124,8 +127,23 @@ class _Rank:
         )
         copied = self.width * self.parameters + MASTER * (1 + self.implementation.moments) * self.own_parameters
         return RankMemory(
-            self.stage.index, moments, host_copy=copied if self.run.checkpoint.async_save else 0.0, files=written
+            self.stage.index,
+            moments,
+            host_copy=copied if self.run.checkpoint.async_save else 0.0,
+            files=written,
+            not_returned=self.not_returned(moments["backward pass"]),
         )
+
+    def not_returned(self, backward: dict[str, float]) -> float:
+        """Returns what the C library keeps at most of freed tensors: as much again as a step makes and frees.
+
+        glibc before 2.38 cannot use a freed aligned block for another of the same size, and gives back to the system
+        only what lies at the end of its heap.
+        """
+        if self.implementation.on_gpu:
+            return 0.0
+        made = sum(backward.get(part, 0.0) for part in (ACTIVATIONS, RECOMPUTED, SCRATCH, LOGITS))
+        return made + MASTER * self.parameters
 
     def activations(self) -> tuple[float, float]:
         """Returns what micro batches in flight keep, and what one group of layers keeps while it is computed again."""
@@ -140,18 +158,22 @@ class _Rank:
         else:
             kept = layers * layer
         if self.stage.has_final_norm:
-            kept += 2 * stream if self.shape.tensor == 1 else stream + self.run.model.hidden_size * self.width
-        if self.stage.has_embedding:
-            kept += 3 * 8  # token ids, as they are read and as they are looked up
-            if self.run.model.hidden_dropout:
-                kept += self.run.model.hidden_size * (1 if self.implementation.on_gpu else self.width)
+            model = self.run.model
+            norm = norm_kept(model, self.shape, "final norm", of_input=True, norm=model.final_norm)
+            kept += kept_bytes(norm, self.shape)
+        if self.stage.has_embedding and self.run.model.hidden_dropout:
+            kept += self.run.model.hidden_size * (1 if self.implementation.on_gpu else self.width)
         return self.in_flight * kept * self.tokens, recomputed * self.tokens
 
     def stage_buffers(self) -> float:
-        """Returns tensors that stages send each other: one for each micro batch in flight, and one to receive into."""
+        """Returns tensors that stages send each other: one for each micro batch in flight, and one to receive into.
+
+        The first stage has token ids as well: as they are read, as the engine copies them, and as labels.
+        """
         stream = self.run.model.hidden_size * self.width * self.shape.share("residual") * self.tokens
         ends = (not self.is_first) + (not self.is_last)
-        return ends * (self.in_flight + 1) * stream
+        ids = self.in_flight * 3 * 8 * self.tokens if self.stage.has_embedding else 0.0
+        return ends * (self.in_flight + 1) * stream + ids
 
     def logits_between(self) -> float:
         """Returns the last stage's outputs that its pipeline buffers hold between steps, two at most."""

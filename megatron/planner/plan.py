@@ -36,7 +36,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Tells whether all ranks have room."""
-        return self.target.fits(self.largest.peak)
+        return self.target.fits(self.largest.peak + self.largest.not_returned)
 
     @property
     def days(self) -> float:

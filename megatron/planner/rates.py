@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from megatron.planner.devices import Device
 
@@ -36,10 +37,9 @@ class Curve:
 
     def at(self, size: float) -> float:
         """Returns the rate at a size: between two sizes along their logarithms, beyond them that of the nearest."""
-        sizes = [point[0] for point in self.points]
-        place = bisect.bisect_left(sizes, size)
-        if place in (0, len(sizes)):
-            return self.points[min(place, len(sizes) - 1)][1]
+        place = bisect.bisect_left(self.points, size, key=itemgetter(0))
+        if place in (0, len(self.points)):
+            return self.points[min(place, len(self.points) - 1)][1]
         (low, slow), (high, fast) = self.points[place - 1 : place + 1]
         share = math.log(size / low) / math.log(high / low)
         return math.exp(math.log(slow) + share * (math.log(fast) - math.log(slow)))

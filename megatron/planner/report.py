@@ -44,6 +44,8 @@ def fit_sentence(plan: Plan) -> str:
     most, usable = plan.largest, plan.target.usable
     stage = f" of stage {most.stage}" if len(plan.stages) > 1 else ""
     needs = f"a rank{stage} needs {_gib(most.peak)}, most of it in the {_when(most)}"
+    if most.not_returned:
+        needs += f", and may keep {_gib(most.not_returned)} of freed tensors"
     room = f"{_gib(max(usable, 0.0))} of {_gib(plan.target.memory)} that a rank of {plan.target.name} can use"
     return f"fits: {needs}; there are {room}" if plan.fits else f"does not fit: {needs}, and there are only {room}"
 
@@ -63,6 +65,9 @@ def _memory_lines(plan: Plan) -> list[str]:
         lines.append(f"  {name:<32}" + "".join(f"{memory.parts.get(name, 0.0) / GIB:>12.2f}" for memory in columns))
     lines.append(f"  {'most at a time':<32}" + "".join(f"{memory.peak / GIB:>12.2f}" for memory in columns))
     lines.append(f"  {'when':<32}" + "".join(f"{_when(memory):>12}" for memory in columns))
+    freed = max(memory.not_returned for memory in plan.memory)
+    if freed:
+        lines.append(f"  and up to {_gib(freed)} of freed tensors, which the C library may not return")
     copies = max(memory.host_copy for memory in plan.memory)
     if copies:
         ranks = min(plan.target.per_machine, plan.world_size)

@@ -48,6 +48,7 @@ class Stage:
         return (self.matrices > 0) + (self.vectors > 0)
 
 
+@lru_cache(maxsize=256)
 def stages_of(model: ModelConfig, parallel: ParallelConfig, padded_vocab_size: int) -> tuple[Stage, ...]:
     """Returns the stages. Raises ConfigError where one is left without parameters."""
     facts, tensor, hidden = ARCHITECTURES[model.architecture], parallel.model_parallel_size, model.hidden_size

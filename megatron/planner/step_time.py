@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.config.model_size import training_flops
 from megatron.config.sections.run_config import RunConfig
@@ -31,6 +32,8 @@ RESIDENT = 2.0**24
 """Tensors up to which passes run as fast as over memory that is there already [bytes]."""
 LOSS_PASSES = {4: (24, 24), 2: (30, 36)}
 """Bytes for each logit, forward and backward, by the bytes of the number format (mpu/cross_entropy.py)."""
+
+PASSES, MESSAGES = "passes over tensors", "tensor-parallel messages"
 
 
 @dataclass(frozen=True)
@@ -107,23 +110,29 @@ class _Clock:
     def stage_parts(self, stage: Stage) -> dict[str, float]:
         """Returns the times of a stage's rank over a step."""
         accumulation = self.batch.gradient_accumulation_steps
-        layers, recomputed = stage.num_layers, self.recomputed_share()
-        once = {
-            "matrix products": layers * (3 + recomputed) * self.products(self.costs.products)
-            + layers * (self.products(self.costs.score_products) if self.shape.recompute_scores else 0.0),
-            "attention": layers * (1 + ATTENTION_BACKWARD + recomputed) * self.attention(),
-            "passes over tensors": layers * self.passes(recomputed) + self.stage_passes(stage),
-            "head and loss": self.head() if stage.has_head else 0.0,
-            "tensor-parallel messages": layers * (2 + recomputed) * self.layer_messages()
-            + (stage.has_embedding + stage.has_head) * self.exchange(2 * self.run.model.hidden_size, 1),
-            "messages between stages": self.between_stages(stage),
-        }
+        once = {part: stage.num_layers * seconds for part, seconds in self.layer_parts.items()}
+        once[PASSES] += self.stage_passes(stage)
+        once[MESSAGES] += (stage.has_embedding + stage.has_head) * self.exchange(2 * self.run.model.hidden_size, 1)
+        once["head and loss"] = self.head() if stage.has_head else 0.0
+        once["messages between stages"] = self.between_stages(stage)
         parts = {part: accumulation * seconds for part, seconds in once.items()}
         if self.pipe > 1:
             parts["waiting for other stages"] = (self.pipe - 1) * sum(once.values())
         parts["gradients over data-parallel ranks"] = self.reduction(stage)
         parts["optimizer"] = self.optimizer(stage)
         return parts
+
+    @cached_property
+    def layer_parts(self) -> dict[str, float]:
+        """Returns the times of one layer over a micro batch, which do not depend on the stage."""
+        recomputed = self.recomputed_share()
+        again = self.products(self.costs.score_products) if self.shape.recompute_scores else 0.0
+        return {
+            "matrix products": (3 + recomputed) * self.products(self.costs.products) + again,
+            "attention": (1 + ATTENTION_BACKWARD + recomputed) * self.attention(),
+            PASSES: self.passes(recomputed),
+            MESSAGES: (2 + recomputed) * self.layer_messages(),
+        }
 
     def recomputed_share(self) -> float:
         """Returns forward passes of the layers that the backward pass has once more."""

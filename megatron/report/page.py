@@ -25,6 +25,7 @@ from megatron.report.figures import MARKED_EVENTS, curves_figure, scores_figure
 from megatron.report.foreign_values import one_line
 from megatron.report.panels import format_power
 from megatron.report.run_files import RunFiles, SavedCheckpoint
+from megatron.report.share_losses import share_table
 from megatron.report.time_spent import PARTS, time_spent
 
 FOLDER = Path(__file__).parent
@@ -88,6 +89,7 @@ class Page:
             verdict=self.verdict,
             figures={name: _figure_html(name, figure) for name, figure in self.figures.items()},
             marked=_listed([kind.replace("_", "-") for kind in MARKED_EVENTS if kind in marked]),
+            shares=[(run.name, table) for run in runs if (table := share_table(run.record.records)) is not None],
             samples=[(run.name, list(_samples(run))) for run in runs if run.samples],
             scores=[(run.name, *_score_table(run)) for run in runs if run.scores],
             events=[(run.name, _events(run), len(run.events)) for run in runs if run.events],

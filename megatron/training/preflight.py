@@ -257,17 +257,17 @@ def _memory(run: TrainingRun, held: HeldMemory) -> Tried:
     own = held.peak()
     stage = stages_of(run.config.model, run.config.parallel, run.vocab.padded)[run.parallel.pipe_rank]
     implementation = implementation_of(run.config, on_gpu=torch.cuda.is_available())
-    planned = rank_memory(run.config, run.batch, stage, run.vocab.padded, implementation).peak
-    ranks = gather_objects((own, planned))
+    memory = rank_memory(run.config, run.batch, stage, run.vocab.padded, implementation)
+    ranks = gather_objects((own, memory.peak, memory.not_returned))
     most = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
-    measured, planned = ranks[most]
+    measured, planned, freed = ranks[most]
     text = f"rank {most} held {measured / GIB:,.2f} GiB at a time, most of all; planned {planned / GIB:,.2f} GiB"
     if torch.cuda.is_available():
         text += f", of {torch.cuda.get_device_properties(local_device()).total_memory / GIB:,.1f} GiB"
     imported = 0.0 if torch.cuda.is_available() else LATE_IMPORTS
     if imported:
-        text += f", and up to {imported / GIB:g} GiB for what the first step imports"
-    return Tried("memory", "warning" if measured > LATE * planned + imported else "ok", text)
+        text += f", up to {freed / GIB:,.2f} GiB of freed tensors and {imported / GIB:g} GiB of what a step imports"
+    return Tried("memory", "warning" if measured > LATE * planned + freed + imported else "ok", text)
 
 
 def _save(run: TrainingRun, plan: Plan | None) -> Tried:

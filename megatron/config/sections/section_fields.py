@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from dataclasses import field as dataclass_field
 from functools import cache
 from typing import Annotated, Any
 
@@ -28,8 +27,10 @@ class Field:
     """YAML key that sets it, such as `optimizer.params.lr`."""
     difference: str
     """How the key's meaning or default differs from NeoX's."""
-    type_schema: Schema
-    """JSON schema of its type; of a choice among registered names, the schema of a text."""
+    section: type[Section]
+    """The section that declares it."""
+    name: str
+    """Its name there."""
     choice: OneOf | None
     """The registered names it is one of."""
     meaning: str
@@ -42,8 +43,11 @@ class Field:
     """Default value; None also for required and derived ones."""
     key_default: YamlValue
     """Default of the key, where the section requires the value."""
-    adapter: TypeAdapter[Any] = dataclass_field(repr=False, compare=False)
-    """pydantic's validator of the value alone."""
+
+    @property
+    def type_schema(self) -> Schema:
+        """Returns the JSON schema of its type; of a choice among registered names, the schema of a text."""
+        return _type_schemas(self.section)[self.name]
 
     @property
     def schema(self) -> Schema:
@@ -52,7 +56,7 @@ class Field:
 
     def accepts(self, value: object) -> bool:
         """Tells whether the value may be this, apart from all others."""
-        return conforms(value, self.adapter)
+        return conforms(value, _adapter(self.section, self.name))
 
 
 def fields(optimizer: type[OptimizerConfig] | None = None) -> dict[str, Field]:
@@ -85,26 +89,38 @@ def _walk(section: type[Section], prefix: str, optimizers: tuple[type[OptimizerC
 @cache
 def _own_fields(section: type[Section]) -> list[Field]:
     """Lists the values of one section, without those of its subsections, under their names in it."""
-    schema = section.model_json_schema(mode="validation")
-    definitions = schema.get("$defs", {})
     keys = {name: _key(section, name) for name in section.model_fields}
     return [
         Field(
             path=name,
             key=keys[name].name or section.key_prefix + name,
             difference=keys[name].difference,
-            type_schema=_resolve(schema["properties"][name], definitions),
+            section=section,
+            name=name,
             choice=next((item for item in info.metadata if isinstance(item, OneOf)), None),
             meaning=" ".join((info.description or "").split()),
             required=info.is_required(),
             derived=info.default_factory is not None,
             default=_default(info),
             key_default=keys[name].default,
-            adapter=TypeAdapter(_alone(info), config=section.model_config),
         )
         for name, info in section.model_fields.items()
         if _section_of(info.annotation) is None
     ]
+
+
+@cache
+def _type_schemas(section: type[Section]) -> dict[str, Schema]:
+    """Returns the JSON schemas of a section's values. They cost more than reading a configuration, which needs none."""
+    schema = section.model_json_schema(mode="validation")
+    definitions = schema.get("$defs", {})
+    return {name: _resolve(found, definitions) for name, found in schema["properties"].items()}
+
+
+@cache
+def _adapter(section: type[Section], name: str) -> TypeAdapter[Any]:
+    """Returns pydantic's validator of a value alone."""
+    return TypeAdapter(_alone(section.model_fields[name]), config=section.model_config)
 
 
 def _key(section: type[Section], name: str) -> Key:

@@ -21,6 +21,7 @@ from megatron.report.live_page import LivePage, open_server
 from megatron.report.page import build_page, time_bars
 from megatron.report.run_files import changed_at, read_runs
 from megatron.report.time_spent import time_spent
+from megatron.training.callbacks.evaluation import loss_metrics
 from tests.helpers.report_runs import (
     FLOPS_PER_TOKEN,
     HOSTILE,
@@ -92,6 +93,23 @@ def test_curves_are_what_was_recorded(run: Path, x: str, per_step: int | None) -
         np.testing.assert_allclose(trace.x, [each["iteration"] * per_step for each in measured], rtol=1e-8)
         expected = [each[metric] * scales.get(metric, 1.0) for each in measured]
         np.testing.assert_allclose(np.array(trace.y, dtype=float), expected, rtol=1e-5)
+
+
+def test_losses_of_shares_are_a_table(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "elastic")
+    whole = {step: 4.0 - step / 1000 for step in range(50, 401, 50)}
+    losses = {step: {1.0: loss, 0.5: loss + 0.25, 0.125: loss + 0.5} for step, loss in whole.items()}
+    write_lines(folder / "metrics.jsonl", [{"iteration": step} | loss_metrics("valid", losses[step]) for step in whole])
+    page = build_page(read_runs([folder])).html()
+    (table,) = re.findall(r"<h2>Losses by share</h2>.*?</table>", page, re.DOTALL)
+    assert re.findall(r"<th>step (\d+)</th>", table) == ["50", "100", "200", "250", "350", "400"]
+    rows = [re.findall(r">([^<>]+)</t[hd]>", line) for line in table.splitlines() if "scope" in line]
+    assert rows[0] == ["1", "3.9500", "3.9000", "3.8000", "3.7500", "3.6500", "3.6000"]
+    assert [(row[0], row[-2], row[-1]) for row in rows[1:]] == [
+        ("0.5", "3.8500", "+0.2500"),
+        ("0.125", "4.1000", "+0.5000"),
+    ]
+    assert "Losses by share" not in build_page(read_runs([make_run(tmp_path / "plain")])).html()
 
 
 def test_buttons_offer_means_of_neighbours_and_other_axes(run: Path) -> None:
