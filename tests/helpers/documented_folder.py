@@ -36,7 +36,7 @@ from tests.helpers.typed_commands import run_python
 
 OUTPUTS = r"(\bsave=|--output[-_]dir |--output[-_]prefix |--output |--write-config |eval_output=)[^ ]*"
 """What a command writes."""
-LOOKS = r"(-d configs|configs/).*--(check|plan|print-effective-config|list|dry-run)\b"
+LOOKS = r"(-d configs|configs/(?!inheritune/demo)).*--(check|plan|print-effective-config|list|dry-run)\b"
 """Commands that compute nothing of a recipe."""
 PROGRAMS = ("deepy.py", "train.py", "eval.py", "generate.py", "megatron", "tools", "requirements")
 WIDTH, LAYERS, LENGTH, VOCABULARY = 32, 4, 32, 640
