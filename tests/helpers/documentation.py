@@ -12,7 +12,7 @@ from tests.helpers.forkserver import ROOT
 
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<block>.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "bash", "console")
-FILE = re.compile(r"# (?P<name>[\w./-]+\.ya?ml)\n")
+FILE = re.compile(r"# (?P<name>[\w./-]+\.(?:ya?ml|txt))\n")
 """First line of a block that a reader is to save under that name."""
 
 NOT_RUN: dict[str, str] = {

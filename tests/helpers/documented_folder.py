@@ -86,9 +86,9 @@ class DocumentedFolder:
     def follow(self, step: Step) -> str:
         """Does what a page says, after what it takes for granted; returns the output. Fails where a program does."""
         if isinstance(step, SavedFile):
-            path = self.folder / step.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(step.text, encoding="utf-8")
+            for folder in (self.folder, self.folder / "as_shipped"):
+                (folder / step.name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / step.name).write_text(step.text, encoding="utf-8")
             self.provide(step.text)
             return ""
         if isinstance(step, Program):
