@@ -12,11 +12,11 @@ from tests.helpers.forkserver import ROOT
 
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<block>.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("", "bash", "console")
-FILE = re.compile(r"# (?P<name>[\w./-]+\.ya?ml)\n")
+FILE = re.compile(r"# (?P<name>[\w./-]+\.(?:ya?ml|txt))\n")
 """First line of a block that a reader is to save under that name."""
 
 NOT_RUN: dict[str, str] = {
-    r"pip install|^docker|prepare_data\.py -d .* pile$|upload\.py|--hf_model EleutherAI": "needs the network",
+    r"^pip install|prepare_data\.py -d .* pile$|upload\.py|--hf_model EleutherAI": "needs the network",
     r"^hf download": "needs the network; the tutorial's test writes weights of the published names and shapes",
     r"eval\.py .*--eval_tasks (lambada_openai|arc_easy)": (
         "needs the network: the tasks' questions; tests/ranks/inference/evaluation scores tasks on local files, and so "
@@ -24,7 +24,6 @@ NOT_RUN: dict[str, str] = {
     ),
     r"^sbatch|^srun|clusters/slurm(?!.*--dry-run)|^torchrun": "needs Slurm; make test-cluster",
     r"docker run": "needs a daemon and an image",
-    r"^make test|^make site|^make checks": "is a test itself; tests/unit/tools/test_site.py builds the site",
     r"^make demo": "takes minutes; tests/ranks/tools/test_demo.py makes demos of small texts",
     r"num_gpus=8": "needs 8 processors; tests/ranks/tools/test_run_stages.py trains such a plan",
     r"--live": "serves until it is stopped; tests/unit/tools/test_report_browser.py follows a run",

@@ -36,20 +36,20 @@ from tests.helpers.typed_commands import run_python
 
 OUTPUTS = r"(\bsave=|--output[-_]dir |--output[-_]prefix |--output |--write-config |eval_output=)[^ ]*"
 """What a command writes."""
-LOOKS = r"(-d configs|configs/).*--(check|plan|print-effective-config|list|dry-run)\b"
+LOOKS = r"(-d configs|configs/(?!inheritune/demo)).*--(check|plan|print-effective-config|list|dry-run)\b"
 """Commands that compute nothing of a recipe."""
 PROGRAMS = ("deepy.py", "train.py", "eval.py", "generate.py", "megatron", "tools", "requirements")
-WIDTH, LAYERS, LENGTH, VOCABULARY = 32, 4, 32, 640
+WIDTH, LAYERS, VOCABULARY = 32, 4, 640
+LENGTH, SHORTER = 128, 32
+"""Tokens of a sequence; fewer where a model has as many parameter tokens as a published one."""
 SMALLER: dict[str, object] = {
     "hidden_size": WIDTH,
     "num_attention_heads": 4,
     "num_kv_heads": 4,
     "ffn_hidden_size": 88,
-    "seq_length": LENGTH,
-    "max_position_embeddings": LENGTH,
     "padded_vocab_size": VOCABULARY,
-    "train_batch_size": 8,
-    "train_micro_batch_size_per_gpu": 2,
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 1,
     "eval_iters": 1,
     "num_workers": 0,
     "extra_save_iters": "[0, 1]",
@@ -73,9 +73,11 @@ class DocumentedFolder:
         folder.mkdir(parents=True, exist_ok=True)
         for name in PROGRAMS:
             (folder / name).symlink_to(ROOT / name)
+        write_neox_yamls(folder / "neox_yamls")
         for configs in (folder / "configs", folder / "as_shipped" / "configs"):
             shutil.copytree(ROOT / "configs", configs)
-            write_neox_yamls(configs)
+            for path in (folder / "neox_yamls").glob("*.yml"):
+                shutil.copy(path, configs)
         (folder / "as_shipped" / "deepy.py").symlink_to(ROOT / "deepy.py")
         (folder / "as_shipped" / "tools").symlink_to(ROOT / "tools")
         for path in (folder / "configs").rglob("*.yml"):
@@ -86,16 +88,17 @@ class DocumentedFolder:
     def follow(self, step: Step) -> str:
         """Does what a page says, after what it takes for granted; returns the output. Fails where a program does."""
         if isinstance(step, SavedFile):
-            path = self.folder / step.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(step.text, encoding="utf-8")
+            for folder in (self.folder, self.folder / "as_shipped"):
+                (folder / step.name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / step.name).write_text(step.text, encoding="utf-8")
             self.provide(step.text)
             return ""
         if isinstance(step, Program):
             self.provide(step.text)
             return self.run("python -c " + shlex.quote(step.text))
-        self.provide(step.line)
-        return self.run(step.line)
+        line = shlex.join(step.words)
+        self.provide(line)
+        return self.run(line)
 
     def run(self, line: str) -> str:
         """Runs a command; returns what it printed."""
@@ -145,7 +148,8 @@ def tiny(text: str) -> str:
         text,
         flags=re.MULTILINE,
     )
-    for key, value in SMALLER.items():
+    length = SHORTER if "padded_vocab_size" in text and "qkv_slot_num" in text else LENGTH
+    for key, value in (SMALLER | {"seq_length": length, "max_position_embeddings": length}).items():
         text = re.sub(rf"^{key}: .*$", f"{key}: {value}", text, flags=re.MULTILINE)
 
     def capped(match: re.Match[str]) -> str:
@@ -212,8 +216,8 @@ def _write_curves(folder: Path) -> None:
     """Writes runs whose losses are known: a small one that grew, and one from scratch with either seed."""
     (folder / "runs" / "wsd").mkdir(parents=True, exist_ok=True)
     writer = CurveWriter(folder / "runs")
-    small = writer.write("wsd/small", SMALL, lambda step: 4.0 - 0.001 * step, range(10, 201, 10))
-    writer.write("wsd/large", LARGE, lambda step: 3.9 - 0.001 * step, range(210, 301, 10), load=small)
+    writer.write("wsd/small", SMALL, lambda step: 4.0 - 0.001 * step, range(10, 201, 10))
+    writer.write("wsd/large", LARGE, lambda step: 3.9 - 0.001 * step, range(210, 301, 10))
     for seed in (1, 2):
         writer.write(f"scratch-{seed}", LARGE, lambda step: 4.1 - 0.001 * step, range(10, 301, 10), seed=seed)
 

@@ -22,7 +22,7 @@ from tests.helpers.documentation import NOT_RUN, Command, SavedFile, commands, p
 from tests.helpers.forkserver import ROOT
 from tests.helpers.neox_yamls import write_neox_yamls
 
-RUN_FOLDERS = ("demo/run", "runs/a", "runs/150M", "runs/elastic", "runs/finetuned", "runs/grown")
+RUN_FOLDERS = ("demo/run", "runs/first", "runs/a", "runs/150M", "runs/elastic", "runs/finetuned", "runs/grown")
 """Folders that pages name in place of YAML files."""
 ELSEWHERE = {
     "docker": "needs a daemon and an image; the words of train.py are checked",

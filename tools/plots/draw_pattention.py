@@ -71,8 +71,8 @@ def draw_pattention() -> Figure:
     _matrix(axes, Box(74, 7, 16, 14), "Y", left="S", top="N")
     for place, sign in (((29, 50), "·"), ((66, 50), "="), ((33.5, 14), "·"), ((65, 14), "=")):
         _say(axes, place, sign, size=20)
-    path = {"connectionstyle": "angle,angleA=-90,angleB=180,rad=6"}
-    axes.add_patch(FancyArrowPatch((85, 42), (17, 31), arrowstyle="-", color=TOKENS[1], lw=1.4, **path))
+    bend = "angle,angleA=-90,angleB=180,rad=6"
+    axes.add_patch(FancyArrowPatch((85, 42), (17, 31), arrowstyle="-", connectionstyle=bend, color=TOKENS[1], lw=1.4))
     axes.add_patch(FancyArrowPatch((17, 31.5), (17, 25), arrowstyle="-|>", mutation_scale=12, color=TOKENS[1], lw=1.4))
     _say(axes, (50, 34), "H = Θ(A), row by row", colour=TOKENS[1])
     return figure
