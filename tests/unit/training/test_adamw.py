@@ -12,7 +12,7 @@ from tests.helpers.new_tensors import LargestNewTensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.full)])
 def threads(request: pytest.FixtureRequest) -> int:
     """Lets torch compute with so many threads, which make parts larger and are each given a share of one."""
     before, number = torch.get_num_threads(), int(request.param)
