@@ -25,8 +25,8 @@ CHUNK = 2**23
 """Bytes that are hashed and written at a time, while they are in the processor's cache or near it."""
 UNFLUSHED = 2**27
 """Bytes after which a file is brought to disk: a long queue delays whoever else waits for the same disk."""
-NICENESS = 15
-"""Of this process: beside a busy one on the same core it gets about 3 % of the time, and all of an idle one."""
+NICENESS = 10
+"""Of this process: beside a busy one on the same core it gets a tenth of the time, and all of an idle one."""
 PR_SET_PDEATHSIG = 1
 
 Piece = bytes | tuple[int, int]

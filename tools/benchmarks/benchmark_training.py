@@ -2,15 +2,17 @@
 
     python tools/benchmarks/benchmark_training.py configs/demo.yml --output benchmark.json
     python tools/benchmarks/benchmark_training.py a.yml b.yml train_batch_size=8 --vocab-size 50277
-    python tools/benchmarks/benchmark_training.py configs/tokenformer/150M.yml --peers --vocab-size 50277
+    python tools/benchmarks/benchmark_training.py configs/tokenformer/150M.yml --peers --compiled --vocab-size 50277
 
 Both train one rank from the same initial weights on the same random tokens, so no dataset is needed, and with
 --vocab-size no tokenizer. Each runs in a process of its own, which keeps their memory apart; they take turns in blocks
 of steps, so that a machine that gets slower or faster does so for both. On a CPU that others use as well, ratios of
 processor time say more than those of the clock: take one thread (OMP_NUM_THREADS=1), which never waits for another.
 
-With --peers a TokenFormer is timed beside others: the same model by the operations of the published code, and a
-Transformer of as many parameters, here and in `transformers`. Those loops are plain torch as well.
+With --peers a TokenFormer is timed beside others: the same model by the operations of the published code, with and
+without recomputation of layers, which the published runs had, and a Transformer of as many parameters, here and in
+`transformers`. Those loops are plain torch as well. --compiled adds engine and published operations with compiled
+layers, whose first step takes minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from megatron.config.load_config import LoadedConfig, load_config
 from megatron.errors import ConfigError, EnvironmentSetupError, UserError
 from megatron.monitor.format_quantities import format_count
 from tools.benchmarks.benchmark_command import benchmark_parser, write_report
-from tools.benchmarks.peers import PEERS, require_tokenformer
+from tools.benchmarks.peers import COMPILED, PEERS, require_tokenformer
 from tools.command_line import positive
 
 NAMES = ("engine", "plain torch")
@@ -58,8 +60,11 @@ def parse_args(argv: Sequence[str]) -> tuple[Settings, Path | None]:
     parser = benchmark_parser(__doc__, rounds=8)
     parser.add_argument("--steps", type=positive, default=5, help="optimizer steps per block (default: 5)")
     parser.add_argument("--peers", action="store_true", help="time a TokenFormer beside its peers")
+    parser.add_argument("--compiled", action="store_true", help="with --peers: compiled layers too")
     args, words = parser.parse_known_args(argv)
-    names = PEERS if args.peers else NAMES
+    if args.compiled and not args.peers:
+        parser.error("--compiled: belongs to --peers")
+    names = (*PEERS, *(COMPILED if args.compiled else ())) if args.peers else NAMES
     return Settings(parse_command_line(words), args.steps, args.rounds, args.vocab_size, names), args.output
 
 
@@ -70,7 +75,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
     """
     loaded, names = load_config(settings.command.files, settings.command.overrides), settings.names
     require_one_rank(loaded)
-    if names is PEERS:
+    if names != NAMES:
         require_tokenformer(loaded.run.model)
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, settings)) for name in names}
@@ -82,7 +87,7 @@ def benchmark(settings: Settings) -> dict[str, Any]:
             for name in names if number % 2 else reversed(names):
                 blocks[name].append(workers[name].ask("run"))
         memory = {name: workers[name].ask("memory") for name in names}
-    if names is PEERS:
+    if names != NAMES:
         return summarize_peers(descriptions, blocks, memory, settings.steps)
     return summarize(descriptions["engine"], blocks, memory, settings.steps)
 
@@ -286,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
     """Measures, prints the table, and writes the JSON file."""
     settings, output = parse_args(argv)
     report = benchmark(settings)
-    print(peers_table(report) if settings.names is PEERS else table(report))
+    print(peers_table(report) if settings.names != NAMES else table(report))
     write_report(report, output)
     return 0
 

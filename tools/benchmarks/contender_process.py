@@ -19,7 +19,7 @@ from megatron.planner.devices import peak_flops
 from megatron.training.build_engine import require_hardware
 from megatron.training.stability.deepspeed_patches import join_process_group
 from tools.benchmarks.contenders import CONTENDERS, Contender, Task
-from tools.benchmarks.peers import TRANSFORMER, equal_transformer
+from tools.benchmarks.peers import AS_COMPILED, COMPILED, TRANSFORMER, equal_transformer
 from tools.benchmarks.turns import synchronized_seconds
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def answer_requests(name: str, settings: Settings, connection: Connection) -> No
 
 def build_task(name: str, settings: Settings) -> Task:
     """Builds the task of a contender, on one rank; reads the tokenizer only without --vocab-size."""
-    loaded = load_config(settings.command.files, settings.command.overrides)
+    compiled = (AS_COMPILED,) if name == COMPILED[0] else ()
+    loaded = load_config(settings.command.files, [*settings.command.overrides, *compiled])
     actual = settings.vocab_size or build_tokenizer(loaded.run.data.tokenizer).vocab_size
     if name.startswith(TRANSFORMER):
         loaded = equal_transformer(settings.command, actual)

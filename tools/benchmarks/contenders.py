@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from megatron.config.sections.training import BatchConfig, CheckpointedActivatio
 from megatron.data.micro_batch import MicroBatch, to_inputs_and_labels
 from megatron.errors import ConfigError
 from megatron.model.causal_lm import LocalCausalLM, VocabSize, build_local
+from megatron.model.layer import TransformerLayer
 from megatron.model.pattention import Pattention
 from megatron.mpu.context import ParallelContext
 from megatron.mpu.parameters import DTYPES
@@ -27,6 +28,7 @@ from megatron.training.lr_scheduler import LRScheduler
 from megatron.training.optimizer import parameter_groups
 from megatron.training.stop_request import StopRequest
 from tools.benchmarks.kernel_cases import published_pattention
+from tools.benchmarks.peers import COMPILED, PUBLISHED, RECOMPUTING
 
 # The plain loop scales fp16 losses by a constant: random tokens need no search for the right one.
 FP16_LOSS_SCALE = 1024.0
@@ -198,6 +200,26 @@ def published_projections(
     return torch.stack([published_pattention(x_BSD, key, value, theta) for key, value in pairs])
 
 
+class PublishedRecomputing(PublishedOperations):
+    """The same with every layer recomputed in the backward pass, as the published runs did."""
+
+    def build_model(self, task: Task) -> nn.Module:
+        settings = task.config.training.checkpoint_activations.model_copy(update={"enabled": True})
+        training = task.config.training.model_copy(update={"checkpoint_activations": settings})
+        return super().build_model(replace(task, config=task.config.model_copy(update={"training": training})))
+
+
+class PublishedCompiled(PublishedOperations):
+    """The same with every layer compiled."""
+
+    def build_model(self, task: Task) -> nn.Module:
+        model = super().build_model(task)
+        for module in model.modules():
+            if isinstance(module, TransformerLayer):
+                module.compile()
+        return model
+
+
 class TransformersLoop(PlainTorch):
     """The loop in plain torch, with the model of `transformers` that computes what ours does."""
 
@@ -225,7 +247,9 @@ class TransformersLoop(PlainTorch):
 CONTENDERS: dict[str, type[Contender]] = {
     "engine": Engine,
     "plain torch": PlainTorch,
-    "published operations": PublishedOperations,
+    PUBLISHED: PublishedOperations,
+    RECOMPUTING: PublishedRecomputing,
+    **dict(zip(COMPILED, (Engine, PublishedCompiled), strict=True)),
     "Transformer, engine": Engine,
     "Transformer, transformers": TransformersLoop,
 }

@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron.config.architectures.tokenformer import param_tokens
 from megatron.config.sections.run_config import RunConfig
 from megatron.kernels.backends import Machine, Operation
-from megatron.kernels.pattention.eager_passes import EagerPasses
+from megatron.kernels.pattention.blocked_passes import BlockedPasses
 from megatron.kernels.pattention.pattention import PATTENTION
-from megatron.kernels.pattention.theta import RowReduction
+from megatron.kernels.pattention.theta import THETAS, RowReduction
 from megatron.kernels.rotary.rotary import ROTARY
 from megatron.model.loss import CausalLMLoss, FusedCausalLMLoss
 from megatron.model.positions import RotaryEmbedding
@@ -134,7 +134,7 @@ class Cases:
         """Compares Theta's passes over given scores; copies of as many bytes are their limit."""
         a, g = self.draw(self.rows, 1, num_tokens), self.draw(self.rows, 1, num_tokens)
         functions, left_out = self.backends(PATTENTION)
-        makers: dict[str, Any] = {"eager": EagerPasses}
+        makers: dict[str, Any] = {"eager": BlockedPasses}
         if "compile" in functions:
             from megatron.kernels.pattention.compiled_passes import CompiledPasses
 
@@ -239,6 +239,6 @@ def published_pattention(x: Tensor, key: Tensor, value: Tensor, theta: str) -> T
     elif theta == "l2_norm_gelu":
         weights = F.gelu(scores / scores.norm(p=2, dim=-1, keepdim=True) * root)
     else:
-        weights = EagerPasses(theta).theta.definition(scores, scores.shape[-1])
+        weights = THETAS[theta].definition(scores, scores.shape[-1])
     y: Tensor = weights @ value
     return y

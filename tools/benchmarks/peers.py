@@ -10,8 +10,14 @@ from megatron.data.tokenizer import padded_vocab_size
 from megatron.errors import ConfigError
 
 TRANSFORMER = "Transformer"
-PEERS = ("engine", "published operations", f"{TRANSFORMER}, engine", f"{TRANSFORMER}, transformers")
+PUBLISHED = "published operations"
+RECOMPUTING = "published, recomputing"
+PEERS = ("engine", PUBLISHED, RECOMPUTING, f"{TRANSFORMER}, engine", f"{TRANSFORMER}, transformers")
 """Names of the contenders (contenders.py)."""
+COMPILED = ("engine, compiled", "published, compiled")
+"""Names of those whose layers torch.compile compiles."""
+AS_COMPILED = "torch_compile=on"
+"""Override that compiles the engine's layers."""
 AS_TRANSFORMER = (
     "architecture=gpt_neox",
     "norm=layernorm",

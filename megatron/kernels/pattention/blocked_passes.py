@@ -67,7 +67,7 @@ class BlockedPasses(EagerPasses):
 
 def _rows_of_a_block(a_RJp: Tensor, rows: RowReduction) -> int | None:
     """Returns the rows of a block of scores; None for a whole pass."""
-    if a_RJp.device.type != "cpu" or rows != RowReduction() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or a_RJp.device.type != "cpu" or rows != RowReduction():
         return None
     scores = a_RJp[0].numel() if len(a_RJp) else 1
     step = VECTOR // math.gcd(VECTOR, scores)

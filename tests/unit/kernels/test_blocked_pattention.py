@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from megatron.kernels.pattention.blocked_passes import BLOCK, BlockedPasses
 from megatron.kernels.pattention.closed_form import closed_form_pattention
 from megatron.kernels.pattention.eager_passes import EagerPasses
 from megatron.kernels.pattention.theta import THETAS, RowReduction
-from tools.benchmarks.peak_memory import peak_bytes
+from tests.helpers.new_tensors import LargestNewTensor
 
 SIZES = [(3 * BLOCK // (3 * 96) + 5, 3, 96), (700, 1, 1001)]
 """Rows, projections and tokens: blocks of whole vectors, and tokens of which a block of 64 rows has them."""
@@ -48,17 +47,18 @@ def test_numbers_are_those_of_whole_passes_bit_for_bit(theta: str, dtype: torch.
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
-def test_a_backward_pass_takes_little_memory_beside_scores_and_their_gradient() -> None:
-    """Whole passes take a dozen tensors of the scores' size in float32."""
-    a = torch.randn(16 * BLOCK // 512, 1, 512)
-    g = torch.randn_like(a)
-    taken = {}
-    for kind in (BlockedPasses, EagerPasses):
-        passes = kind("l2_norm_gelu")
-        _, statistic = passes.weigh(a, 512, RowReduction())
-        backward = partial(passes.differentiate, scale_base=512, rows=RowReduction(), scores_are_spent=True)
-        taken[kind] = peak_bytes(partial(backward, g, a, statistic))
-    assert taken[BlockedPasses] < 8 * 4 * BLOCK * torch.get_num_threads() < taken[EagerPasses]
+@pytest.mark.parametrize(("kind", "is_blocked"), [(BlockedPasses, True), (EagerPasses, False)])
+def test_passes_make_no_tensor_of_the_scores_size(kind: type[EagerPasses], is_blocked: bool) -> None:
+    """But for the weights, which the forward pass returns."""
+    a, g = torch.randn(2, 8 * BLOCK // 512, 1, 512).bfloat16()
+    passes, rows = kind("l2_norm_gelu"), RowReduction()
+    weights, statistic = passes.weigh(a, 512, rows)
+    with LargestNewTensor() as backward:
+        passes.differentiate(g, a, statistic, scale_base=512, rows=rows, scores_are_spent=True)
+    assert (backward.nbytes <= 4 * BLOCK * torch.get_num_threads()) == is_blocked
+    with LargestNewTensor() as forward:
+        passes.weigh(a, 512, rows)
+    assert (forward.nbytes == weights.nbytes) == is_blocked
 
 
 def test_a_graph_that_is_kept_is_not_written_over() -> None:
