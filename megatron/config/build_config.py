@@ -11,10 +11,20 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from megatron.config.architecture import architecture_facts, optional_sections
-from megatron.config.checks import CHECKS, Finding
-from megatron.config.elastic_checks import ELASTIC_CHECKS
-from megatron.config.grow_checks import GROW_CHECKS
-from megatron.config.inherit_checks import INHERIT_CHECKS
+from megatron.config.checks import (
+    checkpoint,
+    commands,
+    data,
+    elastic,
+    files,
+    grow,
+    inherit,
+    layout,
+    model,
+    speedups,
+    training,
+)
+from megatron.config.checks.finding import Finding
 from megatron.config.neox.translate import Setting
 from megatron.config.optimizer import DEFAULT_OPTIMIZER, OPTIMIZERS, optimizer_facts
 from megatron.config.sections.run_config import OPTIONAL_SECTIONS, RunConfig
@@ -23,7 +33,10 @@ from megatron.config.value_types import describe, expected
 from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with, report, show
 from megatron.errors import ConfigError
 
-ALL_CHECKS = (*CHECKS, *GROW_CHECKS, *INHERIT_CHECKS, *ELASTIC_CHECKS)
+_ALWAYS = (layout, model, files, training, data, speedups, checkpoint, commands)
+_WHERE_A_RUN_STARTS_AND_GOES = (grow, inherit, elastic)
+CHECKS = tuple(check for room in _ALWAYS for check in room.CHECKS)
+ALL_CHECKS = (*CHECKS, *(check for room in _WHERE_A_RUN_STARTS_AND_GOES for check in room.CHECKS))
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
 

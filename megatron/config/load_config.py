@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron.config.batch_triangle import data_parallel_size, resolve_batch
 from megatron.config.build_config import build, origins
-from megatron.config.checks import parallel_sizes
-from megatron.config.grow_checks import growth_comes_too_late
+from megatron.config.checks.grow import growth_comes_too_late
+from megatron.config.checks.layout import parallel_sizes
 from megatron.config.local_path import url_remedy
 from megatron.config.merge_files import gather, split_words
 from megatron.config.neox.translate import translate

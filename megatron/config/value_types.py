@@ -174,9 +174,10 @@ def _fits_alone(value: YamlValue, schema: Schema) -> bool:
         return False
     if value not in items.get("enum", [value]):
         return False
-    return isinstance(value, types[items["type"]]) and not (
-        _size(value) < items.get("minimum", -math.inf) or _size(value) > items.get("maximum", math.inf)
-    )
+    size = _size(value)
+    within = items.get("minimum", -math.inf) <= size <= items.get("maximum", math.inf)
+    strictly_within = items.get("exclusiveMinimum", -math.inf) < size < items.get("exclusiveMaximum", math.inf)
+    return isinstance(value, types[items["type"]]) and within and strictly_within
 
 
 _LONGEST_SLIP = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.config.checks import fits_together, parallel_sizes
+from megatron.config.checks.layout import fits_together, parallel_sizes
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.sections.training import BatchConfig

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from megatron.config.architecture import ARCHITECTURES
-from megatron.config.checks import pipeline_layer_types
+from megatron.config.checks.layout import pipeline_layer_types
 from megatron.config.model_size import norm_parameters
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.parallel import ParallelConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.checks import tensor_sizes
+from megatron.config.checks.layout import tensor_sizes
 from megatron.config.command_line import CommandLine
 from megatron.config.effective_config import fewest_ranks
 from megatron.config.load_config import LoadedConfig

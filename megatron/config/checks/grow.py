@@ -1,13 +1,13 @@
-"""Checks of the section `grow` and of `pretrain_partial_init`, one function each, as those of checks.py.
+"""Checks of the section `grow` and of `pretrain_partial_init`.
 
 An operator's own requirements are its own to check (megatron/growth), since they may need torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from megatron.config.checks import Finding, nearest_multiple
+from megatron.config.checks.finding import Check, Finding, nearest_multiple
 from megatron.config.optimizer import facts_of
 from megatron.config.sections.grow import GrowConfig
 from megatron.config.sections.growth import rule_contradictions
@@ -121,7 +121,7 @@ def _partial_init(run: RunConfig) -> Iterator[Finding]:
         yield Finding(at, "contradicts pretrain_partial_init, whose rule is the published one; keep one")
 
 
-GROW_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+CHECKS: tuple[Check, ...] = (
     _moment,
     _start,
     _sizes,

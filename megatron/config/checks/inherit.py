@@ -1,13 +1,13 @@
-"""Checks of the section `inherit`, one function each, as those of checks.py.
+"""Checks of the section `inherit`.
 
 What needs the reference, such as its number of layers, is checked where it is read (megatron/growth/inheriting).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from megatron.config.checks import Finding
+from megatron.config.checks.finding import Check, Finding
 from megatron.config.sections.run_config import RunConfig
 
 
@@ -55,4 +55,4 @@ def _choice(run: RunConfig) -> Iterator[Finding]:
         yield Finding("inherit.sublayers", "names a part twice")
 
 
-INHERIT_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (_start, _weights_alone, _choice)
+CHECKS: tuple[Check, ...] = (_start, _weights_alone, _choice)

@@ -1,11 +1,11 @@
-"""Checks of the sections `elastic` and `reading`, one function each, as those of checks.py."""
+"""Checks of the sections `elastic` and `reading`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from megatron.config.checks import Finding
+from megatron.config.checks.finding import Check, Finding
 from megatron.config.sections.run_config import RunConfig
 from megatron.config.token_share import TOKEN_KEYS, nearest_share, tokens_of_share
 
@@ -122,7 +122,7 @@ def _reading(run: RunConfig) -> Iterator[Finding]:
         yield Finding("reading.top_ks", "contradicts param_token_shares; token_curve.py measures one of them")
 
 
-ELASTIC_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+CHECKS: tuple[Check, ...] = (
     _has_tokens,
     _shares,
     _shares_are_whole,
