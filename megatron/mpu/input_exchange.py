@@ -55,7 +55,8 @@ class InputExchange:
 
         Its first dimensions may be joined.
         """
-        if self._context.tensor_size == 1 or torch.compiler.is_compiling():
+        # Where a compiler has taken the way of `_at_once` in the forward pass, the input has no shape here.
+        if not self._shape or torch.compiler.is_compiling():
             return
         group, gradient = self._context.tensor_group, gradient.view(self._shape)
         if self._dim is None:

@@ -43,7 +43,8 @@ class Side:
             subprocess.Popen(
                 [sys.executable, "-P", str(PROCESS), arguments],
                 env=os.environ
-                | {"PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+                | {"PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # they meet in a file
                 cwd=code.folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -58,7 +59,7 @@ class Side:
             if rank.stdin is not None:
                 rank.stdin.write(f"{steps}\n")
                 rank.stdin.flush()
-        found = [json.loads(_answer(rank)) for rank in self.ranks]
+        found: list[dict[str, Any]] = [json.loads(_answer(rank)) for rank in self.ranks]
         return found[0] | {"seconds": max(one["seconds"] for one in found)}
 
     def close(self) -> None:
