@@ -20,6 +20,7 @@ from megatron.model.attention import SelfAttention
 from megatron.model.init_methods import input_initializer, output_initializer
 from megatron.mpu import collectives
 from megatron.mpu.context import ParallelContext
+from megatron.mpu.input_exchange import InputExchange, residual_exchange
 from megatron.mpu.parameters import new_parameter
 
 
@@ -84,16 +85,16 @@ class Pattention(nn.Module):
         groups, tokens_of_each = self._share
         return tokens_pD.view(groups, -1, tokens_pD.shape[1])[:, :tokens_of_each].flatten(0, 1)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Maps the whole sequence [B, S, D], replicated, to the residual stream [B, S or S/tp, D]."""
-        return collectives.to_residual(partial_outputs(x_BSD, [self])[0], self.context)
+    def to_residual(self, x: Tensor, exchange: InputExchange) -> Tensor:
+        """Maps the input, of which `exchange` makes the whole sequence [B, S, D], to the residual stream."""
+        return collectives.to_residual(partial_outputs(x, exchange, [self])[0], self.context)
 
 
 class PattentionMLP(Pattention):
     """The feed-forward sublayer: one Pattention from the residual stream to the residual stream."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return super().forward(collectives.from_residual(x_BSD, self.context))
+        return self.to_residual(x_BSD, residual_exchange(self.context))
 
 
 class PattentionSelfAttention(SelfAttention):
@@ -108,40 +109,40 @@ class PattentionSelfAttention(SelfAttention):
         self.proj = Pattention(model, tokens.proj, tokens.proj_scale_base, context)
 
     def project_heads(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_BSD = collectives.from_residual(x_BSD, self.context)
-        summands_JBSD = partial_outputs(x_BSD, [self.query, self.key, self.value])
+        projections = [self.query, self.key, self.value]
+        summands_JBSD = partial_outputs(x_BSD, residual_exchange(self.context), projections)
         qkv_JBSN = collectives.reduce_scatter(summands_JBSD, -1, self.context)
         q_BSHE, k_BSHE, v_BSHE = rearrange(qkv_JBSN, "J B S (H E) -> J B S H E", E=self.head_size).unbind()
         return q_BSHE, k_BSHE, v_BSHE
 
     def project_output(self, o_BSN: Tensor) -> Tensor:
-        x_BSD: Tensor = self.proj(collectives.gather(o_BSN, -1, self.context))
-        return x_BSD
+        return self.proj.to_residual(o_BSN, InputExchange(self.context, 2))
 
 
-def partial_outputs(x_BSD: Tensor, projections: Sequence[Pattention]) -> Tensor:
-    """Computes this rank's summands [J, B, S, D] of several Pattentions of one input.
+def partial_outputs(x: Tensor, exchange: InputExchange, projections: Sequence[Pattention]) -> Tensor:
+    """Computes this rank's summands [J, B, S, D] of several Pattentions of one input, which `exchange` makes whole.
 
     They share theta, scale, kernel and context.
     """
     first = projections[0]
     return first.kernel(
-        x_BSD,
+        exchange.whole(x),
         [projection.scoring_keys() for projection in projections],
         [projection.weighed_values() for projection in projections],
         theta=first.theta,
         scale_base=first.scale_base,
-        rows=row_reduction(first.context),
+        rows=row_reduction(first.context, exchange),
         recompute_scores=first.recompute_scores,
     )
 
 
-def row_reduction(context: ParallelContext) -> RowReduction:
-    """Returns the reduction of row statistics over the ranks that hold the other parameter tokens."""
+def row_reduction(context: ParallelContext, exchange: InputExchange) -> RowReduction:
+    """Returns the sums over the ranks that hold the other parameter tokens: of row statistics, of input gradients."""
     if context.tensor_size == 1:
         return RowReduction()
     return RowReduction(
         sum=partial(collectives.sum_over_ranks, context=context),
         max=partial(collectives.max_over_ranks, context=context),
         gather=partial(collectives.gather_output, dim=-1, context=context),
+        begin_gradient=exchange.begin,
     )

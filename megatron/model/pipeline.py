@@ -86,7 +86,7 @@ class CausalLMPipeline(PipelineModule):  # type: ignore[misc] # DeepSpeed is unt
         self.model_config = model
         self.recompute_contexts: Callable[[], tuple[Any, Any]] = noop_context_fn
         """Makes the contexts in which layers run forward, and again where they are recomputed in the backward pass."""
-        self.weights = WeightsAtHand()
+        self.weights: WeightsAtHand = WeightsAtHand()
         """Knows the weights that are still on their way from other ranks."""
         local_entries = entries[self._local_start : self._local_stop]
         self._segments = list(_segments(local_entries, checkpointed))

@@ -50,13 +50,16 @@ def copy(x: Tensor, context: ParallelContext) -> Tensor:
 
 
 def reduce(x: Tensor, context: ParallelContext) -> Tensor:
-    """Sums a partial tensor to a replicated one; the gradient is replicated, and passes through."""
-    return _exchange(x, context, partial(sum_over_ranks, context=context), _same)
+    """Sums a partial tensor to a replicated one; the gradient is replicated, and passes through.
+
+    The sum takes the memory of `x`, which nobody may read afterwards.
+    """
+    return _exchange(x, context, partial(_sum_in_place, context=context), _same)
 
 
 def gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     """Gathers a tensor split along `dim`, for consumers that differ by rank: the gradient is summed and scattered."""
-    return _exchange(x, context, _along(_all_gather, x, dim, context), _along(_sum_and_scatter, x, dim, context))
+    return _exchange(x, context, _along(all_gather, x, dim, context), _along(sum_and_scatter, x, dim, context))
 
 
 def gather_output(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
@@ -64,12 +67,12 @@ def gather_output(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
 
     Each rank keeps its share of the gradient.
     """
-    return _exchange(x, context, _along(_all_gather, x, dim, context), _along(_own_share, x, dim, context))
+    return _exchange(x, context, _along(all_gather, x, dim, context), _along(_own_share, x, dim, context))
 
 
 def reduce_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
     """Sums a partial tensor to one that is split along `dim`; the gradient is gathered."""
-    return _exchange(x, context, _along(_sum_and_scatter, x, dim, context), _along(_all_gather, x, dim, context))
+    return _exchange(x, context, _along(sum_and_scatter, x, dim, context), _along(all_gather, x, dim, context))
 
 
 def from_residual(x_BSD: Tensor, context: ParallelContext) -> Tensor:
@@ -98,18 +101,33 @@ def _all_reduce(x: Tensor, context: ParallelContext, op: dist.ReduceOp.RedOpType
     return total
 
 
-def _all_gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+def _sum_in_place(x: Tensor, context: ParallelContext) -> Tensor:
+    if torch.compiler.is_compiling() or not x.is_contiguous():
+        return sum_over_ranks(x, context)
+    total = x.detach()
+    dist.all_reduce(total, group=context.tensor_group)
+    return total
+
+
+def all_gather(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    """Gathers a tensor split along `dim`, 0 or above, outside autograd."""
     parts = x.new_empty((context.tensor_size * x.shape[0], *x.shape[1:]))
     getattr(dist, ALL_GATHER)(parts, x.contiguous(), group=context.tensor_group)
     return parts.view(context.tensor_size, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _sum_and_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
-    split = (*x.shape[:dim], context.tensor_size, -1, *x.shape[dim + 1 :])
-    parts = x.reshape(split).movedim(dim, 0).contiguous()
+def sum_and_scatter(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    """Sums a partial tensor to this rank's share along `dim`, 0 or above, outside autograd."""
+    parts = split_parts(x, dim, context)
     share = torch.empty_like(parts[0])
     getattr(dist, REDUCE_SCATTER)(share, parts.flatten(0, 1), group=context.tensor_group)
     return share
+
+
+def split_parts(x: Tensor, dim: int, context: ParallelContext) -> Tensor:
+    """Lays the ranks' shares along `dim`, 0 or above, one after the other in a new first dimension, contiguous."""
+    split = (*x.shape[:dim], context.tensor_size, -1, *x.shape[dim + 1 :])
+    return x.reshape(split).movedim(dim, 0).contiguous()
 
 
 def _own_share(x: Tensor, dim: int, context: ParallelContext) -> Tensor:

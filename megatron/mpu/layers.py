@@ -6,12 +6,16 @@ Shape letters: see megatron/README.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron.mpu import collectives
 from megatron.mpu.context import ParallelContext
+from megatron.mpu.input_exchange import InputExchange, residual_exchange
 from megatron.mpu.parameters import Initializer, new_parameter, zeros
 
 
@@ -34,9 +38,45 @@ class ColumnParallelLinear(nn.Module):
 
 
 def column_parallel_outputs(x_BSD: Tensor, layers: Sequence[ColumnParallelLinear]) -> list[Tensor]:
-    """Computes the outputs [B, S, N] of several layers of one input, for which the ranks exchange it once."""
-    whole_BSD = collectives.from_residual(x_BSD, layers[0].context)
-    return [F.linear(whole_BSD, layer.weight, layer.bias) for layer in layers]
+    """Computes the outputs [B, S, N] of several layers of one input, for which the ranks exchange it once.
+
+    In the backward pass they exchange its gradient while those of the weights are computed.
+    """
+    exchange = residual_exchange(layers[0].context)
+    whole_BSD = exchange.whole(x_BSD)
+    if layers[0].context.tensor_size == 1 or torch.compiler.is_compiling():
+        return [F.linear(whole_BSD, layer.weight, layer.bias) for layer in layers]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return list(_Linears.apply(whole_BSD, exchange, *weights, *biases))  # type: ignore[no-untyped-call]
+
+
+class _Linears(torch.autograd.Function):
+    """Linear layers of one input, whose gradient is computed, and sent, before those of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, exchange: InputExchange, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        half = len(parameters) // 2
+        weights, biases = parameters[:half], parameters[half:]
+        ctx.exchange, ctx.has_bias = exchange, [bias is not None for bias in biases]
+        ctx.save_for_backward(x_BSD, *weights)
+        return tuple(F.linear(x_BSD, cast(Tensor, w_ND), b_N) for w_ND, b_N in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSD, *weights = ctx.saved_tensors
+        x_RD, outputs = x_BSD.flatten(0, 1), [dy_BSN.flatten(0, 1) for dy_BSN in dy]
+        dx_BSD = None
+        if ctx.needs_input_grad[0]:
+            # From the last layer on, as autograd adds.
+            dx_RD = outputs[-1] @ weights[-1]
+            for dy_RN, w_ND in zip(reversed(outputs[:-1]), reversed(weights[:-1]), strict=True):
+                dx_RD += dy_RN @ w_ND
+            ctx.exchange.begin(dx_RD)
+            dx_BSD = dx_RD.view_as(x_BSD)
+        dw = [dy_RN.T @ x_RD for dy_RN in outputs]
+        db = [dy_RN.sum(0) if has_bias else None for dy_RN, has_bias in zip(outputs, ctx.has_bias, strict=True)]
+        return dx_BSD, None, *dw, *db
 
 
 class RowParallelLinear(nn.Module):

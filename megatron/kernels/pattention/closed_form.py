@@ -130,10 +130,14 @@ class _Pattention(torch.autograd.Function):
             rows=ctx.rows,
             scores_are_spent=saved_RJp is None or not _graph_is_kept(),
         )
-        dv_JpN = torch.bmm(h_RJp.permute(1, 2, 0), dy_JRN)
         da_joined = da_RJp.flatten(1)
+        dx_RD = None
+        if ctx.needs_input_grad[0]:
+            dx_RD = da_joined @ _joined(keys)
+            # It may travel while the gradients of the tokens are computed.
+            ctx.rows.begin_gradient(dx_RD)
+        dv_JpN = torch.bmm(h_RJp.permute(1, 2, 0), dy_JRN)
         dk_joined = da_joined.T @ x_RD
-        dx_RD = da_joined @ _joined(keys) if ctx.needs_input_grad[0] else None
         return dx_RD, None, None, None, None, *dk_joined.chunk(num_projections), *dv_JpN.unbind()
 
 

@@ -22,14 +22,21 @@ def _already_complete(row_values: Tensor) -> Tensor:
     return row_values
 
 
+def _stays_here(gradient: Tensor) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class RowReduction:
-    """Completes row statistics over the parameter tokens that other ranks hold; by default there are none."""
+    """Completes sums over the parameter tokens that other ranks hold; by default there are none."""
 
     sum: Callable[[Tensor], Tensor] = _already_complete
     max: Callable[[Tensor], Tensor] = _already_complete
     gather: Callable[[Tensor], Tensor] = _already_complete
     """Puts all ranks' values beside each other, along the last dimension."""
+    begin_gradient: Callable[[Tensor], None] = _stays_here
+    """Hears the gradient of the rows' input as soon as it is computed, which other ranks have to be told; the tensor
+    is new, contiguous, and given back as it is."""
 
 
 class Theta(Protocol):

@@ -65,7 +65,7 @@ class FlatGradients:
                 view.zero_()
 
     def begin_step(self) -> None:
-        """Forgets the step's gradients."""
+        """Drops the gradients of the step before."""
         self._present.clear()
         for parameter in self.views:
             parameter.grad = None

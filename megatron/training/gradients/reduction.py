@@ -88,7 +88,7 @@ class GradientReduction:
         self._next = 0
 
     def begin_backward(self) -> None:
-        """Hears that a backward pass begins. In the last one of the step gradients are complete, one after another."""
+        """Counts a backward pass that begins. In the last one of the step gradients are complete, one after another."""
         self._passes += 1
 
     def _count(self, parameter: nn.Parameter) -> None:

@@ -16,11 +16,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from torch import Tensor, distributed
 
-from megatron.model.pipeline import CausalLMPipeline
+from megatron.model.pipeline import CausalLMPipeline, WeightsAtHand
 from megatron.mpu.context import ParallelContext
 from megatron.training.gradients.reduction import GradientReduction
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
 
-class WeightGathering:
+class WeightGathering(WeightsAtHand):
     """The weights of one engine's stage on their way."""
 
     def __init__(self, engine: PipelineEngine, reduction: GradientReduction, context: ParallelContext) -> None:
@@ -56,8 +55,12 @@ class WeightGathering:
 
         def step_and_send(closure: Any = None) -> None:
             # The function is the module's, and called at the end of a step that is taken.
-            with mock.patch.object(module, "all_gather_dp_groups", lambda *_, **__: self.send()):
+            own = module.all_gather_dp_groups
+            module.all_gather_dp_groups = lambda *_, **__: self.send()
+            try:
                 step(closure)
+            finally:
+                module.all_gather_dp_groups = own
 
         def train_batch(data_iter: Any = None) -> Tensor:
             loss: Tensor = train(data_iter)
@@ -89,11 +92,14 @@ class WeightGathering:
     def send(self) -> None:
         """Sends this rank's part of the weights, and begins to receive the others. Collective over data ranks."""
         self._arrived = 0
+        ranks = self._context.data_group
+        if ranks is None:
+            return
         self._works = [
             distributed.broadcast(
                 self._flat[bucket.group][bucket.place],
-                src=distributed.get_global_rank(self._context.data_group, bucket.owner),
-                group=self._context.data_group,
+                src=distributed.get_global_rank(ranks, bucket.owner),
+                group=ranks,
                 async_op=True,
             )
             for bucket in self._buckets
