@@ -1,4 +1,4 @@
-"""Gradients of inputs travel while those of weights are computed, in every kind of layer that splits its weights."""
+"""Gradients of inputs travel while those of weights are computed, in linear layers that split their weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.mpu.context import ParallelContext
 from megatron.mpu.input_exchange import InputExchange
 from megatron.mpu.parameters import initialize_parameters
 from tests.helpers.distributed import run_distributed
-from tests.helpers.models import tiny_llama, tiny_pythia, tiny_tokenformer
+from tests.helpers.models import tiny_llama, tiny_pythia
 
 BATCH, LENGTH, WIDTH = 2, 16, 32
 PRODUCTS = ("aten.mm", "aten.bmm", "aten.addmm")
@@ -67,13 +67,12 @@ def watch(model: ModelConfig, sequence_parallel: bool) -> tuple[list[str], list[
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence parallel"])
 @pytest.mark.parametrize(
-    ("model", "exchanges", "copies"),
-    # Gathered heads are laid out side by side.
-    [(tiny_tokenformer(), 3, 1), (tiny_pythia(), 2, 0), (tiny_llama(), 2, 0)],
-    ids=["tokenformer", "gpt_neox", "llama"],
+    ("model", "exchanges"),
+    [(tiny_pythia(), 2), (tiny_llama(), 2)],
+    ids=["gpt_neox", "llama"],
 )
 def test_weights_are_differentiated_while_the_input_travels(
-    model: ModelConfig, exchanges: int, copies: int, sequence_parallel: bool
+    model: ModelConfig, exchanges: int, sequence_parallel: bool
 ) -> None:
     for forward, backward in run_distributed(watch, 2, model, sequence_parallel):
         assert backward.count("begin") == backward.count("end") == exchanges
@@ -88,4 +87,4 @@ def test_weights_are_differentiated_while_the_input_travels(
             elif since_begin >= 0 and event == "product":
                 since_begin += 1
         if not sequence_parallel:
-            assert forward.count("copy") == copies, "a sum takes the memory of its summand"
+            assert "copy" not in forward, "a sum takes the memory of its summand"
