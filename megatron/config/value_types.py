@@ -174,9 +174,10 @@ def _fits_alone(value: YamlValue, schema: Schema) -> bool:
         return False
     if value not in items.get("enum", [value]):
         return False
-    size, least, most = _size(value), items.get("minimum", -math.inf), items.get("maximum", math.inf)
-    above, below = items.get("exclusiveMinimum", -math.inf), items.get("exclusiveMaximum", math.inf)
-    return isinstance(value, types[items["type"]]) and least <= size <= most and above < size < below
+    size = _size(value)
+    within = items.get("minimum", -math.inf) <= size <= items.get("maximum", math.inf)
+    strictly_within = items.get("exclusiveMinimum", -math.inf) < size < items.get("exclusiveMaximum", math.inf)
+    return isinstance(value, types[items["type"]]) and within and strictly_within
 
 
 _LONGEST_SLIP = 64

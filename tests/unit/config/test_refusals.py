@@ -60,14 +60,19 @@ def base_of(key: str) -> Path:
     return TOKENFORMER if key in OF_TOKENFORMER else PYTHIA
 
 
+BESIDE = {"elastic.shares": ["elastic.full_model=alternate"]}
+"""What a single value of a key needs beside it: shares alone have to contain the whole model."""
+
+
 def wrong_values(key: str) -> list[str]:
     """Values that a key may be given by mistake: of another type, misspelt, and the opposite of NeoX's default."""
-    values = ["[[]]", "-7", "0.123", "nonesuch", "true", "false"]
+    values = ["[[]]", "-7", "0.125", "nonesuch", "true", "false"]
     default = NEOX_DEFAULTS.get(key)
     return values + ([f"{default}s"] if isinstance(default, str) and default else [])
 
 
-OF_TOKENFORMER = {field.key for path, field in fields().items() if path.startswith(("model.param_tokens.", "reading."))}
+SECTIONS_OF_TOKENFORMER = ("model.param_tokens.", "elastic.", "reading.")
+OF_TOKENFORMER = {field.key for path, field in fields().items() if path.startswith(SECTIONS_OF_TOKENFORMER)}
 KEYS = sorted({*neox_keys(), *NEOX_DEFAULTS})
 
 
@@ -94,7 +99,7 @@ def assert_remedies_work(key: str, lines: list[str]) -> None:
                 assert is_known(proposed), line
             else:
                 # A suggestion is a value of this key, and alone right.
-                again = refusal(f"{key}={proposed}", base=base_of(key)) or ""
+                again = refusal(f"{key}={proposed}", *BESIDE.get(key, []), base=base_of(key)) or ""
                 assert f"command line {key}: " not in again, (line, again)
         for proposed in re.findall(r"\buse ([a-z][a-z0-9_.]*): ([^\s;,\[]+)", said):
             name, wanted = proposed
