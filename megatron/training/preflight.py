@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,7 +35,7 @@ from megatron.planner.implementation import implementation_of
 from megatron.planner.memory import rank_memory
 from megatron.planner.plan import Plan, make_plan
 from megatron.planner.stages import stages_of
-from megatron.planner.target import find_target, slug
+from megatron.planner.target import find_target, host_memory, slug
 from megatron.training.build_engine import require_hardware
 from megatron.training.pretrain import assemble
 from megatron.training.run_start import RunStart, find_start, load_start
@@ -53,6 +55,8 @@ LATE = 1.5
 """Times the predicted memory or time from which a finding is a warning."""
 LATE_IMPORTS = 0.5 * GIB
 """Memory of what DeepSpeed imports with its first engine and step, which counts as a CPU rank's own [bytes]."""
+MOST_NAMED = 4
+"""Ranks that an outcome names one by one."""
 STEPS = 2
 """Steps that are taken: the first has no optimizer state yet."""
 Kind = Literal["ok", "warning", "wrong"]
@@ -74,8 +78,8 @@ def preflight(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
     """Tries everything in the order in which the run will meet it, and prints each outcome on rank 0.
 
     Returns 1 where something is wrong, which ends the trials that depend on it, else 0. Nothing is written but indices
-    of samples, which the run finds then. Raises EnvironmentSetupError where ranks cannot meet, or a device has too
-    little memory.
+    of samples, which the run finds then. Raises EnvironmentSetupError where ranks cannot meet, and on ranks other than
+    the first what the run would raise there.
     """
     found: list[Tried] = []
 
@@ -93,6 +97,9 @@ def preflight(config: RunConfig, batch: BatchConfig, run_folder: Path) -> int:
         try:
             try_run(config, batch, run_folder, say)
         except UserError as error:
+            if rank_and_size()[0] > 0:
+                # Rank 0 may wait for this rank for ever: the launcher, which ends all of them, tells the reason.
+                raise
             say(Tried("run", "wrong", f"{type(error).__name__}: {error}"))
         wrong = any(one.kind == "wrong" for one in found)
         if rank_and_size()[0] == 0:
@@ -107,6 +114,8 @@ def try_run(config: RunConfig, batch: BatchConfig, run_folder: Path, say: Callab
     """
     sizes = config.parallel
     context = ParallelContext.create(sizes.model_parallel_size, sizes.pipe_parallel_size, sizes.sequence_parallel)
+    if rank_and_size()[1] > 1:
+        say(_same_machines())
     if config.checkpoint.save is not None:
         try_folder(Path(config.checkpoint.save))
         say(Tried("save", "ok", f"every rank can write to {config.checkpoint.save}"))
@@ -153,6 +162,54 @@ def try_folder(folder: Path) -> None:
             on_first_rank(partial(remove, made))
 
 
+def named_rank(rank: int, host: str) -> str:
+    """Returns a rank's name in an outcome."""
+    return f"rank {rank} ({host})"
+
+
+def odd_ranks(facts: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """Says in which of their facts ranks differ from most of them; `facts` are each rank's host and values by name."""
+    found = []
+    for name in facts[0][1]:
+        values = [own[name] for _, own in facts]
+        # Of as many on both sides, rank 0's.
+        usual = max(dict.fromkeys(values), key=values.count)
+        odd: dict[str, list[str]] = {}
+        for rank, (host, own) in enumerate(facts):
+            if own[name] != usual:
+                odd.setdefault(own[name], []).append(named_rank(rank, host))
+        found += [f"{name} is {value} on {listed(ranks)}, and {usual} on the others" for value, ranks in odd.items()]
+    return found
+
+
+def listed(ranks: Sequence[str]) -> str:
+    """Lists ranks by name, a few of them."""
+    return ", ".join(ranks[:MOST_NAMED]) + (f" and {len(ranks) - MOST_NAMED} more" * (len(ranks) > MOST_NAMED))
+
+
+def _same_machines() -> Tried:
+    """Compares what ranks compute with: one that differs is slower, or fails where the others do not."""
+    own = {
+        "device": device_name(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+        "memory": f"{_total_memory() / GIB:,.0f} GiB",
+    }
+    facts = gather_objects((socket.gethostname(), own))
+    odd = odd_ranks(facts)
+    if odd:
+        return Tried("machines", "warning", "; ".join(odd))
+    return Tried("machines", "ok", f"all ranks have {', '.join(f'{name} {value}' for name, value in own.items())}")
+
+
+def _total_memory() -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(local_device()).total_memory)
+    return host_memory()
+
+
 def _network() -> Tried:
     rank, size = rank_and_size()
     hosts = gather_objects(socket.gethostname())
@@ -163,7 +220,8 @@ def _network() -> Tried:
     distributed.all_reduce(values)
     right = gather_objects(bool((values == size * (size + 1) / 2).all()))
     if not all(right):
-        return Tried("ranks", "wrong", f"an all-reduce is wrong on rank {right.index(False)} ({hosts[rank]})")
+        wrong = right.index(False)
+        return Tried("ranks", "wrong", f"an all-reduce is wrong on {named_rank(wrong, hosts[wrong])}")
     speed = all_reduce_speed(values)
     backend = distributed.get_backend()
     rate = f"all-reduce at {speed.bandwidth / 1e9:.2f} GB/s, {speed.latency * 1e6:.0f} us"
@@ -248,8 +306,8 @@ def _step(engine: PipelineEngine, batches: object, plan: Plan | None) -> float:
         rank, _ = rank_and_size()
         planned = "" if plan is None else f" The plan has {plan.largest.peak / GIB:,.2f} GiB for a rank."
         raise EnvironmentSetupError(
-            f"rank {rank} ({socket.gethostname()}): out of memory in a training step.{planned} --plan lists layouts "
-            "that take less."
+            f"{named_rank(rank, socket.gethostname())}: out of memory in a training step.{planned} --plan lists "
+            "layouts that take less."
         ) from error
 
 
@@ -258,10 +316,11 @@ def _memory(run: TrainingRun, held: HeldMemory) -> Tried:
     stage = stages_of(run.config.model, run.config.parallel, run.vocab.padded)[run.parallel.pipe_rank]
     implementation = implementation_of(run.config, on_gpu=torch.cuda.is_available())
     memory = rank_memory(run.config, run.batch, stage, run.vocab.padded, implementation)
-    ranks = gather_objects((own, memory.peak, memory.not_returned))
+    ranks = gather_objects((own, memory.peak, memory.not_returned, socket.gethostname()))
     most = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
-    measured, planned, freed = ranks[most]
-    text = f"rank {most} held {measured / GIB:,.2f} GiB at a time, most of all; planned {planned / GIB:,.2f} GiB"
+    measured, planned, freed, host = ranks[most]
+    text = f"{named_rank(most, host)} held {measured / GIB:,.2f} GiB at a time"
+    text += f"{', most of all' if len(ranks) > 1 else ''}; planned {planned / GIB:,.2f} GiB"
     if torch.cuda.is_available():
         text += f", of {torch.cuda.get_device_properties(local_device()).total_memory / GIB:,.1f} GiB"
     imported = 0.0 if torch.cuda.is_available() else LATE_IMPORTS
@@ -287,11 +346,11 @@ def _save(run: TrainingRun, plan: Plan | None) -> Tried:
         own = sum(entry.size for entry in files.taken().values())
     except CheckpointError as error:
         own, failure = 0, str(error)
-    answers = gather_objects((own, time.perf_counter() - begin, failure))
-    failures = [f"rank {rank}: {why}" for rank, (_, _, why) in enumerate(answers) if why is not None]
+    answers = gather_objects((own, time.perf_counter() - begin, failure, socket.gethostname()))
+    failures = [f"{named_rank(rank, host)}: {why}" for rank, (_, _, why, host) in enumerate(answers) if why is not None]
     if failures:
         return Tried("files", "wrong", "; ".join(failures))
-    total = sum(size for size, _, _ in answers)
+    total = sum(size for size, *_ in answers)
     planned = "" if plan is None else f"; planned {plan.disk().each / GIB:,.2f} GiB"
-    slowest = max(seconds for _, seconds, _ in answers)
+    slowest = max(seconds for _, seconds, *_ in answers)
     return Tried("files", "ok", f"a save to nowhere: {total / GIB:,.2f} GiB in {slowest:.1f} s{planned}")

@@ -41,6 +41,8 @@ def test_two_ranks_try_everything_and_leave_nothing(tmp_path: Path) -> None:
     found = {one.what: one for one in first}
     assert {"save", "start", "data", "disk", "step", "memory", "files"} <= found.keys()
     assert {one.kind for one in first} <= {"ok", "warning"}
+    assert found["machines"].kind == "ok"
+    assert found["memory"].text.startswith(("rank 0 (", "rank 1 ("))
     assert found["start"].text == "starting from initial weights"
     assert "a save to nowhere: " in found["files"].text
     assert {entry.name for entry in tmp_path.iterdir()} - before == {"indices"}
