@@ -264,7 +264,10 @@ def _scores(places: Sequence[Path], identities: set[str], read: _Reader) -> list
     for file in files:
         record = read.whole(file, lambda path: read_json_object(path, MOST_BYTES))
         model = record.get("model") if record is not None else None
-        if record is None or not isinstance(model, dict) or model.get("run_id") not in identities:
+        if record is None or not isinstance(model, dict):
+            continue
+        identity = model.get("run_id")
+        if not isinstance(identity, str) or identity not in identities:
             continue
         results, settings = record.get("results"), record.get("config")
         is_sound = isinstance(results, dict) and all(isinstance(entries, dict) for entries in results.values())

@@ -29,6 +29,8 @@ from tools.command_line import positive
 from tools.compare_commits import ROOT, Code, checkout
 
 PROCESS = Path(__file__).with_name("commit_process.py")
+START = "import json, runpy, sys; runpy.run_path(sys.argv[1])['main'](**json.loads(sys.argv[2]))"
+"""Runs that file's `main` with the modules of whichever checkout is on the path."""
 LARGEST_DIFFERENCE = 1e-5
 
 
@@ -41,7 +43,7 @@ class Side:
         folder.mkdir()
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, "-P", str(PROCESS), arguments],
+                [sys.executable, "-P", "-c", START, str(PROCESS), arguments],
                 env=os.environ
                 | {"PYTHONPATH": path, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},  # they meet in a file

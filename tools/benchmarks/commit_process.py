@@ -64,7 +64,3 @@ def main(words: list[str], vocab_size: int | None, store: str) -> None:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         print(json.dumps(about | {"seconds": seconds, "losses": [float(loss) for loss in losses]}), flush=True)
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))

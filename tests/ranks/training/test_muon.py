@@ -20,6 +20,7 @@ from megatron.model.causal_lm import VocabSize, build_local
 from tests.helpers.configs import VOCAB_SIZE
 from tests.helpers.layout_runs import BATCH, CLIP, HALF, STEPS, Case, Curve, LayoutRuns
 from tests.helpers.plain_torch import PlainRun
+from tests.helpers.runs import run_ranks
 from tests.helpers.tensor_files import assert_same_checkpoint
 from tools.ckpts import reshape
 
@@ -102,7 +103,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(precision: str, runs: LayoutRuns
     whole = runs.trained(SPLIT, precision=precision)
     keys = SPLIT.keys() | {"precision": precision, "load": str(whole.checkpoint(HALF)), "log_interval": 1}
     name = f"resumed-{precision}"
-    finished = runs.start(name, SPLIT.layout, keys | {"gradient_accumulation_steps": 2})
+    finished = run_ranks(runs.config(name, keys), ranks=SPLIT.ranks)
     assert finished.code == 0, finished.output
     assert_same_checkpoint(runs.folder / name / f"global_step{STEPS}", whole.checkpoint(STEPS))
 
@@ -152,7 +153,7 @@ def test_bf16_curves_stay_in_their_band(layout: tuple[int, int, int], runs: Layo
 def test_a_run_that_grows_keeps_its_momentum(runs: LayoutRuns) -> None:
     grow = {"operator": "zero_key", "at_step": HALF, "ffn_slot_num": 96}
     keys = SPLIT.keys() | {"ffn_scale_base": 48, "extra_save_iters": [HALF], "grow": grow}
-    finished = runs.start("grown", SPLIT.layout, keys)
+    finished = run_ranks(runs.config("grown", keys), ranks=SPLIT.ranks)
     assert finished.code == 0, finished.output
     before = runs.trained(SPLIT).checkpoint(HALF)
     small, large = (
