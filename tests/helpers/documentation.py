@@ -25,6 +25,7 @@ NOT_RUN: dict[str, str] = {
     r"^sbatch|^srun|clusters/slurm(?!.*--dry-run)|^torchrun": "needs Slurm; make test-cluster",
     r"docker run": "needs a daemon and an image",
     r"^make demo": "takes minutes; tests/ranks/tools/test_demo.py makes demos of small texts",
+    r"^make test": "is what runs this",
     r"num_gpus=8": "needs 8 processors; tests/ranks/tools/test_run_stages.py trains such a plan",
     r"--live": "serves until it is stopped; tests/unit/tools/test_report_browser.py follows a run",
     r"--calibrate|benchmark_plan\.py": "measures for minutes; tests/unit/planner",
