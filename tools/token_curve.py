@@ -9,7 +9,6 @@ folder `eval_output`.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,30 +16,19 @@ from pathlib import Path
 from megatron_tokenformer import run_tool
 
 from megatron.errors import ConfigError
+from tools.validation_command import load_validation
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and the checkpoint that it names, measures its parts, and writes what was found."""
-    from megatron.config.command_line import load_command_line
-    from megatron.config.load_config import print_warnings
-
-    command, loaded = load_command_line(argv, "token_curve.py")
-    if command.answered:
+    asked = load_validation(argv, "token_curve.py")
+    if asked is None:
         return 0
-    from megatron.launch.environment import prepare_environment
-    from megatron.mpu.process_group import inference_context, local_device
-
-    prepare_environment()
-    print_warnings(loaded)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    run = loaded.run
-    batch = run.training.train_batch_size or loaded.batch(int(os.environ["WORLD_SIZE"])).global_batch_size
-    samples = run.training.eval_iters * batch
-    if not samples:
-        raise ConfigError("eval_iters: 0: nothing is to be measured. Set the batches of a validation, such as to 20.")
+    run, samples = asked
     if run.evaluation.output.endswith(".json"):
         raise ConfigError(f"eval_output: {run.evaluation.output}: a table and a figure are written. Name a folder.")
     from megatron.inference.evaluation.token_curve import measure_parts, write_points
+    from megatron.mpu.process_group import inference_context, local_device
 
     with inference_context(run.parallel.model_parallel_size) as context:
         points = measure_parts(run, samples, context, local_device())

@@ -8,7 +8,6 @@ result.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,31 +15,19 @@ from pathlib import Path
 
 from megatron_tokenformer import run_tool
 
-from megatron.errors import ConfigError
+from tools.validation_command import load_validation
 
 
 def main(argv: Sequence[str]) -> int:
     """Loads the configuration and the checkpoint that it names, measures it, and says what was found."""
-    from megatron.config.command_line import load_command_line
-    from megatron.config.load_config import print_warnings
-
-    command, loaded = load_command_line(argv, "validate.py")
-    if command.answered:
+    asked = load_validation(argv, "validate.py")
+    if asked is None:
         return 0
-    from megatron.launch.environment import prepare_environment
-    from megatron.mpu.process_group import inference_context, local_device
-
-    prepare_environment()
-    print_warnings(loaded)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    run = loaded.run
-    batch = run.training.train_batch_size or loaded.batch(int(os.environ["WORLD_SIZE"])).global_batch_size
-    samples = run.training.eval_iters * batch
-    if not samples:
-        raise ConfigError("eval_iters: 0: nothing is to be measured. Set the batches of a validation, such as to 20.")
+    run, samples = asked
     from megatron.checkpointing.store.fetch import configured_checkpoint
     from megatron.io.durable import replace_durably
     from megatron.loaded_model.validation_loss import validation_loss
+    from megatron.mpu.process_group import inference_context, local_device
 
     with inference_context(run.parallel.model_parallel_size) as context:
         checkpoint = configured_checkpoint(run.checkpoint)

@@ -34,9 +34,9 @@ from megatron.config.yaml.problems import DEFAULT, Origin, Problem, problem_with
 from megatron.errors import ConfigError
 
 _ALWAYS = (layout, model, files, training, data, speedups, checkpoint, commands)
-_WHERE_A_RUN_STARTS_AND_GOES = (grow, inherit, elastic)
+_OF_OPTIONAL_SECTIONS = (grow, inherit, elastic)
 CHECKS = tuple(check for room in _ALWAYS for check in room.CHECKS)
-ALL_CHECKS = (*CHECKS, *(check for room in _WHERE_A_RUN_STARTS_AND_GOES for check in room.CHECKS))
+ALL_CHECKS = (*CHECKS, *(check for room in _OF_OPTIONAL_SECTIONS for check in room.CHECKS))
 _SECTIONS_WITH_REQUIRED_KEYS = ("model", "training", "training.optimizer")
 
 

@@ -190,6 +190,12 @@ DEFAULT_OPTIMIZER = "adamw"
 """The optimizer of a configuration that names none: NeoX's "Adam"."""
 
 
+def check_betas(section: Any) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with `betas`, the decays of AdamW's averages, by name and message."""
+    if not all(0.0 <= beta < 1.0 for beta in section.betas):
+        yield "betas", "expected numbers of at least 0 and below 1"
+
+
 def registered_optimizers() -> tuple[OptimizerFacts[Any], ...]:
     """Returns the facts of all optimizers, the default one first."""
     return tuple(OPTIMIZERS[name] for name in sorted(OPTIMIZERS, key=lambda name: name != DEFAULT_OPTIMIZER))

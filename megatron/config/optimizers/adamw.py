@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
 from megatron.config.bounds import NonNegative, Positive
 from megatron.config.neox_entries import Rejected, absent_flag
-from megatron.config.optimizer import OPTIMIZERS, Implementation, OptimizerConfig, OptimizerFacts, ParameterGroup
+from megatron.config.optimizer import (
+    OPTIMIZERS,
+    Implementation,
+    OptimizerConfig,
+    OptimizerFacts,
+    ParameterGroup,
+    check_betas,
+)
 
 
 class AdamWConfig(OptimizerConfig):
@@ -26,11 +32,6 @@ class AdamWConfig(OptimizerConfig):
 
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay on everything but norms and biases."""
-
-
-def _check(section: AdamWConfig) -> Iterator[tuple[str, str]]:
-    if not all(0.0 <= beta < 1.0 for beta in section.betas):
-        yield "betas", "expected numbers of at least 0 and below 1"
 
 
 def _arguments(section: AdamWConfig, **own: bool) -> dict[str, Any]:
@@ -72,7 +73,7 @@ OPTIMIZERS.register("adamw")(
                 how_to_get_it="Install apex, or set the key to auto or off.",
             ),
         },
-        check=_check,
+        check=check_betas,
         neox_keys={
             "momentum": Rejected("Adam has no momentum beyond its betas", harmless=(0,), accepts=float),
             "max_grad_norm": Rejected("DeepSpeed's old place for it", "use gradient_clipping", accepts=float),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from megatron.config.bounds import NonNegative, Positive
 from megatron.config.neox_entries import Inert, Rejected, only
-from megatron.config.optimizer import OPTIMIZERS, Implementation, OptimizerConfig, OptimizerFacts, ParameterGroup
+from megatron.config.optimizer import (
+    OPTIMIZERS,
+    Implementation,
+    OptimizerConfig,
+    OptimizerFacts,
+    ParameterGroup,
+    check_betas,
+)
 from megatron.config.section import Key
 
 _ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,11 +52,6 @@ class MuonConfig(OptimizerConfig):
 
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay on everything but norms and biases."""
-
-
-def _check(section: MuonConfig) -> Iterator[tuple[str, str]]:
-    if not all(0.0 <= beta < 1.0 for beta in section.betas):
-        yield "betas", "expected numbers of at least 0 and below 1"
 
 
 def _arguments(section: MuonConfig, *, fused: bool) -> dict[str, Any]:
@@ -117,7 +118,7 @@ OPTIMIZERS.register("muon")(
         },
         learning_rates=("lr", "adam_lr"),
         freezes_rows=False,
-        check=_check,
+        check=check_betas,
         neox_keys={
             "muon_lr": Rejected("the learning rate of the hidden matrices is lr", "use lr, and adam_lr for the others"),
             "adjust_lr_fn": Inert(
